@@ -12,6 +12,8 @@ import zlib
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from minidamage import masks as mask_codec
+
 # The three colours of DamageNet's figures, then the other names of VehiDE, then colours for any other class name.
 NAMED_COLOURS = {
     "dent": (36, 107, 235), "scratch": (226, 40, 52), "broken glass": (146, 88, 36),
@@ -108,8 +110,6 @@ def mask_array(mask, height, width):
     """bool [H, W] from a bool or 0/1 array [H, W] or [1, H, W], an RLE dict or a list of polygons; None stays None."""
     if mask is None:
         return None
-    if isinstance(mask, (dict, list, tuple)):
-        from minidamage import masks as mask_codec
     if isinstance(mask, dict):
         mask = mask_codec.decode(mask)
     elif isinstance(mask, (list, tuple)):

@@ -127,12 +127,13 @@ def precision_recall_plot(curves, title="Precision and recall", colours=None, si
 def curves_from_csv(csv_path, png_path, title=""):
     """Draws a run's metrics.csv (one row an epoch) to a PNG: loss, validation metrics, loss terms, learning rate. Returns its path.
 
-    DamageNet, Fig. 4 shows loss and accuracy over epochs; the metrics here are the ones in the file. Empty cells are gaps.
+    DamageNet, Fig. 4 shows loss and accuracy over epochs; the metrics here are the ones in the file. Epochs whose cell is empty are passed over.
     Raises ValueError where the file has no epoch column or no row.
     """
     columns = read_metrics(csv_path)
     epochs = columns["epoch"]
     plots = []
+
     def curve(column, name, colour, **style):                 # an epoch without validation leaves its cells empty
         known = [(x, y) for x, y in zip(epochs, columns.get(column, [])) if math.isfinite(y)]
         return Series(name, [x for x, _ in known], [y for _, y in known], colour, **style)
