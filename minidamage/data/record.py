@@ -3,7 +3,9 @@
 Boxes and polygons are in *original, EXIF-corrected* pixels, xyxy, with x growing right, y growing down and (0, 0) at the
 outer corner of the first pixel (so a box that covers the whole picture is [0, 0, width, height]).
 """
+import collections
 import dataclasses
+import re
 
 import numpy as np
 
@@ -20,7 +22,7 @@ class Record:
     labels: np.ndarray                        # [G] int64, 1..K
     masks: list                               # G entries: a list of polygons (each [P, 2] float64), an RLE dict, or None
     crowd: np.ndarray                         # [G] bool: a crowd region is neither target nor false alarm
-    area: np.ndarray                          # [G] float64, pixels: the data set's figure, or the mask's
+    area: np.ndarray                          # [G] float64, pixels: the data set's figure, or the outline's
     annotation_ids: np.ndarray                # [G] int64
     group: str = ""                           # vehicle or photograph: one group never lies in two splits; "" = not known
 
@@ -34,4 +36,42 @@ class Dataset:
     class_names: tuple[str, ...]              # K names; label k is class_names[k - 1]
     category_ids: tuple[int, ...]             # K original ids, for results in the data set's own numbering
     parts: dict[str, list[Record]]            # "all", or the parts that the layout itself has: "train", "val", "test"
-    problems: list[str]                       # one line a bad record: file, annotation id, what, what was done
+    problems: list[str]                       # one line a bad record: "<file>[, annotation <id>]: <what>; <what was done>"
+    notes: list[str] = dataclasses.field(default_factory=list)     # what the reader decided: names joined, keys chosen, ...
+
+
+def class_counts(records, num_names):
+    """Objects of each class in `records`, crowd regions left out: int64 [num_names]."""
+    labels = [r.labels[~r.crowd] for r in records]
+    return np.bincount(np.concatenate(labels) - 1 if labels else [], minlength=num_names).astype(np.int64)
+
+
+def problem_kinds(problems):
+    """Problem lines gathered by what happened, numbers left out: list of (kind, count, first line), most frequent first."""
+    kinds = collections.OrderedDict()
+    for line in problems:
+        what = line.split(": ", 1)[-1]
+        kind = re.sub(r"'[^']*'|-?\d+(\.\d+)?", "#", what)
+        kinds.setdefault(kind, []).append(line)
+    return sorted(((k, len(v), v[0]) for k, v in kinds.items()), key=lambda item: -item[1])
+
+
+def summary(dataset):
+    """What was read, for people: layout, parts, the class-id map with counts, notes, and problems gathered by kind."""
+    parts = "; ".join(f"{name} {len(records)} pictures ({sum(len(r.labels) == 0 for r in records)} without objects)"
+                      for name, records in dataset.parts.items())
+    lines = [f"data: {dataset.path} read as {dataset.layout}: {parts}"]
+    counts = {name: class_counts(records, len(dataset.class_names)) for name, records in dataset.parts.items()}
+    width = max((len(n) for n in dataset.class_names), default=0)
+    lines.append(f"  label  {'class':<{width}}  id in the files  " + "  ".join(f"{p:>7}" for p in counts))
+    for k, name in enumerate(dataset.class_names):
+        lines.append(f"  {k + 1:>5}  {name:<{width}}  {dataset.category_ids[k]:>15}  "
+                     + "  ".join(f"{c[k]:>7}" for c in counts.values()))
+    lines += [f"  note: {note}" for note in dataset.notes]
+    if dataset.problems:
+        lines.append(f"  {len(dataset.problems)} problems:")
+        for kind, count, first in problem_kinds(dataset.problems):
+            lines.append(f"    {count} x {kind}" if count > 1 else f"    {first}")
+            if count > 1:
+                lines.append(f"        first: {first}")
+    return "\n".join(lines)

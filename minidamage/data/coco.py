@@ -1,0 +1,213 @@
+"""COCO JSON (Lin et al. 2014): {"images": [...], "annotations": [...], "categories": [...]}.
+
+Found as `annotations/instances_<part>*.json` with `<part>*/` beside it, as Roboflow's `<part>/_annotations.coco.json`, as
+`<part>.json` next to or one folder below the pictures, or as one file. Segmentations may be polygons (several = parts of one
+object), RLE with counts as a list or as COCO's compressed text, or missing. Labels are 1..K without gaps; the ids of the files stay in
+Dataset.category_ids. Categories are joined over the parts by name, never by id.
+"""
+import json
+import os
+
+from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
+from minidamage.data.record import Dataset
+from minidamage.data.via import PARTS, part_of
+
+
+def recognise(path):
+    """Whether `path` is a COCO JSON or a folder in one of the layouts above."""
+    return bool(_find_files(path))
+
+
+def read(path, images=None, **_):
+    """Reads every part. images: folder of the pictures, when it is none of the usual places."""
+    files = _find_files(path)
+    loaded = {part: _load(file) for part, file in files.items()}
+    for part, content in loaded.items():
+        _check_fields(files[part], content)
+    notes, problems = [], []
+    names, ids, label_of = _class_map(files, loaded, notes)
+    parts = {}
+    for part, file in files.items():
+        finder = _finder(path, part, file, images)
+        parts[part] = _read_part(loaded[part], label_of[part], finder, problems)
+        extra = unlisted_pictures(_used_folder(parts[part]), parts[part], [i["file_name"] for i in loaded[part]["images"]])
+        if extra and _used_folder(parts[part]) not in [_used_folder(r) for p, r in parts.items() if p != part]:
+            notes.append(f"{extra} pictures in {_used_folder(parts[part])} are not in {os.path.basename(file)}: left out")
+    return Dataset(path=str(path), layout="coco", class_names=tuple(names), category_ids=tuple(ids), parts=parts,
+                   problems=problems, notes=notes)
+
+
+def _find_files(path):
+    """{part: COCO JSON}; a single file without a part in its name is "all"."""
+    if os.path.isfile(path):
+        return {"all": path} if _is_coco(path) else {}
+    places = [path, os.path.join(path, "annotations"), os.path.join(path, "coco")]
+    places += [os.path.join(path, n) for n in sorted(os.listdir(path)) if part_of(n)]
+    for group in (places[:1], places[1:2], places[2:3], places[3:]):
+        found = [os.path.join(folder, n) for folder in group if os.path.isdir(folder) for n in sorted(os.listdir(folder))
+                 if n.lower().endswith(".json")]
+        instances = [f for f in found if os.path.basename(f).startswith("instances")]
+        found = [f for f in (instances or found) if _is_coco(f)]
+        if found:
+            return _name_parts(path, found)
+    return {}
+
+
+def _name_parts(path, found):
+    if len(found) == 1 and part_of(os.path.splitext(os.path.basename(found[0]))[0]) is None \
+            and part_of(os.path.basename(os.path.dirname(found[0]))) is None:
+        return {"all": found[0]}
+    named = {}
+    for file in found:
+        part = part_of(os.path.splitext(os.path.basename(file))[0]) or part_of(os.path.basename(os.path.dirname(file)))
+        if part is None or part in named:
+            raise ValueError(f"{path}: several COCO files ({', '.join(os.path.relpath(f, path) for f in found)}) and their names do not "
+                             "say which is train, val or test; give one file, or rename them")
+        named[part] = file
+    return {part: named[part] for part in PARTS if part in named}
+
+
+def _is_coco(file):
+    """Looks at the whole JSON: the keys may come in any order."""
+    try:
+        content = _load(file)
+    except ValueError:
+        return False
+    return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
+
+
+_loaded = {}                                   # (path, size, time) -> content: recognise and read need the same large file
+
+
+def _load(file):
+    stat = os.stat(file)
+    key = (os.path.abspath(file), stat.st_size, stat.st_mtime_ns)
+    if key not in _loaded:
+        while len(_loaded) >= 3:
+            _loaded.pop(next(iter(_loaded)))
+        try:
+            with open(file, encoding="utf-8-sig") as handle:
+                _loaded[key] = json.load(handle)
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise ValueError(f"{file}: not valid JSON ({error}); was it cut short?") from None
+    return _loaded[key]
+
+
+def _check_fields(file, content):
+    if not content.get("categories"):
+        raise ValueError(f"{file}: no \"categories\"; expected a list of {{'id': ..., 'name': ...}}")
+    for key, fields in (("images", ("id", "file_name")), ("annotations", ("id", "image_id", "category_id")), ("categories", ("id", "name"))):
+        for i, entry in enumerate(content[key]):
+            absent = [f for f in fields if f not in entry]
+            if absent:
+                raise ValueError(f"{file}: {key}[{i}] has no {', '.join(absent)}")
+
+
+def _class_map(files, loaded, notes):
+    """(K names, K ids, {part: {category id in that file: label}}); ValueError for annotations with ids of no category."""
+    used, names, ids = {}, [], []
+    for part, content in loaded.items():
+        used[part] = {a["category_id"] for a in content["annotations"]}
+        known = {c["id"]: c["name"] for c in content["categories"]}
+        lost = sorted(used[part] - known.keys(), key=str)
+        if lost:
+            first = next(a for a in content["annotations"] if a["category_id"] == lost[0])
+            raise ValueError(f"{files[part]}: annotation {first['id']} has category_id {lost[0]}, which is no category"
+                             + (f" (nor are {lost[1:]})" if lost[1:] else "") + (" (0 is the background)" if lost[0] == 0 else "")
+                             + f". Known: {', '.join(f'{i} {n}' for i, n in sorted(known.items()))}")
+    objects_of = {(c["name"].lower(), c["id"]) for part, content in loaded.items() for c in content["categories"] if c["id"] in used[part]}
+    used_names = {name for name, _ in objects_of}
+    # Roboflow lists the project's name as category 0 and as everyone's supercategory, sometimes with a real class's name.
+    parents = {(str(c["supercategory"]).lower(), c["id"]) for content in loaded.values() for c in content["categories"] if c.get("supercategory")}
+    is_parent = lambda c: any(name == c["name"].lower() and child != c["id"] for name, child in parents)
+    dropped, spelled, labels, moved = {}, {}, {}, set()
+    for part, content in loaded.items():
+        labels[part] = {}
+        for category in sorted(content["categories"], key=lambda c: c["id"]):
+            key = category["name"].lower()
+            if (key, category["id"]) not in objects_of and is_parent(category):
+                dropped[category["id"]] = category["name"]
+                continue
+            if key not in spelled:
+                spelled[key] = len(names) + 1
+                names.append(category["name"])
+                ids.append(category["id"])
+            label = spelled[key]
+            labels[part][category["id"]] = label
+            if names[label - 1] != category["name"]:
+                notes.append(f"{category['name']!r} and {names[label - 1]!r} are one class")
+            if ids[label - 1] != category["id"]:
+                moved.add(f"{category['name']!r} is {category['id']} in {part}, {ids[label - 1]} in the map")
+    if dropped:
+        notes.append("parent categories without objects left out: " + ", ".join(f"{i} {n}" for i, n in sorted(dropped.items())))
+    if moved:
+        notes.append("ids differ between the files, joined by name: " + "; ".join(sorted(moved)))
+    unused = [n for n in names if n.lower() not in used_names]
+    if unused:
+        notes.append(f"{len(unused)} classes without objects are kept: {', '.join(unused[:8])}{', ...' if len(unused) > 8 else ''}")
+    return names, ids, labels
+
+
+def _finder(path, part, file, images):
+    folder = os.path.dirname(os.path.abspath(file))
+    parent = os.path.dirname(folder)
+    stem = os.path.splitext(os.path.basename(file))[0].removeprefix("instances_")
+    places = [folder, os.path.join(folder, "images"), os.path.join(folder, stem)]
+    for base in (folder, parent):
+        for name in (stem, *PARTS.get(part, ())):
+            places += [os.path.join(base, name), os.path.join(base, "images", name), os.path.join(base, name, "images")]
+        places.append(os.path.join(base, "images"))
+    inside = os.path.abspath(path) if os.path.isdir(path) else folder
+    nested = os.path.basename(folder).lower() in ("coco", "annotations", "annos", "labels", "json")
+    return PictureFinder([images] if images else places, root=None if images else parent if nested else inside, part=part)
+
+
+def _used_folder(records):
+    return os.path.dirname(records[0].file) if records else ""
+
+
+def _read_part(content, label_of, finder, problems):
+    by_image = {}
+    for annotation in content["annotations"]:
+        by_image.setdefault(annotation["image_id"], []).append(annotation)
+    records, seen = [], set()
+    for image in content["images"]:
+        name, annotations = os.path.basename(image["file_name"]), by_image.pop(image["id"], [])
+        if image["id"] in seen:
+            problems.append(f"{name}: image id {image['id']} is given twice; this entry left out")
+            continue
+        seen.add(image["id"])
+        file = finder.find(image["file_name"])
+        if file is None:
+            problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(annotations)} objects)")
+            continue
+        size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
+        objects = [o for o in (_raw_object(a, label_of, name, problems) for a in annotations) if o is not None]
+        record = make_record(file, image["id"], objects, problems, listed_size=size)
+        if record is not None:
+            records.append(record)
+    for image_id, annotations in by_image.items():
+        problems.append(f"image id {image_id}: {len(annotations)} annotations of a picture that is not listed; dropped")
+    return records
+
+
+def _raw_object(annotation, label_of, name, problems):
+    segmentation, box = annotation.get("segmentation"), annotation.get("bbox")
+    if isinstance(segmentation, list):
+        if segmentation and not isinstance(segmentation[0], (list, tuple)):            # one flat ring, as some exporters write
+            segmentation = [segmentation]
+        odd = [s for s in segmentation if len(s) % 2 and not isinstance(s[0], (list, tuple))]
+        if odd:
+            problems.append(f"{name}, annotation {annotation['id']}: an outline has an odd number of coordinates; outline dropped")
+            segmentation = [s for s in segmentation if s not in odd]
+            if not segmentation:
+                return None
+    if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), str):
+        segmentation = {"size": segmentation.get("size"), "counts": segmentation["counts"].encode()}
+    if box is not None:
+        if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
+            problems.append(f"{name}, annotation {annotation['id']}: bbox {box} is not [x, y, width, height]; dropped")
+            return None
+        box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    return RawObject(annotation["id"], label_of[annotation["category_id"]], segmentation or None, box,
+                     bool(annotation.get("iscrowd", 0)), annotation.get("area"))
