@@ -1,0 +1,192 @@
+"""Checkpoints: one file that holds everything `evaluate.py`, `predict.py` and `train.py --resume` need.
+
+    model, checkpoint = load_checkpoint("runs/damagenet-demo-001/best.pt")      # rebuilt, weights in, eval mode
+
+The file is a `torch.save` of one plain dict (tensors, numbers, strings, lists, tuples), so it loads with
+`weights_only=True`: opening a stranger's checkpoint runs none of his code. Keys:
+
+    format        "minidamage"            version       1
+    model         name, as in MODELS      config        dict: the fields of the model's config dataclass
+    num_classes   K + 1, 0 = background   class_names   K names        category_ids  K ids of the data set
+    thresholds    {class name: score}, the best F1 on the validation part
+    weights       state_dict; the averaged weights when EMA is on (the raw ones are then train["raw_weights"])
+    train         what a resume needs: epoch, step, optimizer, scaler, rng, losses so far, metrics of past epochs
+    run           args, recipe, data path, layout, seed, commit, versions, kernels
+    split         {"train": [file, ...], "val": [...], "test": [...]}          metrics  {name: value} of this epoch
+
+A file is never written in place: the new one is written beside, flushed to the disk and renamed, so whatever kills the
+process (a second Ctrl-C, a full disk, a power cut) leaves the older file whole.
+"""
+import os
+import pickle
+import random
+import zipfile
+
+import numpy as np
+import torch
+
+from minidamage.config import from_dict
+
+FORMAT, VERSION = "minidamage", 1
+REQUIRED_KEYS = ("model", "config", "num_classes", "class_names", "weights")
+
+
+def save_checkpoint(path, state):
+    """Writes a checkpoint dict to `path`, whole or not at all.
+
+    Adds `format` and `version`. Raises OSError when the disk is full or the folder cannot be written; the older file, if
+    there was one, is then untouched and the half-written one is removed.
+    """
+    path = os.fspath(path)
+    partial = path + ".partial"                                       # same folder: a rename cannot cross file systems
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            file.flush()
+            os.fsync(file.fileno())                                   # on the disk before the name points to it
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:                          # torch reports a short write as a RuntimeError
+        _remove(partial)
+        cause = _os_error_behind(error)
+        if cause is None:
+            raise
+        older = f"The older {path} is whole." if os.path.exists(path) else "There was no older file."
+        raise OSError(cause.errno, f"could not write {path}: {cause.strerror or cause}. {older}") from error
+
+
+def read_checkpoint(path, device="cpu"):
+    """Returns the checkpoint dict of a file that `save_checkpoint` wrote, tensors on `device`.
+
+    Raises ValueError that says what is wrong: no such file, half-written, not one of ours, from a newer version.
+    """
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: expected a checkpoint file, got {'a folder' if os.path.isdir(path) else 'nothing there'}; "
+                         "a run folder holds best.pt and last.pt")
+    if not zipfile.is_zipfile(path):                                  # torch.save writes a zip whose index comes last
+        raise ValueError(f"{path}: half-written or not a checkpoint ({os.path.getsize(path):,} bytes, and the zip index that "
+                         "ends a torch file is missing); copy it again, or take the run's other file (best.pt, last.pt)")
+    try:
+        state = torch.load(path, map_location=device, weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise ValueError(f"{path}: damaged, or it holds more than plain tensors and numbers ({reason})") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        keys = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
+        raise ValueError(f"{path}: expected a checkpoint written by train.py, got another torch file ({keys}, ...); "
+                         "backbone weights go to train.py --pretrained FILE")
+    if state["version"] > VERSION:
+        raise ValueError(f"{path}: written by checkpoint version {state['version']}, this code reads up to {VERSION}; update minidamage")
+    missing = [key for key in REQUIRED_KEYS if key not in state]
+    if missing:
+        raise ValueError(f"{path}: the checkpoint lacks {', '.join(missing)}; it was not written by train.py")
+    return state
+
+
+def load_checkpoint(path, device="cpu"):
+    """Returns (model in eval mode on `device`, checkpoint dict), the model rebuilt from the name and config in the file.
+
+    Raises ValueError as `read_checkpoint`, and when the weights do not fit the model of that name.
+    """
+    checkpoint = read_checkpoint(path)
+    model = build_from_checkpoint(checkpoint, path)
+    return model.to(device).eval(), checkpoint
+
+
+def build_from_checkpoint(checkpoint, path="checkpoint", **changes):
+    """Returns the model of a checkpoint dict, on the CPU, in training mode; `changes` replace fields of its config."""
+    import minidamage                                                 # here: minidamage/__init__.py imports this file
+
+    name = checkpoint["model"]
+    if name not in minidamage.MODELS:
+        raise ValueError(f"{path}: holds model {name!r}, which this version does not have; known: {', '.join(minidamage.MODELS)}")
+    config_class = minidamage.MODELS[name][1]
+    config = from_dict(config_class, {**checkpoint["config"], **changes})
+    model = minidamage.build_model(name, num_classes=checkpoint["num_classes"], **vars(config))
+    load_weights(model, checkpoint["weights"], path)
+    return model
+
+
+def load_weights(model, weights, path="checkpoint"):
+    """Loads a state_dict into `model`, every tensor or none; raises ValueError that lists what does not fit."""
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - weights.keys()), sorted(weights.keys() - own.keys())
+    shapes = [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}"
+              for key in own.keys() & weights.keys() if own[key].shape != weights[key].shape]
+    problems = [f"{len(items)} {what} ({', '.join(items[:3])}{', ...' if len(items) > 3 else ''})"
+                for what, items in (("missing", missing), ("unexpected", unexpected), ("of another shape", sorted(shapes))) if items]
+    if problems:
+        raise ValueError(f"{path}: the weights do not fit the model {getattr(model, 'name', type(model).__name__)}: {'; '.join(problems)}. "
+                         "It is a checkpoint of another model, config or class list.")
+    model.load_state_dict(weights)
+
+
+def load_pretrained(model, path):
+    """Starts `model` from a weight file: a checkpoint of ours, a whole torchvision detector, or a ResNet body (torchvision, timm).
+
+    Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": [...]}, names of tensors: a whole detector
+    loads where name and shape agree (another number of classes leaves the last layers random). Raises ValueError when the
+    file cannot be read or nothing in it fits.
+    """
+    from minidamage.layers.resnet import load_body
+
+    path = os.fspath(path)
+    if not os.path.isfile(path):
+        raise ValueError(f"--pretrained {path}: there is no such file; minidamage downloads nothing, fetch the weights first")
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+        raise ValueError(f"--pretrained {path}: not a torch file of plain tensors, or half of one "
+                         f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
+    if not isinstance(weights, dict):
+        raise ValueError(f"--pretrained {path}: expected a state_dict, got {type(weights).__name__}")
+    weights = next((weights[key] for key in ("weights", "state_dict", "model") if isinstance(weights.get(key), dict)), weights)
+    weights = {key.removeprefix("module."): value for key, value in weights.items() if torch.is_tensor(value)}
+    if not any(key.startswith(("rpn.", "roi_heads.", "decoder.")) for key in weights):
+        return load_body(model, path)
+    own = model.state_dict()
+    fits = [key for key in weights if key in own and weights[key].shape == own[key].shape]
+    if not fits:
+        raise ValueError(f"--pretrained {path}: none of its {len(weights)} tensors has the name and shape of one in the model "
+                         f"({', '.join(list(weights)[:3])}, ...)")
+    model.load_state_dict({key: weights[key] for key in fits}, strict=False)
+    return {"loaded": fits, "missing": [key for key in own if key not in weights], "unexpected": [key for key in weights if key not in own],
+            "mismatched": [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in weights
+                           if key in own and weights[key].shape != own[key].shape]}
+
+
+def rng_state():
+    """The state of every random generator that training draws from (Python, numpy, torch, each GPU), as plain data."""
+    kind, keys, position, has_gauss, gauss = np.random.get_state()
+    return {"python": random.getstate(), "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, gauss],
+            "torch": torch.get_rng_state(), "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []}
+
+
+def set_rng_state(state):
+    """Puts back what `rng_state` returned; GPU states only where the number of GPUs is the same."""
+    version, internal, gauss_next = state["python"]
+    random.setstate((version, tuple(internal), gauss_next))
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def _remove(path):
+    try:
+        os.remove(path)
+    except OSError:
+        pass
+
+
+def _os_error_behind(error):
+    """The OSError in a chain of exceptions, or a stand-in for torch's own write errors; None when it is no write error."""
+    link = error
+    while link is not None:
+        if isinstance(link, OSError):
+            return link
+        link = link.__cause__ or link.__context__
+    if "write" in str(error):                                         # "PytorchStreamWriter failed writing file ..."
+        return OSError(None, str(error).splitlines()[0])
+    return None

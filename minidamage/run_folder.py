@@ -1,0 +1,155 @@
+"""The run folder: everything a training run leaves behind, so that a table can be traced to a command a year later.
+
+    runs/damagenet-demo-001/
+        config.json          model config, recipe, command line, seed, commit, versions, kernels, hardware
+        split.json           which picture trained, which chose, which is kept for the report
+        metrics.csv          one row an epoch: lr, train and val losses, AP            curves.png  the same, drawn
+        first_batch.png      what the model is fed: the first batch after augmentation, truth drawn on it
+        val_predictions.png  validation pictures of the best epoch, truth beside prediction
+        best.pt  last.pt     checkpoints (minidamage/checkpoint.py)
+"""
+import csv
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+
+import torch
+
+
+def new_run_folder(out, model, data):
+    """Makes and returns `out/<model>-<data>-NNN`, one above the highest number there is.
+
+    mkdir either makes the folder or fails, so two processes that start together get two folders.
+    """
+    name = re.sub(r"[^A-Za-z0-9_.]+", "_", os.path.basename(os.path.normpath(os.fspath(data)))).strip("_") or "data"
+    os.makedirs(out, exist_ok=True)
+    taken = [int(found[1]) for found in (re.fullmatch(rf"{re.escape(f'{model}-{name}')}-(\d+)", entry) for entry in os.listdir(out)) if found]
+    number = max(taken, default=0) + 1
+    while True:
+        folder = os.path.join(out, f"{model}-{name}-{number:03d}")
+        try:
+            os.mkdir(folder)
+            return folder
+        except FileExistsError:
+            number += 1
+
+
+def newest_run(out, file):
+    """The run folder under `out` whose `file` (best.pt, last.pt) was written last; ValueError when there is none."""
+    folders = [os.path.join(out, entry) for entry in os.listdir(out)] if os.path.isdir(out) else []
+    files = [path for path in (os.path.join(folder, file) for folder in folders) if os.path.isfile(path)]
+    if not files:
+        raise ValueError(f"expected a run with {file} under {out}/, found none; train one first (python train.py) or name the run")
+    return os.path.dirname(max(files, key=os.path.getmtime))
+
+
+def find_checkpoint(run, out, file):
+    """The checkpoint path of `run`: a .pt file, a run folder (its `file` is taken), or "" for the newest run under `out`."""
+    if not run:
+        return os.path.join(newest_run(out, file), file)
+    if os.path.isdir(run):
+        path = os.path.join(run, file)
+        if not os.path.isfile(path):
+            raise ValueError(f"{run}: expected a run folder with {file}, found {', '.join(sorted(os.listdir(run))[:8]) or 'an empty folder'}")
+        return path
+    if not os.path.isfile(run):
+        raise ValueError(f"{run}: expected a run folder or a .pt file, there is neither")
+    return run
+
+
+def write_json(path, value):
+    """Writes indented JSON beside `path` and renames it; what JSON does not know (paths, devices) becomes a string."""
+    partial = f"{path}.partial"
+    with open(partial, "w", encoding="utf-8") as file:
+        json.dump(value, file, indent=1, ensure_ascii=False, default=str)
+        file.write("\n")
+    os.replace(partial, path)
+
+
+def write_metrics(path, history):
+    """Writes metrics.csv: one row an epoch from a list of {column: number}, columns in order of first appearance.
+
+    The whole file is written each time from the list that the checkpoint carries: after a kill and a resume it has every
+    epoch once.
+    """
+    columns = list(dict.fromkeys(column for row in history for column in row))
+    partial = f"{path}.partial"
+    with open(partial, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, restval="")
+        writer.writeheader()
+        writer.writerows({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()} for row in history)
+    os.replace(partial, path)
+
+
+def split_files(parts, root):
+    """{"train": [file, ...], ...}: the pictures of each part, relative to the data folder where they lie inside it."""
+    root = os.path.abspath(root)
+    return {name: [_relative(record.file, root) for record in records] for name, records in parts.items()}
+
+
+def select_split(dataset, split):
+    """The records of a stored split, in its order; ValueError when the data set no longer has all of its pictures."""
+    root = os.path.abspath(dataset.path)
+    by_file = {_relative(record.file, root): record for records in dataset.parts.values() for record in records}
+    gone = [file for files in split.values() for file in files if file not in by_file]
+    if gone:
+        raise ValueError(f"{dataset.path}: expected the {sum(map(len, split.values()))} pictures of the run's split, {len(gone)} are not there "
+                         f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); give --data the folder that the run was trained on")
+    return {name: [by_file[file] for file in files] for name, files in split.items()}
+
+
+def _relative(file, root):
+    path = os.path.abspath(file)
+    inside = os.path.commonpath([path, root]) == root if os.path.splitdrive(path)[0] == os.path.splitdrive(root)[0] else False
+    return os.path.relpath(path, root).replace(os.sep, "/") if inside else path
+
+
+def command_line():
+    """The command that started this process, as one would type it."""
+    return shlex.join(["python", *sys.argv])
+
+
+def environment(device):
+    """What the numbers were made with: commit, versions, kernels, hardware. Plain JSON."""
+    from minidamage.ops import _extension
+
+    device = torch.device(device)
+    gpu = torch.cuda.get_device_properties(device) if device.type == "cuda" else None
+    return {"commit": git_commit(),
+            "versions": {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
+                         **{name: _version(name) for name in ("numpy", "pillow", "minidamage")}},
+            "kernels": {"mode": _extension.kernels_mode(), "backend": _extension.backend()},
+            "hardware": {"device": str(device), "gpu": f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB" if gpu else None,
+                         "cpu": _cpu_name(), "cpus": os.cpu_count(), "threads": torch.get_num_threads(), "system": platform.platform()}}
+
+
+def git_commit():
+    """The commit of this source tree, with "+changes" when files differ from it; None outside git or without git."""
+    here = os.path.dirname(os.path.abspath(__file__))
+
+    def git(*words):
+        return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    try:
+        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package):
+    from importlib import metadata
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name():
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            return next(line.split(":", 1)[1].strip() for line in file if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()

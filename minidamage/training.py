@@ -1,0 +1,295 @@
+"""From a command line to a `Run`: the data, the model, the recipe and the counters that `train()` in train.py works on.
+
+A run starts fresh (`settle` decides what it is made of) or goes on where an earlier one stopped (`restore`). Every user's
+mistake is found here, before the first step, and raised as a ValueError that says what was expected, what came, what to type.
+"""
+import argparse
+import copy
+import dataclasses
+import difflib
+import os
+import random
+
+import numpy as np
+import torch
+
+import minidamage
+from minidamage import MODELS, run_folder
+from minidamage.checkpoint import build_from_checkpoint, load_pretrained, load_weights, read_checkpoint, set_rng_state
+from minidamage.config import Recipe, apply_settings, from_dict
+from minidamage.data import DetectionDataset, limit, load_dataset
+from minidamage.data.split import three_parts
+from minidamage.data.synthetic import make_demo
+from minidamage.metrics.detection import CocoEvaluator
+
+DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "out": "runs", "limit": 1.0, "amp": "off", "deterministic": False, "patience": 0,
+            "set": [], "split": None}
+CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp"}
+OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant")
+
+
+@dataclasses.dataclass
+class State:
+    """Where a run stands. It travels in last.pt, so a resumed run goes on as if it had never stopped."""
+
+    epoch: int = 0
+    step: int = 0                                                     # steps done in this epoch; all of them: validation is next
+    sums: dict = dataclasses.field(default_factory=dict)              # loss term -> sum over the steps of this epoch
+    seconds: float = 0.0                                              # spent in this epoch
+    history: list = dataclasses.field(default_factory=list)           # one {column: value} a finished epoch: metrics.csv
+    best: float | None = None                                         # of recipe.select_by
+    best_epoch: int = -1
+
+
+@dataclasses.dataclass
+class Run:
+    """All that `train` works on; `set_up` builds it."""
+
+    folder: str
+    args: argparse.Namespace
+    recipe: Recipe
+    device: torch.device
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    train_set: DetectionDataset
+    val_set: DetectionDataset
+    identity: dict                                                    # the checkpoint's keys that never change in a run
+    ema: "Ema | None" = None
+    state: State = dataclasses.field(default_factory=State)
+    unsaved: set = dataclasses.field(default_factory=set)             # files whose last write met a full disk
+
+    def path(self, file):
+        """Path of a file in the run folder."""
+        return os.path.join(self.folder, file)
+
+
+def set_up(given):
+    """Builds the Run of a command line, new or resumed. given: {flag: value} of the flags that were typed.
+
+    Raises ValueError for every user's mistake, before anything is written.
+    """
+    checkpoint, args = None, argparse.Namespace(**{**DEFAULTS, **given})
+    if "resume" in given:
+        path = run_folder.find_checkpoint(given["resume"], args.out, "last.pt")
+        checkpoint = read_checkpoint(path)
+        args = resumed_arguments(given, checkpoint, path)
+    check_arguments(args)
+    random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS asks for it; read when CUDA starts
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+
+    dataset = open_data(args)
+    if checkpoint is None:
+        config, recipe = settle(args)
+        parts = split_parts(dataset, args)
+        model = minidamage.build_model(args.model, num_classes=len(dataset.class_names) + 1, **vars(config))
+        if "pretrained" in given:
+            print_report(load_pretrained(model, args.pretrained), args.pretrained)
+    else:
+        check_same_classes(dataset, checkpoint, path)
+        recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
+        parts = run_folder.select_split(dataset, checkpoint["split"])
+        model = build_from_checkpoint(checkpoint, path)
+    check_recipe(recipe, metric_names(model))
+    model.to(args.device)
+
+    folder = os.path.dirname(path) if checkpoint else run_folder.new_run_folder(args.out, args.model, args.data)
+    run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
+              optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
+              train_set=DetectionDataset(parts["train"], recipe, seed=args.seed, train=True), val_set=DetectionDataset(parts["val"]),
+              ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
+              identity=identity(model, dataset, parts, recipe, args, checkpoint))
+    if checkpoint:
+        restore(run, checkpoint, path)
+    run_folder.write_json(os.path.join(folder, "config.json"), {key: run.identity[key] for key in ("model", "config", "num_classes",
+                                                                                              "class_names", "category_ids", "run")})
+    run_folder.write_json(os.path.join(folder, "split.json"), run.identity["split"])
+    return run
+
+
+def restore(run, checkpoint, path):
+    """Puts weights, optimiser, averages, random generators and counters back, exactly as they were."""
+    train = checkpoint["train"]
+    run.state = State(**{field.name: train[field.name] for field in dataclasses.fields(State)})
+    if run.state.epoch >= run.recipe.epochs:
+        raise ValueError(f"{path}: this run has done its {run.state.epoch} epochs; to go on, give it more: --epochs {2 * run.state.epoch}")
+    if run.ema is not None:                                           # the model was built with the averaged weights
+        load_weights(run.model, train["raw_weights"], path)
+        run.ema.updates = train["ema_updates"]
+    run.optimizer.load_state_dict(train["optimizer"])
+    if train["scaler"]:
+        run.scaler.load_state_dict(train["scaler"])
+    set_rng_state(train["rng"])
+
+
+def identity(model, dataset, parts, recipe, args, checkpoint):
+    """The checkpoint's keys that stay the same from epoch to epoch."""
+    earlier = checkpoint["run"]["commands"] if checkpoint else []
+    typed = {key: value for key, value in vars(args).items() if key != "resume"}
+    return {"model": args.model, "config": vars(model.config), "num_classes": len(dataset.class_names) + 1,
+            "class_names": list(dataset.class_names), "category_ids": list(dataset.category_ids),
+            "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": run_folder.split_files(parts, dataset.path),
+            "run": {"commands": [*earlier, run_folder.command_line()], "args": typed, "recipe": dataclasses.asdict(recipe),
+                    "data": os.path.abspath(dataset.path), "layout": dataset.layout, "seed": args.seed,
+                    **run_folder.environment(args.device)}}
+
+
+def open_data(args):
+    """The Dataset of --data; "demo" is drawn first, once, into a folder under --out."""
+    path = make_demo(os.path.join(args.out, "demo-data")) if args.data == "demo" else args.data
+    return load_dataset(path)
+
+
+def split_parts(dataset, args):
+    """{"train": records, "val": ..., "test": ...} by the protocol of minidamage/data/split.py, train and val cut by --limit."""
+    parts = three_parts(dataset, args.split, seed=args.seed)
+    if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
+        parts = {name: records if name == "test" else limit(records, args.limit, seed=args.seed) for name, records in parts.items()}
+    for name in ("train", "val"):
+        if not parts[name]:
+            raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none "
+                             f"({', '.join(f'{key} {len(value)}' for key, value in parts.items())}); more pictures, or another --split or --limit")
+    return parts
+
+
+def settle(args):
+    """(model config, Recipe): the model file's own, changed by DEMO for the demo set, then by the flags, then by --set."""
+    model_class, config_class, recipe, demo = MODELS[args.model]
+    config = config_class()
+    if args.data == "demo":
+        config, recipe = dataclasses.replace(config, **demo["config"]), dataclasses.replace(recipe, **demo["recipe"])
+    in_epochs = recipe.epochs
+    recipe = override(recipe, vars(args))
+    if recipe.epochs != in_epochs:                                    # a longer or shorter run keeps the shape of its schedule
+        milestones = tuple(round(milestone * recipe.epochs / in_epochs) for milestone in recipe.milestones)
+        recipe = dataclasses.replace(recipe, milestones=milestones)
+    if hasattr(args, "size"):
+        config = dataclasses.replace(config, min_size=args.size, max_size=round(args.size * config.max_size / config.min_size))
+    fields = {which: {field.name for field in dataclasses.fields(which)} for which in (config_class, Recipe)}
+    for setting in args.set:
+        key = setting.partition("=")[0]
+        if key in fields[config_class]:
+            config = apply_settings(config, [setting])
+        elif key in fields[Recipe] or "=" not in setting:
+            recipe = apply_settings(recipe, [setting])
+        else:
+            known = sorted(fields[config_class] | fields[Recipe])
+            raise ValueError(f"--set {setting}: neither {config_class.__name__} nor the recipe has a field {key!r}; did you mean "
+                             f"{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]!r}? Fields: {', '.join(known)}")
+    return config, recipe
+
+
+def override(recipe, given):
+    """The recipe with the flags that were typed. --lr is the rate itself: no scaling with the batch."""
+    names = {"epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "clip": "clip_grad_norm", "ema": "ema_decay", "select": "select_by"}
+    changes = {field: given[flag] for flag, field in names.items() if flag in given}
+    return dataclasses.replace(recipe, **changes, **({"lr_batch_size": 0} if "lr" in given else {}))
+
+
+def resumed_arguments(given, checkpoint, path):
+    """The arguments of the run that is resumed, with the flags that may change; ValueError for one that would make it another run."""
+    if "optimizer" not in checkpoint.get("train", {}):
+        raise ValueError(f"{path}: holds weights for use, not the state of a training; resume from last.pt beside it, "
+                         f"or start a new run from it: --pretrained {path}")
+    saved = {**DEFAULTS, **checkpoint["run"]["args"]}
+    for flag, value in given.items():
+        if flag not in CHANGES_ON_RESUME and value != saved.get(flag):
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: {path} was trained with {saved.get(flag, 'the recipe of its model')}, and "
+                             f"a resumed run keeps it (it may change {', '.join(f'--{name}' for name in sorted(CHANGES_ON_RESUME - {'resume'}))}). "
+                             f"For another run, start one from these weights: --pretrained {path}")
+    return argparse.Namespace(**{**saved, **given})
+
+
+def check_same_classes(dataset, checkpoint, path):
+    """ValueError when the data set's classes are not the ones that the run was started with, in the same order."""
+    trained, found = list(checkpoint["class_names"]), list(dataset.class_names)
+    if trained != found:
+        raise ValueError(f"{dataset.path}: expected the {len(trained)} classes of {path} ({', '.join(trained)}), got {len(found)} "
+                         f"({', '.join(found)}); resume with the run's own data, or start a new run: --pretrained {path}")
+
+
+def check_arguments(args):
+    """ValueError for the flags whose values cannot be; fills in what depends on the machine (device, workers)."""
+    if args.model not in MODELS:
+        near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
+    ranges = {"epochs": (lambda v: v >= 1, "1 or more"), "batch_size": (lambda v: v >= 1, "1 or more"), "size": (lambda v: v >= 32, "32 pixels or more"),
+              "lr": (lambda v: v > 0, "a rate above 0"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
+              "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "clip": (lambda v: v >= 0, "0 (off) or a gradient norm"),
+              "workers": (lambda v: v >= 0, "0 or more processes"), "ema": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"),
+              "seed": (lambda v: v >= 0, "0 or more")}
+    for name, (fits, expected) in ranges.items():
+        value = getattr(args, name, None)
+        if value is not None and not fits(value):
+            raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
+    args.device = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        kind = torch.device(args.device).type
+    except RuntimeError:
+        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}") from None
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"--device {args.device}: this machine has no GPU that torch {torch.__version__} can use; leave --device out, or "
+                         "install a CUDA build of torch and the driver")
+    if args.amp == "fp16" and kind != "cuda":
+        raise ValueError(f"--amp fp16 needs a GPU (its gradient scaler), got --device {args.device}; use --amp bf16 or off")
+    if getattr(args, "workers", None) is None:
+        args.workers = 0 if kind == "cpu" else min(8, os.cpu_count() or 1)     # on a CPU, training needs every core itself
+
+
+def check_recipe(recipe, names):
+    """ValueError for recipe values (from --set, or a flag) that the loop does not know. names: the metrics that can choose."""
+    for field, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("select_by", names)):
+        value = getattr(recipe, field)
+        if value not in known:
+            near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{'--select' if field == 'select_by' else field}: there is no {value!r}; did you mean {near!r}? Known: {', '.join(known)}")
+
+
+def iou_types(model):
+    """("bbox", "segm"), or ("bbox",) for a detector without a mask branch."""
+    return ("bbox", "segm") if getattr(model.roi_heads, "mask_predictor", None) is not None else ("bbox",)
+
+
+def metric_names(model):
+    """Names of the validation metrics that may choose best.pt, without their val/ in metrics.csv."""
+    return ["loss", *CocoEvaluator(["damage"], iou_types(model)).evaluate().stats]
+
+
+def print_report(report, path):
+    """Says what of a weight file went in and what did not, name by name: a head that starts at random is never a surprise."""
+    print(f"{path}: {len(report['loaded'])} tensors loaded into the model")
+    for what, meaning in (("missing", "not in the file; they keep their random start"), ("unexpected", "in the file, not in the model; not used"),
+                          ("mismatched", "of another shape; they keep their random start")):
+        names = [str(name) for name in report.get(what, [])]
+        if names:
+            print(f"  {len(names)} {meaning}: {', '.join(names[:12])}{f' and {len(names) - 12} more' if len(names) > 12 else ''}")
+
+
+class Ema:
+    """An exponential moving average of a model's weights: what validation, best.pt and predictions use when it is on."""
+
+    def __init__(self, model, decay):
+        self.model, self.decay, self.updates = copy.deepcopy(model).eval().requires_grad_(False), decay, 0
+
+    @torch.no_grad()
+    def update(self, model):
+        """The decay grows to its value, so that the random start is forgotten within the first few dozen steps."""
+        self.updates += 1
+        decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
+        for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values()):
+            if mine.is_floating_point():
+                mine.lerp_(theirs, 1.0 - decay)
+            else:
+                mine.copy_(theirs)                                    # counters
+
+
+def make_optimizer(model, recipe):
+    """The recipe's optimiser over all trainable parameters; weight decay falls on every one of them, as in torchvision's recipe."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if recipe.optimizer == "sgd":
+        return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay)
+    kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
+    return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay)

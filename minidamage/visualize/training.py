@@ -1,0 +1,38 @@
+"""The two pictures a training run draws: what the model is fed, and what it makes of the validation part."""
+from minidamage.visualize.overlay import draw_detections, draw_truth, grid, save_picture
+
+
+def draw_first_batch(path, images, targets, class_names):
+    """Draws a training batch as the model receives it: after augmentation, with boxes and masks.
+
+    images: list of uint8 or float [3, H, W]. targets: dicts of boxes [G, 4], labels [G], masks [G, H, W] and file.
+    """
+    drawn = [draw_truth(image, target["boxes"].cpu(), target["labels"].cpu(), _masks(target), class_names)
+             for image, target in zip(images, targets)]
+    titles = [f"{_file_name(target['file'])}  {len(target['labels'])} object{'s' * (len(target['labels']) != 1)}" for target in targets]
+    return save_picture(path, grid(drawn, titles, title="First training batch, after augmentation"))
+
+
+def draw_predictions(path, shown, class_names, thresholds, title):
+    """Draws truth beside prediction, a row a picture.
+
+    shown: list of (image uint8 [3, H, W], target dict, detection dict with masks as RLEs or absent). thresholds:
+    {class name: score}; detections below their class's threshold are left out, as they would be in use.
+    """
+    pictures, titles = [], []
+    for image, target, detection in shown:
+        labels, scores = detection["labels"].cpu(), detection["scores"].cpu()
+        keep = [k for k, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())) if score >= thresholds.get(class_names[label - 1], 0.5)]
+        masks = [detection["masks"][k] for k in keep] if detection.get("masks") is not None else None
+        pictures += [draw_truth(image, target["boxes"], target["labels"], _masks(target), class_names, target.get("iscrowd")),
+                     draw_detections(image, detection["boxes"].cpu()[keep], labels[keep], scores[keep], masks, class_names)]
+        titles += [f"{_file_name(target['file'])}: truth", "prediction"]
+    return save_picture(path, grid(pictures, titles, columns=2, title=title))
+
+
+def _masks(target):
+    return target["masks"].cpu().numpy().astype(bool) if target.get("masks") is not None else None
+
+
+def _file_name(file):
+    return str(file).replace("\\", "/").rsplit("/", 1)[-1]

@@ -1,0 +1,352 @@
+"""Trains any model of minidamage on any data set it reads. One visible loop: `train()`, with `backward()` in the middle of it.
+
+    python train.py                                                    the drawn demo set, DamageNet, a laptop, minutes
+    python train.py --model damagenet --data vehide/ --pretrained resnet50.pth
+    python train.py --resume                                           the newest run, from where it stopped
+
+Read top to bottom: the loop, validation, the learning rate, then how a run is set up from the command line. Every run
+writes a folder of its own under runs/ (minidamage/run_folder.py says what is in it).
+"""
+import argparse
+import dataclasses
+import math
+import os
+import sys
+import time
+
+import numpy as np
+import torch
+
+from minidamage import masks, run_folder
+from minidamage.checkpoint import rng_state, save_checkpoint
+from minidamage.data import collate
+from minidamage.metrics.detection import CocoEvaluator
+from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
+from minidamage.training import DEFAULTS, MODELS, iou_types, set_up
+from minidamage.visualize.plots import curves_from_csv
+from minidamage.visualize.training import draw_first_batch, draw_predictions
+
+AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
+HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")          # of an epoch's line
+
+
+class NonFiniteLoss(ValueError):
+    """A loss term became NaN or infinite."""
+
+
+# ---------------------------------------------------------------------------------------------------------- the loop
+
+def train(run, stop):
+    """Trains until the last epoch, `patience` or a signal. Returns True when training came to its end."""
+    recipe, state, model, device = run.recipe, run.state, run.model, run.device
+    steps_per_epoch = math.ceil(len(run.train_set) / recipe.batch_size)
+    progress = Progress(recipe.epochs * steps_per_epoch, state.epoch * steps_per_epoch + state.step, device)
+    autocast = torch.autocast(device.type, AMP_DTYPES.get(run.args.amp), enabled=run.args.amp != "off")
+
+    while state.epoch < recipe.epochs:
+        model.train()
+        tick = time.perf_counter()
+        for images, targets in training_batches(run):
+            step = state.epoch * steps_per_epoch + state.step
+            for group in run.optimizer.param_groups:
+                group["lr"] = lr_at(step, steps_per_epoch, recipe)
+            if step == 0:
+                keep(run, "first_batch.png", lambda path: draw_first_batch(path, images, targets, run.identity["class_names"]))
+
+            with autocast:
+                losses = model(images, targets)                       # {"loss_...": scalar}; the model moves its inputs
+                loss = sum(losses.values())
+            values = read_losses(losses)                              # starts the copy; the GPU goes on working
+            run.optimizer.zero_grad(set_to_none=True)
+            run.scaler.scale(loss).backward()                         # <- a breakpoint here sees images, targets, losses
+            values = check_losses(values(), targets, run)
+            if recipe.clip_grad_norm > 0:
+                run.scaler.unscale_(run.optimizer)
+                torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
+            run.scaler.step(run.optimizer)
+            run.scaler.update()
+            if run.ema is not None:
+                run.ema.update(model)
+
+            state.step += 1
+            state.sums = {name: state.sums.get(name, 0.0) + value for name, value in values.items()}
+            now = time.perf_counter()
+            state.seconds, tick = state.seconds + now - tick, now
+            progress.step(step + 1, len(images), f"epoch {state.epoch + 1}/{recipe.epochs}  {state.step}/{steps_per_epoch}", values)
+            if stop.requested:
+                break
+        metrics = None if stop.requested else validate(run, stop, progress)
+        if metrics is None:                                           # Ctrl-C or SIGTERM, in training or in validation
+            progress.clear()
+            return False
+        state.seconds += time.perf_counter() - tick
+        better = finish_epoch(run, metrics, progress)
+        if run.args.patience and not better and state.epoch - 1 - state.best_epoch >= run.args.patience:
+            print(f"stopped early: {recipe.select_by} has not improved for {run.args.patience} epochs (--patience)")
+            break
+    return True
+
+
+def training_batches(run):
+    """The batches of this epoch that are still to be done, in an order that depends on the seed and the epoch alone."""
+    state, size = run.state, run.recipe.batch_size
+    order = np.random.default_rng([run.args.seed, state.epoch]).permutation(len(run.train_set)).tolist()
+    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    run.train_set.set_epoch(state.epoch)                              # augmentation draws from (seed, epoch, picture)
+    return loader(run, run.train_set, batches[state.step:])
+
+
+def loader(run, dataset, batches):
+    """A DataLoader over lists of indices. Its own generator: torch's global one belongs to the model, for exact resumes."""
+    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=run.args.workers,
+                                       worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda", generator=torch.Generator())
+
+
+def read_losses(losses):
+    """Starts copying the loss terms to the CPU; the function that comes back waits for them and returns {term: float}.
+
+    On a GPU the wait is for the forward pass alone: backward is queued meanwhile, and the GPU never idles.
+    """
+    stacked = torch.stack([value.detach().float() for value in losses.values()])
+    copied = torch.cuda.Event() if stacked.is_cuda else None
+    stacked = stacked.to("cpu", non_blocking=True)
+    if copied is not None:
+        copied.record()
+
+    def values():
+        if copied is not None:
+            copied.synchronize()
+        return dict(zip(losses, stacked.tolist()))
+    return values
+
+
+def check_losses(values, targets, run):
+    """Returns `values`; raises NonFiniteLoss that names the term, the files and what to type, before the weights are touched."""
+    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
+    if not broken:
+        return values
+    state, recipe = run.state, run.recipe
+    whole = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
+    saved = save(run, "last.pt", {}) if whole else False              # else: last.pt of the previous epoch is the good one
+    rate = run.optimizer.param_groups[0]["lr"]
+    raise NonFiniteLoss(
+        f"{', '.join(f'{name} = {value}' for name, value in broken.items())} in epoch {state.epoch + 1}, step {state.step + 1}.\n"
+        f"  all terms   {', '.join(f'{name} {value:.4g}' for name, value in values.items())};  lr {rate:.3g}\n"
+        f"  files       {', '.join(str(target['file']) for target in targets)}\n"
+        f"  weights     {'finite' if whole else 'not finite: the step before already broke them'};  "
+        f"{run.path('last.pt')} is {'from just before this step' if saved else 'good, from the epoch before'}\n"
+        f"  try         a lower rate or clipping: python train.py --resume {run.folder} --lr {rate / 4:.3g} --clip {recipe.clip_grad_norm or 10:g}"
+        f"{' --amp off' if run.args.amp != 'off' else ''}\n"
+        f"              and if it is always these files: python -m minidamage.data {run.args.data}")
+
+
+# -------------------------------------------------------------------------------------------------------- validation
+
+@torch.no_grad()
+def validate(run, stop, progress):
+    """Returns {"loss": ..., "bbox/AP": ..., ...} of the validation part and draws val_predictions.png when it is the best so far.
+
+    None when a signal came. Draws from random generators of its own, so training goes on as if it had not happened.
+    """
+    model = run.model if run.ema is None else run.ema.model
+    model.eval()
+    evaluate = {"detection": validate_detection}[model.task]          # segmentation: one more line here
+    batches = [[i] for i in range(len(run.val_set))]                  # one at a time: pictures of any size, least memory
+    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
+        torch.manual_seed(run.args.seed)
+        return evaluate(run, model, loader(run, run.val_set, batches), stop, progress)
+
+
+def validate_detection(run, model, batches, stop, progress):
+    records, names = run.val_set.records, run.identity["class_names"]
+    evaluator, sums, shown = CocoEvaluator(names, iou_types(model)), {}, []
+    for images, targets in batches:
+        if stop.requested:
+            return None
+        image, target = images[0], targets[0]
+        progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  validation {target['index'] + 1}/{len(records)}")
+        losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
+        for name, value in read_losses(losses)().items():
+            sums[name] = sums.get(name, 0.0) + value
+        add_picture(evaluator, target, detections[0], image.shape[-2:])
+        if target["index"] in pictures_to_show(records):
+            shown.append((image, target, detections[0]))
+    result = evaluator.evaluate()
+    run.identity["thresholds"] = result.best_thresholds()             # per class, best F1 on this part; never on test
+    means = {name: value / len(records) for name, value in sums.items()}
+    metrics = {"loss": sum(means.values()), **means, **result.stats}
+    if is_better(metrics[run.recipe.select_by], run):
+        title = f"Validation, epoch {run.state.epoch + 1}"
+        keep(run, "val_predictions.png", lambda path: draw_predictions(path, shown, names, run.identity["thresholds"], title))
+    return metrics
+
+
+def add_picture(evaluator, target, detection, size):
+    """Gives one picture's truth and detections to the evaluator, masks as run lengths."""
+    height, width = size
+    evaluator.add_truth(target["index"], target["boxes"], target["labels"], masks.encode(target["masks"].numpy()) if "masks" in target else None,
+                        target["iscrowd"], target["area"], height, width)
+    evaluator.add_detections(target["index"], detection["boxes"].cpu(), detection["scores"].cpu(), detection["labels"].cpu(), detection.get("masks"))
+
+
+def pictures_to_show(records):
+    """Indices of the pictures in val_predictions.png: spread over those with objects, and the last one without any."""
+    damaged = [i for i, record in enumerate(records) if len(record.labels)]
+    whole = [i for i, record in enumerate(records) if not len(record.labels)][-1:]
+    spread = np.linspace(0, len(damaged) - 1, min(PICTURES_SHOWN - len(whole), len(damaged))).round().astype(int)
+    return {damaged[i] for i in spread} | set(whole)
+
+
+def is_better(value, run):
+    """Whether `value` of the chosen metric beats the best so far; losses fall, everything else rises, NaN never wins."""
+    best, sign = run.state.best, -1 if "loss" in run.recipe.select_by else 1
+    return best is None or best != best or sign * value > sign * best
+
+
+def finish_epoch(run, metrics, progress):
+    """Writes metrics.csv, curves.png, best.pt and last.pt; returns whether this epoch is the best so far."""
+    state, select_by = run.state, run.recipe.select_by
+    steps = max(state.step, 1)
+    train_losses = {f"train/{name}": value / steps for name, value in state.sums.items()}
+    row = {"epoch": state.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], "train/loss": sum(train_losses.values()), **train_losses,
+           **{f"val/{name}": value for name, value in metrics.items()}, "seconds": round(state.seconds, 2)}
+    better = is_better(metrics[select_by], run)
+    if better:
+        state.best, state.best_epoch = metrics[select_by], state.epoch
+    state.history.append(row)
+    state.epoch, state.step, state.sums, state.seconds = state.epoch + 1, 0, {}, 0.0
+    keep(run, "metrics.csv", lambda path: run_folder.write_metrics(path, state.history))
+    keep(run, "curves.png", lambda path: curves_from_csv(run.path("metrics.csv"), path))
+    if better:
+        save(run, "best.pt", metrics)
+    save(run, "last.pt", metrics)                                     # last: a kill between the two repeats the epoch, and its best.pt
+    progress.line(f"epoch {state.epoch}/{run.recipe.epochs}  train loss {row['train/loss']:.4f}  val loss {metrics['loss']:.4f}  "
+                  f"{'  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINES if name in metrics)}  "
+                  f"{clock(row['seconds'])}{f'  best {select_by}' if better else ''}")
+    return better
+
+
+def save(run, file, metrics):
+    """Writes last.pt (all that a resume needs) or best.pt (what evaluate.py and predict.py need)."""
+    weights = run.model.state_dict()
+    averaged = weights if run.ema is None else run.ema.model.state_dict()
+    state = {**run.identity, "weights": averaged, "metrics": metrics, "train": {"epoch": run.state.epoch}}
+    if file == "last.pt":
+        state["train"] = {**dataclasses.asdict(run.state), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
+                          "rng": rng_state(), "ema_updates": run.ema.updates if run.ema else 0, "raw_weights": weights if run.ema else None}
+    return keep(run, file, lambda path: save_checkpoint(path, state))
+
+
+def keep(run, file, write):
+    """Calls write(path of a file in the run folder). A full disk is no reason to lose a training: it warns and returns False."""
+    try:
+        write(run.path(file))
+    except OSError as error:
+        run.unsaved.add(file)
+        print(f"\nWARNING: {file}: {error.strerror or error}\n         Free some space: training goes on, the next try is after the next epoch.",
+              file=sys.stderr)
+        return False
+    run.unsaved.discard(file)
+    return True
+
+
+# ------------------------------------------------------------------------------------- learning rate, command line
+
+def lr_at(step, steps_per_epoch, recipe):
+    """The learning rate of a step (counted over the whole run, from 0): linear scaling with the batch, warm-up, schedule.
+
+    Scaling: Goyal et al. 2017, `recipe.lr` is for `recipe.lr_batch_size` pictures a step (0: taken as it stands).
+    """
+    total = recipe.epochs * steps_per_epoch
+    lr = recipe.lr * (recipe.batch_size / recipe.lr_batch_size if recipe.lr_batch_size else 1.0)
+    warmup = min(recipe.warmup_iters, total // 3)
+    if step < warmup:
+        return lr * (step + 1) / (warmup + 1)
+    if recipe.schedule == "constant":
+        return lr
+    if recipe.schedule == "cosine":
+        return lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
+    return lr * recipe.gamma ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)      # "step"
+
+
+def parse_arguments(argv=None):
+    """Returns {flag: value} of the flags that were typed, so that a resumed run knows what is meant to change."""
+    parser = argparse.ArgumentParser(description="Trains a damage model; without arguments, DamageNet on a drawn demo set.",
+                                     argument_default=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--model", help=f"one of {', '.join(MODELS)} (default: {DEFAULTS['model']})")
+    add("--data", metavar="PATH", help="data set folder or annotation file, any known layout; 'demo' draws one (default: demo)")
+    add("--epochs", type=int, help="passes over the training part (default: the model's recipe; the demo has its own)")
+    add("--batch-size", type=int, help="pictures a step (default: recipe)")
+    add("--size", type=int, help="shorter side of the resized picture, pixels; the longer side's limit moves with it (default: model config)")
+    add("--lr", type=float, help="learning rate at this batch size, as it stands (default: the recipe's, scaled linearly with the batch)")
+    add("--seed", type=int, help=f"of weights, order, augmentation and split (default: {DEFAULTS['seed']})")
+    add("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
+    add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
+    add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")
+    add("--deterministic", action="store_true", help="equal bytes from run to run on a GPU too; slower there")
+    add("--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.999; the average is validated and kept (default: recipe)")
+    add("--clip", type=float, metavar="NORM", help="largest gradient norm, 0 = off (default: recipe)")
+    add("--patience", type=int, metavar="EPOCHS", help="stop when the chosen metric has not improved for so many epochs, 0 = never (default)")
+    add("--select", metavar="METRIC", help="what chooses best.pt, a val/ column of metrics.csv such as segm/AP50 or loss (default: recipe)")
+    add("--limit", type=float, metavar="SHARE", help="train and validate on a seeded share, e.g. 0.4; the test part stays whole (default: 1)")
+    add("--split", metavar="A/B/C", help="pool all pictures and split train/val/test by vehicle, e.g. 70/15/15 (default: the set's own parts)")
+    add("--pretrained", metavar="FILE", help="start weights: a ResNet body (torchvision, timm), a whole detector, or a checkpoint; lists what does not fit")
+    add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run folder or its last.pt (default: the newest run under --out)")
+    add("--set", action="append", metavar="FIELD=VALUE", help="change one field of the model config or the recipe; may be repeated")
+    add("--out", metavar="FOLDER", help=f"where run folders go (default: {DEFAULTS['out']})")
+    return vars(parser.parse_args(argv))
+
+
+def introduce(run):
+    """Prints what is about to happen, in the words that can be typed to change it."""
+    recipe, counts = run.recipe, {name: len(files) for name, files in run.identity["split"].items()}
+    parameters = sum(parameter.numel() for parameter in run.model.parameters())
+    kernels, hardware = run.identity["run"]["kernels"], run.identity["run"]["hardware"]
+    print(f"{run.args.model}, {parameters / 1e6:.2f} M parameters, on {hardware['gpu'] or hardware['cpu']} "
+          f"({hardware['threads']} threads, kernels {kernels['backend']}, amp {run.args.amp})")
+    print(f"pictures: {', '.join(f'{name} {count}' for name, count in counts.items())}; {run.val_set.layout if hasattr(run.val_set, 'layout') else ''}")
+    print(f"config: {', '.join(f'{key}={value}' for key, value in run.identity['config'].items())}")
+    print(f"recipe: {', '.join(f'{key}={value}' for key, value in dataclasses.asdict(recipe).items())}")
+    print(f"run folder: {run.folder}\n", flush=True)
+
+
+def say_goodbye(run, seconds):
+    """Says how it went, where the pictures are and what to type next."""
+    state, checkpoint = run.state, run.path("best.pt")
+    print(f"\ndone in {clock(seconds)}, {memory(run.device)}; best {run.recipe.select_by} {state.best:.3f} in epoch {state.best_epoch + 1}: {checkpoint}")
+    print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
+    print(f"next:     python evaluate.py --checkpoint {checkpoint}\n          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
+    if run.unsaved:
+        print(f"WARNING: not written, the disk was full: {', '.join(sorted(run.unsaved))}", file=sys.stderr)
+
+
+def main(argv=None):
+    """Exit code: 0 done, 1 stopped by an error in training, 2 a mistake in the command, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        run = set_up(parse_arguments(argv))
+    except (ValueError, OSError) as error:
+        print(f"train.py: {error}", file=sys.stderr)
+        return 2
+    if "resume" not in vars(run.args) and not save(run, "last.pt", {}):
+        return 1                                                      # a run killed in its first epoch resumes too, and a full disk shows now
+    introduce(run)
+    start = time.perf_counter()
+    with StopSignal() as stop:
+        try:
+            finished = train(run, stop)
+        except NonFiniteLoss as error:
+            print(f"\ntrain.py: the loss is no longer finite: {error}", file=sys.stderr)
+            return 1
+        if not finished:
+            exactly = save(run, "last.pt", {})
+            print(f"stopped in epoch {run.state.epoch + 1}, step {run.state.step}; go on "
+                  f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n  python train.py --resume {run.folder}")
+            return stop.exit_code
+    say_goodbye(run, time.perf_counter() - start)
+    return 1 if run.unsaved else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
