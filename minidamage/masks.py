@@ -158,7 +158,10 @@ def to_polygons(mask):
     """
     mask = _as_bytes(_one_mask(mask, "to_polygons"))
     native = _native()
+    x0, y0, x1, y1 = to_boxes(encode(mask)).astype(int)
+    mask = np.ascontiguousarray(mask[y0:y1, x0:x1])                             # the walk costs time by the picture's size
     rings = native.trace(mask) if native is not None else reference.trace_rings(mask)
+    rings = [(ring + (x0, y0), label, is_hole) for ring, label, is_hole in rings]
     outlines = {label: (ring, []) for ring, label, is_hole in rings if not is_hole}
     for ring, label, is_hole in rings:
         if is_hole:

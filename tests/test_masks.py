@@ -214,7 +214,7 @@ def test_outlines_give_the_mask_back():
 
 def test_polygons_numpy_equals_native(body, monkeypatch):
     if body == "numpy":
-        pytest.skip("compares the two bodies; runs once, as native")
+        return                                                       # compares the two bodies: once is enough
     rng = np.random.RandomState(6)
     for case in range(200):
         h, w = rng.randint(1, 60, 2)
