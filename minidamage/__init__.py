@@ -1,0 +1,45 @@
+"""minidamage: damage and defect detection and segmentation, one file a paper.
+
+`build_model(name, num_classes=K + 1, **config_fields)` makes a model, `MODELS` lists them, `load_checkpoint(path)` reads a
+trained one back. Importing this builds nothing and touches no GPU.
+
+To add a model: its file in models/, one line in MODELS, one row in tests/test_models.py.
+"""
+import dataclasses
+import difflib
+
+from minidamage import config as _config
+from minidamage.models import damagenet, mask_rcnn
+
+# name: (model class, config class, the paper's recipe, the changes that `--data demo` makes)
+MODELS = {
+    "damagenet": (damagenet.DamageNet, damagenet.DamageNetConfig, damagenet.RECIPE, damagenet.DEMO),
+    "maskrcnn_resnet50_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNConfig, mask_rcnn.RECIPE, mask_rcnn.DEMO),
+    "maskrcnn_resnet101_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNResNet101Config, mask_rcnn.RECIPE_RESNET101, mask_rcnn.DEMO),
+}
+
+
+def build_model(name, num_classes, **config_fields):
+    """A model with fresh weights.
+
+    name: a key of MODELS. num_classes: classes + 1, label 0 is background. config_fields: fields of the model's config; the others
+    keep the paper's values. Raises ValueError for an unknown name or field, with the nearest known one.
+    """
+    if name not in MODELS:
+        near = difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.0)[0]
+        raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}; did you mean {near!r}?")
+    if num_classes < 2:
+        raise ValueError(f"num_classes: expected classes + 1 (background counts), so at least 2, got {num_classes}")
+    model_class, config_class, _, _ = MODELS[name]
+    fields = [field.name for field in dataclasses.fields(config_class)]
+    for key in config_fields:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1, cutoff=0.0)[0]
+            raise ValueError(f"{name} has no config field {key!r}; did you mean {near!r}? Fields: {', '.join(fields)}")
+    return model_class(num_classes, _config.from_dict(config_class, config_fields), name)
+
+
+def load_checkpoint(path, device="cpu"):
+    """(model in evaluation mode, the checkpoint's dict) of a file that train.py wrote; see minidamage/checkpoint.py."""
+    from minidamage.checkpoint import load_checkpoint
+    return load_checkpoint(path, device)

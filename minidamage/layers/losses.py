@@ -1,0 +1,54 @@
+"""The losses of the two-stage detectors (Ren et al. 2015, He et al. 2017). All take slots with a `valid` mask, see matching.py.
+
+Read first: matching.py.
+"""
+from torch.nn import functional as F
+
+SMOOTH_L1_BETA = 1 / 9        # where the box loss turns from square to linear; torchvision's value, Detectron's sigma = 3
+
+
+def masked_mean(values, valid):
+    """Mean of values [R] over the valid slots; 0 (with zero gradients) where there is none."""
+    return (values * valid).sum() / valid.sum().clamp(min=1)
+
+
+def smooth_l1(prediction, target, beta=SMOOTH_L1_BETA):
+    """Summed over the last dimension (the four numbers of a box): [..., 4] -> [...]."""
+    return F.smooth_l1_loss(prediction, target, beta=beta, reduction="none").sum(-1)
+
+
+def rpn_loss(objectness, bbox_deltas, bbox_targets, positive_valid, valid):
+    """The RPN's two losses over the sampled anchors.
+
+    objectness: [N, S] logits of S slots, positives first; bbox_deltas, bbox_targets: [N, P, 4] of the P <= S positive slots;
+    positive_valid: [N, P]; valid: [N, S] bool. Returns (objectness loss, box loss), both divided by the number of samples.
+    """
+    samples = valid.sum().clamp(min=1)
+    labels = valid.new_zeros(valid.shape)
+    labels[:, :positive_valid.shape[1]] = positive_valid
+    entropy = F.binary_cross_entropy_with_logits(objectness, labels.to(objectness.dtype), reduction="none")
+    box = smooth_l1(bbox_deltas, bbox_targets)
+    return (entropy * valid).sum() / samples, (box * positive_valid).sum() / samples
+
+
+def fastrcnn_loss(class_logits, box_regression, labels, bbox_targets, valid):
+    """Cross-entropy over the classes, smooth L1 on the box of the true class.
+
+    class_logits: [R, K + 1]; box_regression: [R, 4 * (K + 1)]; labels: [R] int64, 0 background; bbox_targets: [R, 4], read where
+    the label is positive; valid: [R] bool. Returns (classification loss, box loss), both divided by the number of samples.
+    """
+    R = len(labels)
+    samples = valid.sum().clamp(min=1)
+    entropy = F.cross_entropy(class_logits, labels, reduction="none")
+    own_box = box_regression.view(R, -1, 4).gather(1, labels.view(R, 1, 1).expand(R, 1, 4)).squeeze(1)
+    box = smooth_l1(own_box, bbox_targets)
+    return (entropy * valid).sum() / samples, (box * (valid & (labels > 0))).sum() / samples
+
+
+def maskrcnn_loss(mask_logits, mask_targets, valid):
+    """Binary cross-entropy a pixel, mean over the valid RoIs. mask_logits, mask_targets: [R, M, M]; valid: [R] bool.
+
+    mask_logits hold the channel of each RoI's true class only: the other classes' masks do not compete (He et al., section 3).
+    """
+    entropy = F.binary_cross_entropy_with_logits(mask_logits, mask_targets, reduction="none")
+    return masked_mean(entropy.mean((1, 2)), valid)

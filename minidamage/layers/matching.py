@@ -1,0 +1,137 @@
+"""From boxes to training targets: which anchor or proposal belongs to which object, which of them are used, and what the
+box regression should predict for them (Girshick et al. 2014, Ren et al. 2015; torchvision's arithmetic).
+
+    t_x = w_x (x - x_a) / w_a,   t_w = w_w log(w / w_a)   and the same for y, h, with (x, y) the centres
+
+Everything here keeps its shape whatever the data (slots and a `valid` mask instead of shorter lists), so that on a GPU no
+step waits for the device.
+
+Read first: anchors.py. Read next: rpn.py.
+"""
+import math
+
+import torch
+from torch import nn
+
+BELOW_LOW_THRESHOLD = -1
+BETWEEN_THRESHOLDS = -2
+BBOX_XFORM_CLIP = math.log(1000.0 / 16)        # a box never grows more than 62.5-fold: exp() of a wild prediction stays finite
+
+
+class Matcher:
+    """Assigns each candidate box to the object that it overlaps most, to background, or to nobody.
+
+    high_threshold: an IoU from here on is a match. low_threshold: below it, background; between the two, neither.
+    allow_low_quality_matches: each object also takes the candidates that overlap it as much as any other candidate does,
+    however little that is (RPN), so that no object goes unlearned.
+    """
+
+    def __init__(self, high_threshold, low_threshold, allow_low_quality_matches=False):
+        if low_threshold > high_threshold:
+            raise ValueError(f"Matcher: expected low_threshold <= high_threshold, got {low_threshold} > {high_threshold}")
+        self.high_threshold = high_threshold
+        self.low_threshold = low_threshold
+        self.allow_low_quality_matches = allow_low_quality_matches
+
+    def __call__(self, match_quality):
+        """match_quality: [G, A] IoU of G objects and A candidates.
+
+        Returns [A] int64: the object's index, or -1 (background), or -2 (between the thresholds). With G = 0 all are background.
+        Differs from torchvision: an object that touches no candidate at all takes none (there it takes every candidate that
+        does not touch it), and G = 0 is allowed.
+        """
+        G, A = match_quality.shape
+        if G == 0:
+            return torch.full((A,), BELOW_LOW_THRESHOLD, dtype=torch.int64, device=match_quality.device)
+        best_iou, best_object = match_quality.max(dim=0)                          # [A]
+        matches = best_object.masked_fill(best_iou < self.high_threshold, BETWEEN_THRESHOLDS)
+        matches = matches.masked_fill(best_iou < self.low_threshold, BELOW_LOW_THRESHOLD)
+        if self.allow_low_quality_matches:
+            highest = match_quality.amax(dim=1, keepdim=True)                      # [G, 1]
+            claimed = ((match_quality == highest) & (highest > 0)).any(dim=0)      # [A]
+            matches = torch.where(claimed, best_object, matches)
+        return matches
+
+
+class BalancedPositiveNegativeSampler:
+    """A random subset with a bounded share of positives, the same number of slots for every picture.
+
+    batch_size_per_image: how many are taken; positive_fraction: at most this share of them is positive, the rest is filled up
+    with negatives as far as there are any.
+    """
+
+    def __init__(self, batch_size_per_image, positive_fraction):
+        self.batch_size_per_image = batch_size_per_image
+        self.positive_fraction = positive_fraction
+
+    def __call__(self, labels, generator=None):
+        """labels: [N, A], >= 1 positive, 0 negative, -1 not to be used. generator: torch.Generator; None takes the global one.
+
+        Returns (positives, positive_valid, negatives, negative_valid): indices [N, P] and [N, B] int64 into A, and bool masks of
+        the same shapes; only valid slots count. Each row's valid positives come first.
+        """
+        N, A = labels.shape
+        keys = torch.rand((N, A), device=labels.device, generator=generator)
+        # the largest random keys among the eligible ones are a uniform draw without replacement; -1 marks the others
+        max_positives = min(int(self.batch_size_per_image * self.positive_fraction), A)
+        positive_keys, positives = keys.masked_fill(labels < 1, -1).topk(max_positives, dim=1)
+        negative_keys, negatives = keys.masked_fill(labels != 0, -1).topk(min(self.batch_size_per_image, A), dim=1)
+        positive_valid = positive_keys >= 0
+        room = self.batch_size_per_image - positive_valid.sum(dim=1, keepdim=True)
+        slot = torch.arange(negatives.shape[1], device=labels.device)
+        return positives, positive_valid, negatives, (negative_keys >= 0) & (slot < room)
+
+
+class BoxCoder:
+    """Box regression targets and back. weights: (w_x, w_y, w_w, w_h) scale the four numbers to about unit variance."""
+
+    def __init__(self, weights, bbox_xform_clip=BBOX_XFORM_CLIP):
+        self.weights = tuple(weights)
+        self.bbox_xform_clip = bbox_xform_clip
+
+    def encode(self, reference_boxes, proposals):
+        """What takes proposals to reference_boxes; both [..., 4] xyxy with positive sizes. Returns [..., 4] (t_x, t_y, t_w, t_h)."""
+        x_a, y_a, w_a, h_a = centre_and_size(proposals)
+        x, y, w, h = centre_and_size(reference_boxes)
+        w_x, w_y, w_w, w_h = self.weights
+        return torch.stack([w_x * (x - x_a) / w_a, w_y * (y - y_a) / h_a, w_w * torch.log(w / w_a), w_h * torch.log(h / h_a)], dim=-1)
+
+    def decode(self, bbox_deltas, boxes):
+        """Moves boxes by bbox_deltas: [..., 4] each, leading dimensions broadcast. Returns [..., 4] xyxy in the boxes' pixels."""
+        x_a, y_a, w_a, h_a = centre_and_size(boxes)
+        t_x, t_y, t_w, t_h = (delta / weight for delta, weight in zip(bbox_deltas.unbind(-1), self.weights))
+        x, y = t_x * w_a + x_a, t_y * h_a + y_a
+        half_w = 0.5 * t_w.clamp(max=self.bbox_xform_clip).exp() * w_a
+        half_h = 0.5 * t_h.clamp(max=self.bbox_xform_clip).exp() * h_a
+        return torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
+
+
+def centre_and_size(boxes):
+    x1, y1, x2, y2 = boxes.unbind(-1)
+    w, h = x2 - x1, y2 - y1
+    return x1 + 0.5 * w, y1 + 0.5 * h, w, h
+
+
+def gather_rows(values, index):
+    """values: [N, A, ...], index: [N, K] int64. Returns [N, K, ...]: each picture's own rows."""
+    index = index.view(*index.shape, *(1,) * (values.dim() - 2)).expand(*index.shape, *values.shape[2:])
+    return values.gather(1, index)
+
+
+def live_rows(valid):
+    """Rows worth computing, to index flattened slots with. valid: [R] bool.
+
+    On a CPU the rows that are valid. On a GPU all of them: reading the count back would stall the device, and the empty slots
+    are cheaper than that; the losses weigh them with 0.
+    """
+    return slice(None) if valid.is_cuda else valid.nonzero().squeeze(1)
+
+
+def live_counts(valid):
+    """How many of each picture's slots `live_rows` keeps. valid: [N, P] bool. Returns N ints."""
+    return [valid.shape[1]] * len(valid) if valid.is_cuda else valid.sum(dim=1).tolist()
+
+
+def pad_boxes(boxes):
+    """[[G_i, 4]] -> [N, max(G_i, 1), 4], zeros where a picture has fewer."""
+    return nn.utils.rnn.pad_sequence([torch.cat([b, b.new_zeros(1, 4)]) if len(b) == 0 else b for b in boxes], batch_first=True)

@@ -1,0 +1,244 @@
+"""ResNet-18, 34, 50 and 101 (He et al. 2016, arXiv:1512.03385): the body of the detectors, with torchvision's parameter names.
+
+The stride of a bottleneck sits in its 3x3 convolution (as in torchvision, "v1.5"; the paper has it in the first 1x1).
+
+What differs from torchvision is how a normalisation that is not learning its statistics runs: it is an affine map a channel,
+so it is folded into the convolution before it, conv(x, w * scale, bias), which gives the same numbers and the same gradients
+and saves two passes over every feature map. The parameters and their names stay as they are in the file.
+
+Read first: nothing. Read next: fpn.py.
+"""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+NORMS = ("batch", "frozen", "group")
+LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
+
+
+class ResNet(nn.Module):
+    """A residual network.
+
+    name: resnet18 | resnet34 | resnet50 | resnet101. norm: batch | frozen (statistics and affine map never change) | group.
+    frozen_stages: how many of (stem, layer1, layer2, layer3, layer4), counted from the picture, are not trained.
+    num_classes: with it, the classifier `fc` of the published weights exists and the output is logits [N, num_classes];
+    without it the output is the list of feature maps c2..c5, [N, C, H / 2**l, W / 2**l] for level l.
+    with_layer4: False leaves the last stage out, and c4 (stride 16) is the coarsest map.
+    Raises ValueError for an unknown name or norm.
+    """
+
+    def __init__(self, name="resnet50", norm="batch", frozen_stages=0, num_classes=None, with_layer4=True):
+        super().__init__()
+        if name not in LAYERS:
+            raise ValueError(f"body: expected one of {', '.join(LAYERS)}, got {name!r}")
+        if norm not in NORMS:
+            raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
+        if not 0 <= frozen_stages <= 5:
+            raise ValueError(f"frozen_stages: expected 0 (train everything) to 5 (stem and layer1..4 frozen), got {frozen_stages}")
+        block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
+        depth, grow = LAYERS[name], block.expansion
+        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(norm, 64)
+        self.layer1 = make_stage(block, 64, 64, depth[0], 1, norm)
+        self.layer2 = make_stage(block, 64 * grow, 128, depth[1], 2, norm)
+        self.layer3 = make_stage(block, 128 * grow, 256, depth[2], 2, norm)
+        self.layer4 = make_stage(block, 256 * grow, 512, depth[3], 2, norm) if with_layer4 else None
+        self.out_channels = [width * grow for width in (64, 128, 256, 512)][:len(self.stages())]
+        self.fc = nn.Linear(self.out_channels[-1], num_classes) if num_classes else None
+        self.init_weights(norm)
+        self.frozen_stages = frozen_stages
+        for module in self.frozen_modules():
+            module.requires_grad_(False)
+
+    def forward(self, x):
+        """x: [N, 3, H, W] float, normalised. Returns [c2, c3, c4, c5], or logits where there is a classifier."""
+        x = F.max_pool2d(conv_norm(x, self.conv1, self.bn1, relu=True), kernel_size=3, stride=2, padding=1)
+        features = []
+        for stage in self.stages():
+            x = stage(x)
+            features.append(x)
+        if self.fc is not None:
+            return self.fc(x.mean((2, 3)))
+        return features
+
+    def train(self, mode=True):
+        """As in every module, except that a frozen stage keeps its running statistics: it stays in evaluation mode."""
+        super().train(mode)
+        for module in self.frozen_modules():
+            module.eval()
+        return self
+
+    def init_weights(self, norm):
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        if norm == "frozen":
+            # before weights are loaded a frozen norm normalises nothing: residual branches start at zero, so that c5 stays bounded
+            for block in (block for stage in self.stages() for block in stage):
+                nn.init.zeros_((block.conv3 if isinstance(block, Bottleneck) else block.conv2).weight)
+
+    def stages(self):
+        return [stage for stage in (self.layer1, self.layer2, self.layer3, self.layer4) if stage is not None]
+
+    def frozen_modules(self):
+        stem_and_stages = [[self.conv1, self.bn1]] + [[stage] for stage in self.stages()]
+        return [module for stage in stem_and_stages[:self.frozen_stages] for module in stage]
+
+
+def make_stage(block, in_channels, width, depth, stride, norm):
+    """`depth` residual blocks; the first one changes size and channels."""
+    first = block(in_channels, width, stride, norm)
+    return nn.Sequential(first, *(block(width * block.expansion, width, 1, norm) for _ in range(depth - 1)))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and the shortcut (ResNet-18 and 34)."""
+
+    expansion = 1
+
+    def __init__(self, in_channels, width, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.bn1 = make_norm(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.bn2 = make_norm(norm, width)
+        self.downsample = make_shortcut(in_channels, width, stride, norm)
+
+    def forward(self, x):
+        out = conv_norm(x, self.conv1, self.bn1, relu=True)
+        out = conv_norm(out, self.conv2, self.bn2)
+        return out.add_(shortcut(x, self.downsample)).relu_()
+
+
+class Bottleneck(nn.Module):
+    """1x1 down to `width`, 3x3, 1x1 up to 4 * width, and the shortcut (ResNet-50 and deeper)."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, width, stride, norm):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
+        self.bn1 = make_norm(norm, width)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = make_norm(norm, width)
+        self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
+        self.bn3 = make_norm(norm, 4 * width)
+        self.downsample = make_shortcut(in_channels, 4 * width, stride, norm)
+
+    def forward(self, x):
+        out = conv_norm(x, self.conv1, self.bn1, relu=True)
+        out = conv_norm(out, self.conv2, self.bn2, relu=True)
+        out = conv_norm(out, self.conv3, self.bn3)
+        return out.add_(shortcut(x, self.downsample)).relu_()
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """Batch normalisation whose statistics and affine map are constants (buffers, so no optimiser touches them)."""
+
+    def __init__(self, channels, eps=1e-5):
+        super().__init__()
+        self.eps = eps
+        self.register_buffer("weight", torch.ones(channels))
+        self.register_buffer("bias", torch.zeros(channels))
+        self.register_buffer("running_mean", torch.zeros(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+
+    def forward(self, x):
+        scale, shift = affine_of(self)
+        return x * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        state_dict.pop(prefix + "num_batches_tracked", None)          # a trained BatchNorm2d has it, a frozen one has no use for it
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+def make_norm(norm, channels):
+    """norm: batch | frozen | group (32 groups, Wu and He 2018; fewer where the channels do not divide)."""
+    if norm == "batch":
+        return nn.BatchNorm2d(channels)
+    if norm == "frozen":
+        return FrozenBatchNorm2d(channels)
+    return nn.GroupNorm(next(groups for groups in (32, 16, 8, 4, 2, 1) if channels % groups == 0), channels)
+
+
+def make_shortcut(in_channels, out_channels, stride, norm):
+    """None where the shortcut is the identity, else the 1x1 convolution and norm that fit its size."""
+    if stride == 1 and in_channels == out_channels:
+        return None
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), make_norm(norm, out_channels))
+
+
+def shortcut(x, downsample):
+    return x if downsample is None else conv_norm(x, downsample[0], downsample[1])
+
+
+def affine_of(norm):
+    """scale, shift [C] of a normalisation with constant statistics: norm(x) = x * scale + shift."""
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def conv_norm(x, conv, norm, relu=False):
+    """norm(conv(x)), optionally through ReLU: folded into one convolution where the norm's statistics are constants."""
+    constant = isinstance(norm, FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and not norm.training)
+    if constant:
+        scale, shift = affine_of(norm)
+        out = F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+    else:
+        out = norm(conv(x))
+    return out.relu_() if relu else out          # in place: no backward above needs the values before the ReLU
+
+
+def load_body(model, path):
+    """Loads a ResNet state_dict file into `model.backbone.body` (or into `model` if that is a ResNet).
+
+    path: a torchvision or timm file (their ResNets share the names), also wrapped as {"state_dict": ...}, {"model": ...} or
+    {"model_state_dict": ...}, also with the prefixes module., model., backbone., body., backbone.body., encoder..
+    Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": ["key: file [..], model [..]", ...]}: what is
+    missing or mismatched keeps its initial values, so the caller has to show the report. The file's own classifier (fc.*) and
+    counters (num_batches_tracked) are no surprise and are not listed. Raises ValueError where nothing fits.
+    """
+    body = model if isinstance(model, ResNet) else model.backbone.body
+    state = _read_state_dict(path)
+    own = body.state_dict()
+    report = {"loaded": [], "missing": [], "unexpected": [], "mismatched": []}
+    with torch.no_grad():
+        for key, value in state.items():
+            if key in own and own[key].shape == value.shape:
+                own[key].copy_(value)
+                report["loaded"].append(key)
+            elif key in own:
+                report["mismatched"].append(f"{key}: file {list(value.shape)}, model {list(own[key].shape)}")
+            elif not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
+                report["unexpected"].append(key)
+    report["missing"] = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
+    if not any(key.endswith("conv1.weight") for key in report["loaded"]):
+        raise ValueError(f"{path}: expected a ResNet state_dict with keys such as layer1.0.conv1.weight, got {list(state)[:3]}; "
+                         "none of it fits this body. Give the file of the same depth (see the config field `body`)")
+    return report
+
+
+def _read_state_dict(path):
+    """The tensors of a file under torchvision's names, wrappers and prefixes taken off."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path}: expected a file written by torch.save with a ResNet state_dict, got one that does not load "
+                         f"({reason}); download it again, or convert it with torch.save(model.state_dict(), file)") from None
+    for wrapper in ("state_dict", "model", "model_state_dict"):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
+            state = state[wrapper]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dict of tensors, got {type(state).__name__}")
+    clean = {}
+    for key, value in state.items():
+        if isinstance(value, torch.Tensor):
+            stripping = True
+            while stripping:
+                stripping = False
+                for prefix in ("module.", "model.", "backbone.", "body.", "encoder."):
+                    if key.startswith(prefix):
+                        key, stripping = key[len(prefix):], True
+            clean[key] = value
+    return clean

@@ -1,0 +1,136 @@
+"""Region proposal network (Ren et al. 2015, arXiv:1506.01497): which boxes of the picture are worth a second look.
+
+The way of the data: a small convolutional head scores and moves every anchor of every pyramid level; the best
+`pre_nms_top_n` of each level are decoded to boxes, clipped, thinned by non-maximum suppression; the best `post_nms_top_n`
+of the picture are the proposals. Names and numbers are torchvision's.
+
+Proposals have a fixed number of slots a picture (`valid` says which are filled), so nothing here waits for a GPU.
+
+Read first: matching.py. Read next: roi_heads.py.
+"""
+import dataclasses
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from minidamage import ops
+from minidamage.layers.losses import rpn_loss
+from minidamage.layers.matching import BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, pad_boxes
+
+MIN_BOX_SIZE = 1e-3           # pixels: anything thinner is a collapsed prediction (torchvision's value)
+
+
+@dataclasses.dataclass
+class Proposals:
+    """N pictures, P slots each; the filled slots come first, best score first."""
+
+    boxes: torch.Tensor       # [N, P, 4] float32 xyxy, pixels of the resized picture; zeros in empty slots
+    scores: torch.Tensor      # [N, P] float32, sigmoid of the objectness
+    valid: torch.Tensor       # [N, P] bool
+
+
+class RPNHead(nn.Module):
+    """A 3x3 convolution with ReLU, then 1x1 convolutions for one logit and four offsets an anchor; the same for every level."""
+
+    def __init__(self, in_channels, num_anchors, conv_channels):
+        super().__init__()
+        self.conv = nn.Sequential(nn.Sequential(nn.Conv2d(in_channels, conv_channels, 3, padding=1), nn.ReLU(inplace=True)))
+        self.cls_logits = nn.Conv2d(conv_channels, num_anchors, 1)
+        self.bbox_pred = nn.Conv2d(conv_channels, num_anchors * 4, 1)
+        for layer in (self.conv[0][0], self.cls_logits, self.bbox_pred):
+            nn.init.normal_(layer.weight, std=0.01)
+            nn.init.zeros_(layer.bias)
+
+    def forward(self, features):
+        """Returns per level the objectness logits [N, h * w * A] and the deltas [N, h * w * A, 4], in the anchors' order."""
+        objectness, bbox_deltas = [], []
+        for feature in features:
+            hidden = self.conv(feature)
+            # channels_last: the permuted map is what lies in memory, so both reshapes are views
+            objectness.append(self.cls_logits(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1))
+            bbox_deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
+        return objectness, bbox_deltas
+
+
+class RegionProposalNetwork(nn.Module):
+    """Proposes boxes and learns to. The thresholds' meaning is in the model's config, which holds a line for each."""
+
+    def __init__(self, anchor_generator, head, fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction,
+                 pre_nms_top_n, post_nms_top_n, nms_thresh, score_thresh=0.0, min_proposals=0):
+        super().__init__()
+        self.anchor_generator = anchor_generator
+        self.head = head
+        self.box_coder = BoxCoder(weights=(1.0, 1.0, 1.0, 1.0))
+        self.proposal_matcher = Matcher(fg_iou_thresh, bg_iou_thresh, allow_low_quality_matches=True)
+        self.fg_bg_sampler = BalancedPositiveNegativeSampler(batch_size_per_image, positive_fraction)
+        self.pre_nms_top_n = pre_nms_top_n              # {"training": n, "testing": n}, a level
+        self.post_nms_top_n = post_nms_top_n            # {"training": n, "testing": n}, a picture
+        self.nms_thresh = nms_thresh
+        self.score_thresh = score_thresh
+        self.min_proposals = min_proposals
+
+    def forward(self, features, batch_size_px, image_sizes, targets=None, generator=None):
+        """features: per level [N, C, h, w]; batch_size_px: (H, W) of the padded batch; image_sizes: [(h, w)] inside it.
+
+        targets: per picture a dict with boxes [G, 4] in resized pixels, or None. Returns (Proposals, losses); losses is {} without
+        targets, else {"loss_objectness", "loss_rpn_box_reg"}. The proposals carry no gradient.
+        """
+        objectness, bbox_deltas = self.head(features)
+        anchors = self.anchor_generator([f.shape[-2:] for f in features], batch_size_px, features[0].device)
+        with torch.no_grad():
+            proposals = self.propose(objectness, bbox_deltas, anchors, image_sizes)
+        if targets is None:
+            return proposals, {}
+        return proposals, self.losses(torch.cat(objectness, dim=1), torch.cat(bbox_deltas, dim=1), torch.cat(anchors),
+                                      [target["boxes"] for target in targets], generator)
+
+    def propose(self, objectness, bbox_deltas, anchors, image_sizes):
+        mode = "training" if self.training else "testing"
+        boxes, scores, levels = self.best_of_each_level(objectness, bbox_deltas, anchors, self.pre_nms_top_n[mode])
+        kept = [self.thin_out(boxes[i], scores[i], levels, image_sizes[i], self.post_nms_top_n[mode]) for i in range(len(boxes))]
+        return Proposals(*(torch.stack(parts) for parts in zip(*kept)))
+
+    def best_of_each_level(self, objectness, bbox_deltas, anchors, top_n):
+        """Only what can still become a proposal is decoded. Returns boxes [N, T, 4], scores [N, T], levels [T]."""
+        boxes, scores, levels = [], [], []
+        for level, (logits, deltas, level_anchors) in enumerate(zip(objectness, bbox_deltas, anchors)):
+            logits, index = logits.float().topk(min(top_n, logits.shape[1]), dim=1)
+            boxes.append(self.box_coder.decode(gather_rows(deltas, index).float(), level_anchors[index]))
+            scores.append(logits)
+            levels.append(torch.full((index.shape[1],), level, dtype=torch.int64, device=index.device))
+        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1).sigmoid(), torch.cat(levels)
+
+    def thin_out(self, boxes, scores, levels, image_size, top_n):
+        """One picture: clip, drop collapsed and hopeless boxes, suppress. Returns boxes [P, 4], scores [P], valid [P], P = top_n."""
+        boxes = ops.clip_boxes_to_image(boxes, image_size)
+        usable = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_BOX_SIZE).all(dim=1) & (scores >= self.score_thresh)
+        top_n = min(top_n, len(boxes))
+        keep, count = ops.batched_nms_padded(boxes, scores, levels, self.nms_thresh, top_n, usable)
+        if self.min_proposals:
+            keep, count = self.fill_up(keep, count, scores, usable)
+        valid = torch.arange(top_n, device=boxes.device) < count
+        return boxes[keep] * valid[:, None], scores[keep] * valid, valid
+
+    def fill_up(self, keep, count, scores, usable):
+        """Raises the number of proposals to `min_proposals` with the best of those that NMS suppressed."""
+        slot = torch.arange(len(keep), device=keep.device)
+        survived = torch.zeros_like(scores).index_add_(0, keep, (slot < count).to(scores.dtype))
+        rank = (scores + 2 * survived.clamp(max=1)).masked_fill(~usable, -1)            # survivors first, then by score
+        keep = rank.topk(len(keep)).indices
+        return keep, torch.maximum(count, usable.sum().clamp(max=min(self.min_proposals, len(keep))))
+
+    def losses(self, objectness, bbox_deltas, anchors, gt_boxes, generator):
+        """objectness: [N, A], bbox_deltas: [N, A, 4], anchors: [A, 4], gt_boxes: N x [G_i, 4]. Only sampled anchors are touched."""
+        with torch.no_grad():
+            matches = torch.stack([self.proposal_matcher(ops.box_iou(boxes, anchors)) for boxes in gt_boxes])      # [N, A]
+            labels = (matches >= 0).to(torch.int8) - (matches == -2).to(torch.int8)       # 1 object, 0 background, -1 in between
+            positives, positive_valid, negatives, negative_valid = self.fg_bg_sampler(labels, generator)
+            own_anchors = anchors[positives]                                                                       # [N, P, 4]
+            own_object = gather_rows(pad_boxes(gt_boxes), matches.gather(1, positives).clamp(min=0))
+            own_object = torch.where(positive_valid[..., None], own_object, own_anchors)    # empty slots: any box with a size
+            bbox_targets = self.box_coder.encode(own_object, own_anchors)
+        sampled = torch.cat([positives, negatives], dim=1)
+        loss_objectness, loss_box = rpn_loss(objectness.gather(1, sampled).float(), gather_rows(bbox_deltas, positives).float(),
+                                             bbox_targets, positive_valid, torch.cat([positive_valid, negative_valid], dim=1))
+        return {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
