@@ -370,7 +370,7 @@ def save_picture(path, image, quality=92):
     if kind is None:
         raise ValueError(f"expected a file name that ends in .png or .jpg, got {path!r}")
     picture = Image.fromarray(to_picture(image))
-    write_beside(path, lambda stream: picture.save(stream, format=kind, quality=quality))
+    write_beside(path, lambda stream: picture.save(stream, format=kind, quality=quality, subsampling=0))
     return path
 
 

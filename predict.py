@@ -1,0 +1,251 @@
+"""Finds damage in your own photographs: an overlay picture and a JSON file for each.
+
+    python predict.py photo.jpg                                the newest run's best.pt, results in predictions/
+    python predict.py photos/ more/ --checkpoint runs/damagenet-demo-001/best.pt --out found/
+    python predict.py photo.jpg --explain                      also the model's stages, from picture to final mask
+
+Everything in the JSON is in pixels of the photograph as it is seen (after its EXIF rotation), whatever size the model
+works at. The photographs themselves are never written to.
+"""
+import argparse
+import collections
+import json
+import os
+import re
+import sys
+import time
+
+import torch
+
+from minidamage import masks as mask_codec
+from minidamage.checkpoint import load_checkpoint
+from minidamage.data import read_image
+from minidamage.data.pictures import is_picture_name
+from minidamage.run_folder import find_checkpoint
+from minidamage.visualize.overlay import draw_detections, save_picture, write_beside
+from minidamage.visualize.stages import draw_stages
+
+FORMAT = "minidamage prediction"
+NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes are x1, y1, x2, y2 and polygons x, y, with (0, 0) the "
+                   "outer corner of the first pixel",
+         "polygons": "each has an outer ring and holes; they run along pixel edges and enclose exactly the mask's pixels",
+         "rle": "the same mask as COCO run lengths (columns first, compressed)",
+         "area_share": "of the photograph, not of the car: it changes with the distance the photograph was taken from"}
+
+
+def main(argv=None):
+    """Returns the exit code: 0, 1 where no photograph could be read or no result written, 2 for a mistake in what was asked."""
+    args = parse_arguments(argv)
+    try:
+        photographs = find_photographs(args.photographs, args.out)
+        device = choose_device(args.device)
+        checkpoint_path = find_checkpoint(args.checkpoint, "runs", "best.pt")
+        model, checkpoint = load_checkpoint(checkpoint_path, device)
+        if model.task != "detection":
+            raise ValueError(f"{checkpoint_path}: expected a detection model, got {checkpoint['model']} ({model.task}); name another --checkpoint")
+        thresholds = score_thresholds(checkpoint, args.score)
+        os.makedirs(args.out, exist_ok=True)
+    except (ValueError, OSError) as error:
+        print(f"predict.py: {error}", file=sys.stderr)
+        return 2
+    print(f"{checkpoint['model']} from {checkpoint_path} on {device}; lowest score of a finding: "
+          + ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items()))
+    about = {"model": checkpoint["model"], "checkpoint": checkpoint_path, "class_names": list(checkpoint["class_names"]),
+             "score_thresholds": thresholds, "mask_threshold": getattr(model.config, "mask_threshold", None)}
+
+    found, skipped, names = [], [], {}                        # found: the class names in each photograph that was read
+    for number, path in enumerate(photographs, 1):
+        began = time.perf_counter()
+        try:
+            image = read_image(path)
+        except ValueError as error:
+            skipped.append(str(error))
+            print(f"{number}/{len(photographs)} skipped  {error}", file=sys.stderr)
+            continue
+        detections, stages = detect(model, image, thresholds, about["class_names"], args.explain)
+        stem = output_stem(path, args.out, names)
+        try:
+            write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
+        except OSError as error:
+            print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole", file=sys.stderr)
+            return 1
+        found.append([about["class_names"][label - 1] for label in detections["labels"]])
+        print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {in_words(found[-1], detections['scores'])}"
+              f"  {time.perf_counter() - began:.2f} s  -> {stem}.json", flush=True)
+    print_summary(found, skipped, args)
+    return 0 if found else 1
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description="Find damage in photographs: an overlay picture and a JSON file for each.")
+    parser.add_argument("photographs", nargs="+", metavar="PHOTO_OR_FOLDER", help="JPEG, PNG, BMP, TIFF or WebP files, or folders of them (searched to any depth)")
+    parser.add_argument("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
+    parser.add_argument("--out", default="predictions", metavar="DIR", help="folder for the results, made when missing (default: %(default)s)")
+    parser.add_argument("--score", type=float, metavar="S", help="lowest score of a finding, 0 to 1 (default: the checkpoint's threshold of each class, chosen on "
+                        "its validation part; 0.5 where it has none)")
+    parser.add_argument("--explain", action="store_true", help="also draw the model's stages (picture, proposals, context map, boxes, raw mask, filled mask, result)")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    return parser.parse_args(argv)
+
+
+def find_photographs(paths, out):
+    """The files to read, each once, in the order given (folders sorted). ValueError where there is nothing to read.
+
+    The output folder is passed over when it lies inside a searched folder, so results of an earlier run are not taken for
+    photographs; it must not be a folder that photographs are read from, so that no result can take a photograph's place.
+    """
+    out = os.path.realpath(out)
+    found = []
+    for path in paths:
+        if not os.path.exists(path):
+            raise ValueError(f"{path}: expected a photograph or a folder, there is no such file")
+        folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        if os.path.realpath(folder) == out:
+            raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example --out {os.path.join(out, 'predictions')}")
+        if not os.path.isdir(path):
+            found.append(path)
+            continue
+        inside = []
+        for parent, folders, files in os.walk(path):
+            folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(parent, name)) != out and not name.startswith("."))
+            inside += [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
+        if not inside:
+            raise ValueError(f"{path}: expected a folder with photographs (.jpg, .png, .bmp, .tif, .webp), found none in it")
+        found += inside
+    return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def choose_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def score_thresholds(checkpoint, score):
+    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own, else 0.5."""
+    if score is not None and not 0 <= score <= 1:
+        raise ValueError(f"--score {score}: expected a number from 0 to 1")
+    own = checkpoint.get("thresholds") or {}
+    return {name: float(own.get(name, 0.5) if score is None else score) for name in checkpoint["class_names"]}
+
+
+def detect(model, image, thresholds, class_names, explain=False):
+    """(detections, picture of the stages or None) for one photograph uint8 [H, W, 3].
+
+    detections: boxes [D, 4], labels [D], scores [D] as numpy and masks as RLE dicts (absent where the model has none), those at or
+    above their class's threshold, best first.
+    """
+    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(next(model.parameters()).device)
+    with torch.inference_mode():
+        result = model.detect([tensor], mask_form="rle", stages=explain)
+    results, stages = result if explain else (result, [None])
+    found = results[0]
+    lowest = torch.tensor([thresholds[name] for name in class_names])
+    scores, labels = found["scores"].float().cpu(), found["labels"].cpu()
+    kept = torch.nonzero(scores >= lowest[labels - 1]).flatten()
+    kept = kept[torch.argsort(scores[kept], descending=True, stable=True)]
+    detections = {"boxes": found["boxes"].float().cpu()[kept].numpy(), "labels": labels[kept].numpy(), "scores": scores[kept].numpy()}
+    if "masks" in found:
+        detections["masks"] = [found["masks"][i] for i in kept.tolist()]
+    return detections, draw_stages(image, stages[0], class_names, kept, getattr(model.config, "context", False)) if explain else None
+
+
+def output_stem(path, out, names):
+    """The results' file name without ending: the photograph's, with a number where another photograph has that name.
+
+    names: {stem: photograph} of this run, added to. Results of an earlier run make way only for the same photograph; a file
+    that predict.py did not write never does.
+    """
+    base = os.path.splitext(os.path.basename(path))[0]
+    source = os.path.realpath(path)
+    for number in range(1, 1_000_000):
+        stem = base if number == 1 else f"{base}-{number}"
+        taken = names.get(stem.lower())                       # some file systems do not tell A.json from a.json
+        if taken is None and _free_for(os.path.join(out, stem), source):
+            names[stem.lower()] = source
+            return stem
+    raise ValueError(f"{out}: a million results named {base} are there already; name another --out")
+
+
+def _free_for(stem, source):
+    if not any(os.path.lexists(stem + ending) for ending in (".json", ".overlay.jpg", ".stages.png")):
+        return True
+    try:
+        with open(stem + ".json", encoding="utf-8") as stream:
+            earlier = json.load(stream)
+        return earlier["format"] == FORMAT and earlier["photograph"] == source
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def write_results(stem, path, image, detections, stages, about):
+    """Writes <stem>.overlay.jpg, <stem>.json and, with stages, <stem>.stages.png, each whole or not at all."""
+    class_names = about["class_names"]
+    overlay = draw_detections(image, detections["boxes"], detections["labels"], detections["scores"], detections.get("masks"), class_names)
+    save_picture(stem + ".overlay.jpg", overlay)
+    if stages is not None:
+        save_picture(stem + ".stages.png", stages)
+    text = json_text(describe(path, image, detections, about))
+    write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8")))
+
+
+def describe(path, image, detections, about):
+    """The JSON's content: what was looked at, with what, and each finding with box, polygons, RLE and area."""
+    H, W, _ = image.shape
+    findings = []
+    for i, (box, label, score) in enumerate(zip(detections["boxes"], detections["labels"], detections["scores"])):
+        finding = {"class": about["class_names"][label - 1], "label": int(label), "score": round(float(score), 6),
+                   "box": [round(float(edge), 3) for edge in box]}
+        if "masks" in detections:
+            rle = detections["masks"][i]
+            area = int(mask_codec.area(rle))
+            counts = rle["counts"].decode("ascii") if isinstance(rle["counts"], bytes) else rle["counts"]
+            finding |= {"area": area, "area_share": area / (H * W), "polygons": polygons_of(rle),
+                        "rle": {"size": [int(side) for side in rle["size"]], "counts": counts}}
+        findings.append(finding)
+    return {"format": FORMAT, "version": 1, "photograph": os.path.realpath(path), "width": W, "height": H, **about, "notes": NOTES,
+            "detections": findings}
+
+
+def polygons_of(rle):
+    """[{"outer": [[x, y], ...], "holes": [[[x, y], ...], ...]}, ...]: one entry a connected piece of the mask, whole numbers."""
+    return [{"outer": outer.astype(int).tolist(), "holes": [hole.astype(int).tolist() for hole in holes]}
+            for outer, holes in mask_codec.to_polygons(mask_codec.decode(rle))]
+
+
+def json_text(value):
+    """Indented JSON with every list of numbers, or of points, on one line."""
+    text = json.dumps(value, indent=1, ensure_ascii=False)
+    numbers = r"\[\n[-+\d.eE,\s\[\]]*\]"                   # a line break: inside a JSON string there is none, so no name is touched
+    return re.sub(numbers, lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
+
+
+def in_words(classes, scores, most=6):
+    listed = [f"{name} {score:.2f}" for name, score in zip(classes, scores)]
+    return (", ".join(listed[:most]) or "nothing found") + (f" and {len(listed) - most} more" if len(listed) > most else "")
+
+
+def print_summary(found, skipped, args):
+    """found: the class names of the findings in each photograph. skipped: what was wrong with each of the others."""
+    counts = collections.Counter(name for classes in found for name in classes)
+    damaged = sum(map(bool, found))
+    print(f"\n{len(found)} photograph{'s' * (len(found) != 1)}: {damaged} with findings, {len(found) - damaged} without"
+          + f" ({', '.join(f'{name} {number}' for name, number in counts.most_common())})" * bool(counts))
+    if skipped:
+        print(f"{len(skipped)} could not be read: " + "; ".join(skipped[:5]) + f"; and {len(skipped) - 5} more" * (len(skipped) > 5))
+    if found:
+        print(f"overlays: {os.path.join(args.out, '*.overlay.jpg')}   data: {os.path.join(args.out, '*.json')}"
+              + f"   stages: {os.path.join(args.out, '*.stages.png')}" * args.explain)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\npredict.py: stopped; the results so far are whole", file=sys.stderr)
+        sys.exit(130)
