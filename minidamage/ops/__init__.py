@@ -1,0 +1,6 @@
+"""The operators: torchvision's names and signatures, a readable reference each, kernels built at the first call.
+
+Read boxes, nms, roi_align, paste_masks; then _extension (how a kernel is built and found). `python -m minidamage.ops` is the doctor.
+"""
+from .boxes import box_area, box_convert, box_iou, clip_boxes_to_image, generalized_box_iou, remove_small_boxes
+from .nms import batched_nms, batched_nms_padded, nms, nms_padded

@@ -1,0 +1,119 @@
+// What every kernel file shares: the same source compiled by nvcc for the GPU, by g++ for the CPU kernels, and by g++ with
+// cuda_on_cpu.h for tests that run the .cu files without a GPU. No torch header here or in any kernel file: each compiles
+// in about a second. bindings.cpp alone knows tensors.
+#pragma once
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <limits>
+
+#if defined(__CUDACC__)
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime.h>
+#define MD_HD __host__ __device__ __forceinline__
+#define MD_DEVICE __device__ __forceinline__
+// Starts a kernel: MD_LAUNCH(nms_mask<float>, blocks, threads, shared bytes, stream, arguments...)
+#define MD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
+  kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+// Dynamic shared memory: MD_DYNAMIC_SHARED(float, partial_sums);
+#define MD_DYNAMIC_SHARED(T, name)                                    \
+  extern __shared__ __align__(16) unsigned char md_dynamic_shared[]; \
+  T* name = reinterpret_cast<T*>(md_dynamic_shared)
+#elif defined(MINIDAMAGE_EMULATED)
+#include "cuda_on_cpu.h"
+#define MD_HD inline
+#define MD_DEVICE inline
+#define MD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...)                                   \
+  (static_cast<void>(stream), ::cuda_on_cpu::launch(#kernel, ::dim3(grid), ::dim3(block), shared_bytes, \
+                                                    [&] { kernel(__VA_ARGS__); }))
+#define MD_DYNAMIC_SHARED(T, name) T* name = reinterpret_cast<T*>(::cuda_on_cpu::dynamic_shared())
+#else
+#define MD_HD inline
+#endif
+
+// for (index = this thread; index < count; index += all threads): correct for any grid, 64-bit throughout.
+#define MD_GRID_STRIDE(index, count)                                                                  \
+  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < (count); \
+       index += static_cast<int64_t>(gridDim.x) * blockDim.x)
+
+namespace minidamage {
+
+// The element type of a tensor handed to a launcher as void*; the same order in bindings.cpp.
+enum class DType : int { float32, float64, float16, bfloat16 };
+
+MD_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// Blocks for a grid-stride loop: enough to fill any GPU, never above the grid limit.
+inline unsigned blocks_for(int64_t count, int64_t threads) {
+  const int64_t blocks = ceil_div(count, threads), most = 1 << 16;
+  return static_cast<unsigned>(blocks < 1 ? 1 : blocks < most ? blocks : most);
+}
+
+// N neighbouring elements, moved as one load or store: `*reinterpret_cast<const Pack<T, 4>*>(x + i)`, x + i aligned to the pack.
+template <typename T, int N>
+struct alignas(sizeof(T) * N) Pack {
+  T v[N];
+};
+
+// float32 accumulates float32, float16 and bfloat16; float64 accumulates float64.
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <typename T>
+using accumulate_t = typename Accumulate<T>::type;
+
+MD_HD float to_accumulate(float x) { return x; }
+MD_HD double to_accumulate(double x) { return x; }
+
+template <typename T>
+struct FromAccumulate;
+template <>
+struct FromAccumulate<float> {
+  static MD_HD float convert(float x) { return x; }
+};
+template <>
+struct FromAccumulate<double> {
+  static MD_HD double convert(double x) { return x; }
+};
+
+#if defined(__CUDACC__) || defined(MINIDAMAGE_EMULATED)
+MD_HD float to_accumulate(__half x) { return __half2float(x); }
+MD_HD float to_accumulate(__nv_bfloat16 x) { return __bfloat162float(x); }
+template <>
+struct FromAccumulate<__half> {
+  static MD_HD __half convert(float x) { return __float2half_rn(x); }
+};
+template <>
+struct FromAccumulate<__nv_bfloat16> {
+  static MD_HD __nv_bfloat16 convert(float x) { return __float2bfloat16_rn(x); }
+};
+
+template <typename T>
+MD_DEVICE void atomic_add(T* address, T value) {
+  atomicAdd(address, value);
+}
+#endif
+
+// The value rounded to storage type T.
+template <typename T>
+MD_HD T from_accumulate(accumulate_t<T> x) {
+  return FromAccumulate<T>::convert(x);
+}
+
+// Products and sums that no compiler may fuse: where a result is compared with a threshold, both machines and the
+// reference must round alike. (The CPU build has -ffp-contract=off.)
+#if defined(__CUDA_ARCH__)
+MD_HD float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+MD_HD double mul_rn(double a, double b) { return __dmul_rn(a, b); }
+#else
+MD_HD float mul_rn(float a, float b) { return a * b; }
+MD_HD double mul_rn(double a, double b) { return a * b; }
+#endif
+
+}  // namespace minidamage
