@@ -8,10 +8,6 @@
 #include "mask_shapes.h"
 #include "rle.h"
 
-#ifndef TORCH_EXTENSION_NAME
-#define TORCH_EXTENSION_NAME minidamage_evaluation
-#endif
-
 namespace py = pybind11;
 using namespace minidamage;
 
@@ -301,7 +297,7 @@ static py::dict evaluate(const py::dict& truths, const py::dict& detections, int
     return out;
 }
 
-PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+PYBIND11_MODULE(evaluation, m) {
     m.doc() = "Run-length masks, their shapes, and COCO matching: the C++ behind minidamage.masks and minidamage.metrics.";
     m.def("encode", &encode);
     m.def("decode", &decode);

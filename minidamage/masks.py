@@ -16,10 +16,7 @@ MAX_COORDINATE = 1e6        # pixels; a polygon point farther out is a mistake i
 
 def _native():
     """The C++ twin (csrc/evaluation.cpp) or None: then the numpy reference runs."""
-    try:
-        from minidamage.ops import _extension                 # not at the top: importing minidamage.masks must build nothing
-    except ImportError:
-        return None
+    from minidamage.ops import _extension                     # not at the top: minidamage.ops imports torch, masks alone need not
     return _extension.load_evaluation()
 
 
