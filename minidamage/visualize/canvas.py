@@ -33,8 +33,9 @@ class Figure:
         self._draw.polygon([(x * SUPERSAMPLE, y * SUPERSAMPLE) for x, y in points], fill=fill)
 
     def rectangle(self, x1, y1, x2, y2, fill=None, outline=None, width=1.0):
-        self._draw.rectangle([x1 * SUPERSAMPLE, y1 * SUPERSAMPLE, x2 * SUPERSAMPLE - 1, y2 * SUPERSAMPLE - 1], fill=fill,
-                             outline=outline, width=max(1, round(width * SUPERSAMPLE)))
+        x1, y1 = x1 * SUPERSAMPLE, y1 * SUPERSAMPLE
+        x2, y2 = max(x2 * SUPERSAMPLE - 1, x1), max(y2 * SUPERSAMPLE - 1, y1)      # a bar or box of no height is a hairline
+        self._draw.rectangle([x1, y1, x2, y2], fill=fill, outline=outline, width=max(1, round(width * SUPERSAMPLE)))
 
     def circle(self, x, y, radius, fill=None, outline=None, width=1.0):
         self._draw.ellipse([(x - radius) * SUPERSAMPLE, (y - radius) * SUPERSAMPLE, (x + radius) * SUPERSAMPLE,

@@ -1,0 +1,273 @@
+"""minidamage/visualize: where each pixel's colour comes from, ticks at round numbers, one whole HTML file."""
+import html.parser
+import io
+import math
+import os
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from minidamage import masks as mask_codec
+from minidamage.visualize import overlay, plots, report
+from minidamage.visualize.canvas import log_ticks, nice_ticks, padded_limits
+
+NAMES = ("dent", "scratch", "broken glass")
+GREY = np.full((120, 160, 3), 128, np.uint8)
+
+
+def disc(height, width, y, x, radius):
+    rows, columns = np.ogrid[:height, :width]
+    return (rows - y) ** 2 + (columns - x) ** 2 <= radius ** 2
+
+
+# ---------------------------------------------------------------------------------------------- overlay
+
+def test_mask_tints_inside_outlines_its_border_and_leaves_the_rest():
+    mask = disc(120, 160, 60, 80, 30)
+    canvas = GREY.copy()
+    overlay.paint_mask(canvas, mask, (36, 107, 235), line=2)
+    assert tuple(canvas[60, 80]) == tuple(int(128 + (c - 128) * overlay.MASK_OPACITY + 0.5) for c in (36, 107, 235))
+    assert tuple(canvas[31, 80]) == (36, 107, 235)                     # inside, on the border
+    assert (canvas[29, 80] < 128).all()                                # the seam just outside
+    assert (canvas[27, 80] == 128).all() and (canvas[0] == 128).all()
+
+
+@pytest.mark.parametrize("mask", [np.ones((5, 7), bool), np.zeros((5, 7), bool), np.eye(5, 7, dtype=bool)])
+def test_masks_at_the_picture_border_and_tiny_pictures(mask):
+    canvas = np.zeros((5, 7, 3), np.uint8)
+    overlay.paint_mask(canvas, mask, (200, 100, 50), line=3)
+    assert (canvas[mask] == (200, 100, 50)).all(axis=1).sum() >= min(mask.sum(), 5)
+    assert not mask.any() and not canvas.any() or mask.any()
+
+
+def test_dilation_is_a_square_window_of_the_radius():
+    generator = np.random.default_rng(0)
+    for radius in (1, 2, 3, 5, 8):
+        mask = generator.random((23, 31)) < 0.02
+        expected = np.zeros_like(mask)
+        for y, x in zip(*np.nonzero(mask)):
+            expected[max(y - radius, 0):y + radius + 1, max(x - radius, 0):x + radius + 1] = True
+        np.testing.assert_array_equal(overlay._dilated(mask, radius), expected)
+
+
+def test_box_covers_the_pixels_of_its_outer_corners():
+    drawn = overlay.draw_detections(GREY, [[20, 40, 60, 90]], [1], None, None, NAMES)
+    blue = (drawn == overlay.NAMED_COLOURS["dent"]).all(axis=2)
+    assert blue[40:90, 20].all() and blue[40:90, 59].all() and blue[89, 20:60].all()
+    assert not blue[40:90, 60].any() and not blue[90].any()
+
+
+def test_forms_of_masks_and_pictures_draw_alike():
+    stack = np.stack([disc(120, 160, 40, 50, 20), disc(120, 160, 80, 100, 25)])
+    boxes = mask_codec.to_boxes(mask_codec.encode(stack))
+    arguments = (boxes, [1, 2], [0.9, 0.4])
+    expected = overlay.draw_detections(GREY, *arguments, stack, NAMES)
+    torch = pytest.importorskip("torch")
+    for masks in (mask_codec.encode(stack), stack[:, None], stack.astype(np.float32), torch.from_numpy(stack)):
+        np.testing.assert_array_equal(overlay.draw_detections(GREY, *arguments, masks, NAMES), expected)
+    tensor = torch.from_numpy(GREY).permute(2, 0, 1)
+    np.testing.assert_array_equal(overlay.draw_detections(tensor, *arguments, stack, NAMES), expected)
+    np.testing.assert_array_equal(overlay.draw_detections(tensor / 255, *arguments, stack, NAMES), expected)
+    assert (GREY == 128).all()
+
+
+def test_truth_from_polygons_says_crowd():
+    polygon = [np.array([[10.0, 30], [60, 30], [60, 80], [10, 80]])]
+    plain = overlay.draw_truth(GREY, [[10, 30, 60, 80]], [2], [polygon], NAMES)
+    crowd = overlay.draw_truth(GREY, [[10, 30, 60, 80]], [2], [polygon], NAMES, crowd=[True])
+    assert (plain[55, 35] != 128).any() and (plain != crowd).any()
+
+
+def test_nothing_found_leaves_the_picture_as_it_is():
+    np.testing.assert_array_equal(overlay.draw_detections(GREY, np.zeros((0, 4)), [], [], np.zeros((0, 120, 160), bool), NAMES), GREY)
+
+
+def test_boxes_outside_or_not_finite_do_not_break_the_drawing():
+    boxes = [[-50, -50, 400, 400], [500, 500, 600, 600], [np.nan, 0, 10, 10], [5, 5, 5, 5]]
+    assert overlay.draw_detections(GREY, boxes, [1, 2, 3, 7], [0.5] * 4, None, NAMES).shape == GREY.shape
+
+
+def test_lengths_that_differ_are_named():
+    with pytest.raises(ValueError, match="2 boxes, 1 labels"):
+        overlay.draw_detections(GREY, np.zeros((2, 4)), [1], [0.5], None, NAMES)
+    with pytest.raises(ValueError, match=r"\[120, 160\]"):
+        overlay.draw_detections(GREY, [[0, 0, 9, 9]], [1], [0.5], np.ones((1, 9, 9), bool), NAMES)
+
+
+@pytest.mark.parametrize("side", [192, 640, 3000])
+def test_tags_stay_inside_and_keep_clear_of_each_other(side):
+    generator = np.random.default_rng(1)
+    corner = generator.random((12, 2)) * side * 0.9
+    boxes = np.concatenate([corner, corner + side * 0.15], axis=1)
+    font = overlay.ImageFont.load_default(overlay.font_size(side, side))
+    draw = overlay.ImageDraw.Draw(Image.new("RGB", (side, side)))
+    placed = []
+    for box in boxes:
+        text, size = overlay._fitted(draw, "broken glass 0.93", font, side)
+        spot, covered = overlay._tag_place(box, size, placed, 1, side, side)
+        assert 0 <= spot[0] and spot[2] <= side and 0 <= spot[1] and spot[3] <= side
+        if covered <= 0.12:
+            placed.append(spot)
+    assert len(placed) >= 8
+
+
+def test_a_tag_wider_than_the_picture_is_shortened_and_keeps_its_score():
+    font = overlay.ImageFont.load_default(10)
+    draw = overlay.ImageDraw.Draw(Image.new("RGB", (64, 64)))
+    text, (width, _) = overlay._fitted(draw, "a very long class name 0.93", font, 64)
+    assert text.endswith("… 0.93") and width <= 64
+
+
+def test_colours_are_the_papers_stable_and_distinct():
+    colours = overlay.class_colours(["dent", "Broken-Glass", "tray_son", "x"])
+    assert colours["dent"][2] > 200 and colours["tray_son"] == overlay.NAMED_COLOURS["scratch"]
+    assert colours["Broken-Glass"] == overlay.NAMED_COLOURS["broken glass"]
+    assert overlay.class_colours(["x"])["x"] == colours["x"]
+    many = overlay.class_colours([f"class {k}" for k in range(80)])
+    assert len(set(many.values())) == 80
+
+
+def test_grid_holds_every_picture_and_refuses_none():
+    pictures = [np.full((100, 50, 3), 250, np.uint8), np.full((30, 90, 3), 10, np.uint8), np.zeros((3, 40, 40), np.float32)]
+    sheet = overlay.grid(pictures, ["one", "two " * 40, None], columns=2, title="all")
+    assert sheet.dtype == np.uint8 and sheet.shape[1] > 2 * 120
+    with pytest.raises(ValueError, match="at least one"):
+        overlay.grid([])
+    with pytest.raises(ValueError, match="one title a picture"):
+        overlay.grid(pictures, ["one"])
+
+
+def test_a_failed_write_leaves_the_older_file_and_no_rest(tmp_path):
+    path = tmp_path / "a.png"
+    overlay.save_picture(path, GREY)
+    older = path.read_bytes()
+
+    def fail(stream):
+        stream.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        overlay.write_beside(path, fail)
+    assert path.read_bytes() == older and os.listdir(tmp_path) == ["a.png"]
+    with pytest.raises(ValueError, match=".png or .jpg"):
+        overlay.save_picture(tmp_path / "a.gif", GREY)
+
+
+# ---------------------------------------------------------------------------------------------- plots
+
+@pytest.mark.parametrize("low, high, texts", [
+    (0, 1, ["0.0", "0.2", "0.4", "0.6", "0.8", "1.0"]), (0, 0.013, ["0.000", "0.005", "0.010"]),
+    (-3, 3, ["-2", "0", "2"]), (0, 12000, ["0", "2,500", "5,000", "7,500", "10,000"])])
+def test_ticks_are_round(low, high, texts):
+    assert [text for _, text in nice_ticks(low, high)] == texts
+
+
+def test_whole_number_ticks_for_epochs():
+    assert [value for value, _ in nice_ticks(0.9, 3.1, 7, integers=True)] == [1, 2, 3]
+    assert all(value == int(value) for value, _ in nice_ticks(1, 12, 7, integers=True))
+    assert nice_ticks(4, 4) == [(4, "4")]
+
+
+def test_log_ticks_and_limits():
+    assert [text for _, text in log_ticks(0.01, 10)] == ["0.01", "0.1", "1", "10"]
+    assert [text for _, text in log_ticks(1, 10)] == ["1", "2", "5", "10"]
+    assert padded_limits([]) == (0.0, 1.0) and padded_limits([math.nan], log=True) == (0.1, 1.0)
+    low, high = padded_limits([3.0])
+    assert low < 3 < high
+
+
+def test_line_plot_draws_its_colours_breaks_at_nan_and_survives_odd_input():
+    picture = plots.line_plot({"a": ([1, 2, 3], [1, math.nan, 3]), "b": ([1, 2, 3], [2, 2, 2])}, "t", "x", "y")
+    assert picture.shape == (plots.SIZE[1], plots.SIZE[0], 3)
+    assert ((picture == plots.SERIES[1]).all(axis=2)).sum() > 100
+    for series in ({"a": ([], [])}, {"a": ([1], [5])}, {"a": ([1, 2], [math.nan, math.nan])}, {"a": ([1, 2], [-1, 0])}):
+        for log_y in (False, True):
+            plots.line_plot(series, log_y=log_y)
+    with pytest.raises(ValueError, match="as many x as y"):
+        plots.line_plot({"a": ([1, 2], [1])})
+
+
+def test_bar_heights_are_proportional():
+    picture = plots.bar_plot(["one", "two"], {"v": [1.0, 0.5]}, value_format="")
+    blue = (picture == plots.SERIES[0]).all(axis=2)
+    half = picture.shape[1] // 2
+    tall, short = blue[:, :half].any(axis=1).sum(), blue[:, half:].any(axis=1).sum()
+    assert abs(tall - 2 * short) <= 3
+    plots.bar_plot([f"a long name {k}" for k in range(20)], {"v": [math.nan] * 20, "w": [-1.0] * 20}, errors={"w": [0.1] * 20})
+    with pytest.raises(ValueError, match="one a group"):
+        plots.bar_plot(["one"], {"v": [1, 2]})
+
+
+def test_box_plot_takes_empty_and_constant_samples():
+    plots.box_plot({"empty": [], "one": [0.5], "same": [1, 1, 1], "some": [0, 1, 2, 30, math.nan]}, "t", "IoU")
+
+
+def test_precision_recall_names_the_area():
+    recall = np.linspace(0, 1, 101)
+    precision = np.where(recall <= 0.5, 1.0, 0.0)
+    assert plots.precision_recall_plot({"dent": (recall, precision), "none": (recall, np.full(101, -1.0))}).any()
+
+
+CSV = """epoch,lr,train/loss,train/loss_mask,val/loss,val/loss_mask,val/segm/AP,val/bbox/AP50
+1,0.01,2.0,1.0,2.1,1.1,0.1,0.2
+2,0.01,1.5,0.8,,,,
+2,0.01,1.4,0.7,1.8,1.0,0.2,nan
+3,0.001,1.0,0.5,1.7,0.9,0.3,0.5
+"""
+
+
+def test_curves_from_csv(tmp_path):
+    (tmp_path / "metrics.csv").write_text(CSV)
+    columns = plots.read_metrics(tmp_path / "metrics.csv")
+    assert columns["epoch"] == [1, 2, 3] and columns["train/loss"] == [2.0, 1.4, 1.0] and math.isnan(columns["val/bbox/AP50"][1])
+    assert plots.curves_from_csv(tmp_path / "metrics.csv", tmp_path / "curves.png") == str(tmp_path / "curves.png")
+    assert Image.open(tmp_path / "curves.png").size == (2 * plots.SIZE[0], 2 * plots.SIZE[1])
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(ValueError, match="'epoch' column"):
+        plots.curves_from_csv(tmp_path / "other.csv", tmp_path / "x.png")
+
+
+# ---------------------------------------------------------------------------------------------- report
+
+class Balanced(html.parser.HTMLParser):
+    """Collects what was opened and closed out of order, and every address that the page would load."""
+
+    VOID = {"meta", "img", "br", "link"}
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.wrong, self.addresses = [], [], []
+
+    def handle_starttag(self, tag, attributes):
+        if tag not in self.VOID:
+            self.open.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(tag)
+
+
+def test_report_is_one_valid_file_with_everything_inside(tmp_path):
+    stream = io.BytesIO()
+    Image.fromarray(GREY).save(stream, "JPEG")
+    path = report.write_report(tmp_path / "report.html", "A <title> & more", [
+        ("Numbers", ["Says `code`, <b>not</b> HTML.", {"seed": 0, "checkpoint": "best.pt", "AP": 0.5},
+                     report.Table(["class", "AP50", "n"], [["dent", 0.61234, 1200], ["scratch", math.nan, None]], "Per class")]),
+        ("Pictures", [report.Picture(GREY, "array"), report.Picture(stream.getvalue(), 'bytes "quoted"', wide=True)]),
+        ("Empty", "one text")], subtitle="test")
+    page = open(path, encoding="utf-8").read()
+    parser = Balanced()
+    parser.feed(page)
+    assert not parser.wrong and not parser.open
+    assert all(address.startswith(("#", "data:image/")) for address in parser.addresses)
+    assert "&lt;b&gt;not&lt;/b&gt;" in page and "<code>code</code>" in page and "0.612" in page and "1,200" in page and page.count("n/a") == 2
+    assert "prefers-color-scheme: dark" in page and "data:image/png;base64" in page and "data:image/jpeg;base64" in page
+
+
+def test_report_refuses_what_it_cannot_show(tmp_path):
+    for blocks, message in (([report.Table(["a"], [[1, 2]])], "1 cells a row"), ([report.Picture(b"GIF89a")], "PNG or JPEG"), ([3], "got int")):
+        with pytest.raises(ValueError, match=message):
+            report.write_report(tmp_path / "r.html", "t", [("s", blocks)])
+    assert not os.listdir(tmp_path)
