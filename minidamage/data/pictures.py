@@ -29,8 +29,8 @@ def picture_header(path):
 
     Raises ValueError naming the file when it is missing, empty or no picture. Truncated pixel data is not seen here.
     """
-    with _open(path) as image:
-        turn = _orientation(image)
+    with open_picture(path) as image:
+        turn = orientation(image)
         width, height = image.size
     return (height, width, turn) if turn >= 5 else (width, height, turn)
 
@@ -44,8 +44,8 @@ def read_image(path, max_side=None):
     range (65535), not by their brightest pixel, so that two pictures of one series keep their relation.
     Raises ValueError naming the file, and what is wrong, for a missing, truncated or non-image file.
     """
-    with _open(path) as image:
-        turn = _orientation(image)
+    with open_picture(path) as image:
+        turn = orientation(image)
         try:
             if max_side and max(image.size) > max_side:
                 image.draft(None, _fit(image.size, max_side, 2))           # JPEG only: DCT scaling, never below 2x the target
@@ -53,7 +53,7 @@ def read_image(path, max_side=None):
         except READ_ERRORS as error:
             raise ValueError(f"{path}: the picture is damaged or cut short ({_first_line(error)}); "
                              "copy it again or take it out of the data set") from error
-        rgb = _to_rgb(image)
+        rgb = to_rgb(image)
     if max_side and max(rgb.size) > max_side:
         rgb = rgb.resize(_fit(rgb.size, max_side, 1), Image.Resampling.BOX, reducing_gap=2.0)
     if turn in TURN:
@@ -66,7 +66,7 @@ def _fit(size, max_side, factor):
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _open(path):
+def open_picture(path):
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")            # Pillow's notes on odd EXIF blocks and large pictures
@@ -89,7 +89,7 @@ def _why_no_picture(path):
     return "not a picture that Pillow knows"
 
 
-def _orientation(image):
+def orientation(image):
     """EXIF orientation 1..8 from the header. PNG's own getexif would decode the pixels, hence the base class's; Pillow
     turns TIFF by itself."""
     if image.format == "TIFF":
@@ -103,7 +103,7 @@ def _orientation(image):
     return turn if turn in TURN else 1
 
 
-def _to_rgb(image):
+def to_rgb(image):
     mode = image.mode
     if mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
         values = np.asarray(image).astype(np.float64)

@@ -1,0 +1,102 @@
+"""Which pictures show the same thing: by name, by moment, by bytes, and by a 256-bit difference hash of the pixels.
+
+The hash (dHash, N. Krawetz 2013): grey, 17 x 16 cells, one bit for "brighter than the right neighbour". Re-saved, resized and slightly
+recoloured copies differ in a few bits; unrelated photographs in about half of them.
+"""
+import hashlib
+import os
+import re
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+from PIL import Image
+
+from minidamage.data.pictures import READ_ERRORS, TURN, open_picture, orientation, to_rgb
+
+HASH_BITS = 256
+NEAR_BITS = 26                                 # of 256; tests/test_data_split.py holds both sides of it
+MIN_CONTRAST = 2.0                             # grey levels: a flat picture has no pattern to compare
+
+
+def picture_hash(path):
+    """bool [256], or None for a picture without contrast. ValueError when it cannot be read. JPEGs are decoded at an eighth."""
+    with open_picture(path) as image:
+        turn = orientation(image)
+        try:
+            image.draft("L", (136, 128))
+            grey = to_rgb(image).convert("L").resize((68, 64), Image.Resampling.BOX)
+        except READ_ERRORS as error:
+            raise ValueError(f"{path}: the picture is damaged or cut short ({error})") from error
+    if turn in TURN:
+        grey = grey.transpose(TURN[turn])
+    cells = np.asarray(grey.resize((17, 16), Image.Resampling.BOX), np.int16)
+    if cells.std() < MIN_CONTRAST:
+        return None
+    return (cells[:, :-1] > cells[:, 1:]).ravel()
+
+
+def picture_hashes(files, threads=None):
+    """[n] list of hashes (None: unreadable or flat). Pillow decodes outside Python's lock, so threads help."""
+    def one(file):
+        try:
+            return picture_hash(file)
+        except ValueError:
+            return None
+    with ThreadPoolExecutor(threads or min(8, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, files))
+
+
+def near_pairs(hashes, max_bits=NEAR_BITS, block=1024):
+    """Pairs (i, j, differing bits), i < j, at most max_bits apart.
+
+    Bits as +-1 make the distance a matrix product: 14,000 hashes against each other take two or three seconds.
+    """
+    known = [i for i, h in enumerate(hashes) if h is not None]
+    if len(known) < 2:
+        return []
+    signs = np.where(np.stack([hashes[i] for i in known]), 1.0, -1.0).astype(np.float32)
+    pairs = []
+    for start in range(0, len(known), block):
+        bits = (HASH_BITS - signs[start:start + block] @ signs[start:].T) / 2
+        for a, b in zip(*np.nonzero(bits <= max_bits + 0.25)):
+            if b > a:
+                pairs.append((known[start + a], known[start + b], int(round(float(bits[a, b])))))
+    return pairs
+
+
+def content_digest(path):
+    """SHA-1 of the file's bytes: equal for exact copies."""
+    with open(path, "rb") as handle:
+        return hashlib.sha1(handle.read()).hexdigest()
+
+
+def original_name(file):
+    """The photograph's own name: Roboflow's `X_jpg.rf.<hash>.jpg` and VehiDE's `ThumbnailX.jpg` come from X."""
+    stem = os.path.splitext(os.path.basename(file))[0]
+    stem = re.sub(r"_(?:jpe?g|png|bmp|webp|tiff?)\.rf\.[0-9a-zA-Z]+$", "", stem, flags=re.IGNORECASE)
+    return re.sub(r"^thumbnail", "", stem, flags=re.IGNORECASE) or stem
+
+
+def group_of_each(records, near=True):
+    """An int per record: equal numbers may not be put into different splits.
+
+    Records join by Record.group (a vehicle), by original_name, and, where no vehicle is known, by near-duplicate pixels.
+    """
+    parent = list(range(len(records)))
+
+    def find(i):
+        while parent[i] != i:
+            parent[i] = parent[parent[i]]
+            i = parent[i]
+        return i
+
+    first = {}
+    for i, record in enumerate(records):
+        keys = [("name", os.path.dirname(record.file), original_name(record.file))] + ([("group", record.group)] if record.group else [])
+        for key in keys:
+            parent[find(i)] = find(first.setdefault(key, i))
+    unknown = [i for i, record in enumerate(records) if not record.group]
+    if near and len(unknown) > 1:
+        for a, b, _ in near_pairs(picture_hashes([records[i].file for i in unknown])):
+            parent[find(unknown[a])] = find(unknown[b])
+    return [find(i) for i in range(len(records))]

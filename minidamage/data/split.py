@@ -1,0 +1,110 @@
+"""Three parts, always: what trains, what chooses (best.pt, thresholds), what is reported. No vehicle lies in two of them.
+
+Pictures that may show one vehicle form a group (duplicates.py) and stay together. The same seed gives the same split, whatever the order
+of the annotation file; `names_of` writes it into the run and `from_names` reads it back.
+"""
+import dataclasses
+import os
+
+import numpy as np
+
+from minidamage.data.duplicates import group_of_each
+
+NAMES = ("train", "val", "test")
+FRACTIONS = (0.70, 0.15, 0.15)                 # DamageNet: 3,640 / 780 / 780 of 5,200
+CHOOSING_SHARE = 0.10                          # of train, where a set has only train and test
+
+
+def three_parts(dataset, fractions=None, seed=0):
+    """{"train": [...], "val": [...], "test": [...]} of Records.
+
+    fractions: None follows the parts that the set has: all three are kept; train + val halves val by group into val and
+    test; train + test takes a seeded tenth of train, by group, as val; anything else is split 70/15/15. Three numbers
+    (`--split 70/15/15`) pool everything and split by group. Raises ValueError where a part would be empty.
+    """
+    have = {name: records for name, records in dataset.parts.items() if records}
+    if fractions is None and set(have) == set(NAMES):
+        return {name: list(have[name]) for name in NAMES}
+    if fractions is None and set(have) == {"train", "val"}:
+        halves = split_records(have["val"], (0.5, 0.5), seed, names=("val", "test"))
+        return {"train": list(have["train"]), **halves}
+    if fractions is None and set(have) == {"train", "test"}:
+        parts = split_records(have["train"], (1 - CHOOSING_SHARE, CHOOSING_SHARE), seed, names=("train", "val"))
+        return {**parts, "test": list(have["test"])}
+    return split_records(_pool(have), fractions or FRACTIONS, seed)
+
+
+def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
+    """Splits by group: {name: records in their own order}, close to `fractions` (which are scaled to sum 1).
+
+    Groups without any object are dealt out apart from the others, so that every part has its share of undamaged pictures.
+    Raises ValueError for fractions that are negative or sum to 0, and for too few groups to fill every part.
+    """
+    shares = np.asarray(fractions, np.float64)
+    if len(shares) != len(names) or (shares < 0).any() or shares.sum() <= 0:
+        raise ValueError(f"expected {len(names)} shares like {'/'.join(['70', '15', '15'][:len(names)])}, got {fractions}")
+    shares = shares / shares.sum()
+    order = sorted(range(len(records)), key=lambda i: (os.path.basename(records[i].file), records[i].file))
+    group = group_of_each([records[i] for i in order])
+    members = {}
+    for i, g in zip(order, group):
+        members.setdefault(g, []).append(i)
+    rng = np.random.default_rng([int(seed), 1])
+    shuffled = [list(members.values())[k] for k in rng.permutation(len(members))]
+    damaged = [m for m in shuffled if any(len(records[i].labels) for i in m)]
+    undamaged = [m for m in shuffled if not any(len(records[i].labels) for i in m)]
+    chosen = [[] for _ in names]
+    for stratum in (damaged, undamaged):
+        _deal(stratum, shares, chosen)
+    empty = [name for name, share, part in zip(names, shares, chosen) if share > 0 and not part]
+    if empty:
+        raise ValueError(f"{len(records)} pictures in {len(members)} groups (vehicles or near-duplicates) are too few: nothing is left for "
+                         f"{', '.join(empty)}. Add pictures, or give other shares (--split)")
+    return {name: [records[i] for i in sorted(part)] for name, part in zip(names, chosen)}
+
+
+def _deal(groups, shares, chosen):
+    """Hands each group, large ones first, to the part that lacks most of its share."""
+    total = sum(map(len, groups))
+    filled = np.zeros(len(shares))
+    for members in sorted(groups, key=len, reverse=True):
+        lack = np.where(shares > 0, shares * total - filled, -np.inf)
+        part = int(np.argmax(lack))
+        chosen[part].extend(members)
+        filled[part] += len(members)
+
+
+def _pool(parts):
+    """All records of all parts; where picture ids repeat between the parts, every record gets a new one."""
+    pooled = [r for name in sorted(parts) for r in parts[name]]
+    if len({r.image_id for r in pooled}) < len(pooled):
+        pooled = [dataclasses.replace(r, image_id=i + 1) for i, r in enumerate(pooled)]
+    return pooled
+
+
+def parse_fractions(text):
+    """"70/15/15" -> (0.7, 0.15, 0.15); ValueError with an example otherwise."""
+    try:
+        numbers = [float(v) for v in text.replace(",", "/").split("/")]
+    except ValueError:
+        numbers = []
+    if len(numbers) != 3 or min(numbers) < 0 or sum(numbers) <= 0:
+        raise ValueError(f"--split expects three shares like 70/15/15, got {text!r}")
+    return tuple(v / sum(numbers) for v in numbers)
+
+
+def names_of(parts, root):
+    """{part: [picture paths relative to root]}: what the run writes."""
+    base = os.path.dirname(root) if os.path.isfile(root) else root
+    return {name: [os.path.relpath(r.file, base).replace(os.sep, "/") for r in records] for name, records in parts.items()}
+
+
+def from_names(dataset, names):
+    """The parts that names_of wrote, from a data set read again. ValueError when pictures have gone."""
+    base = os.path.dirname(dataset.path) if os.path.isfile(dataset.path) else dataset.path
+    pooled = _pool({k: v for k, v in dataset.parts.items() if v})
+    known = {os.path.relpath(r.file, base).replace(os.sep, "/"): r for r in pooled}
+    gone = [n for listed in names.values() for n in listed if n not in known]
+    if gone:
+        raise ValueError(f"{len(gone)} pictures of the saved split are not in {dataset.path} (first: {gone[0]}): is it the same data set?")
+    return {part: [known[n] for n in listed] for part, listed in names.items()}
