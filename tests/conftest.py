@@ -1,0 +1,33 @@
+"""Set-up that all tests share. A machine with a compiler must build the kernels: a broken build fails here, it does not skip."""
+import os
+import pathlib
+import shutil
+import sys
+
+_compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
+if os.environ.get("CI") or _compiler:
+    os.environ.setdefault("MINIDAMAGE_KERNELS", "require")
+sys.path.insert(0, str(pathlib.Path(__file__).parent))                      # tests import oracle.py by name
+
+import pytest                                                                # noqa: E402
+import torch                                                                 # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device"))])
+def device(request):
+    """GPU tests are the CPU tests with another device."""
+    return request.param
+
+
+@pytest.fixture(scope="session")
+def real_data():
+    """The folder of real photographs, from MINIDAMAGE_DATA."""
+    folder = os.environ.get("MINIDAMAGE_DATA", "")
+    if not os.path.isdir(folder):
+        pytest.skip("MINIDAMAGE_DATA is not set: no real data here")
+    return pathlib.Path(folder)
