@@ -1,0 +1,157 @@
+"""COCO's two files, annotations and detections, as the tables of `metrics/coco.py`; every mistake in them is named.
+
+As pycocotools' loadRes, the first detection decides what a file holds: without a "bbox", boxes are those of the masks; without a
+"segmentation", masks are the boxes.
+Differs from loadRes: when masks are scored, small / medium / large go by the mask's area even if the file has boxes too (as detectron2
+and torchvision do by removing the boxes first); `area_from_boxes=True` is loadRes to the letter.
+"""
+import json
+import os
+
+import numpy as np
+
+from minidamage import masks
+
+EXAMPLE = '{"image_id": 7, "category_id": 1, "bbox": [x, y, width, height] or "segmentation": {"size": [h, w], "counts": "..."}, "score": 0.9}'
+
+
+def read_json(file):
+    """A JSON file's content; a list or dict is passed through, so that callers may hold the content already."""
+    if isinstance(file, (dict, list)):
+        return file, "the given content"
+    file = os.fspath(file)
+    if not os.path.isfile(file):
+        raise ValueError(f"{file}: expected a COCO JSON file, there is none")
+    try:
+        with open(file, encoding="utf-8") as stream:
+            return json.load(stream), file
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: expected JSON, but it breaks off or is something else ({error}); was it written to the end?") from None
+
+
+def read_truth(file, iou_type):
+    """(table, image_ids [I] sorted, categories: dicts sorted by id, annotation ids [n], {image id: image dict}) of an annotation file.
+
+    iou_type "segm" reads polygons and RLEs as masks, "bbox" the boxes. Raises ValueError with what is wrong.
+    """
+    content, name = read_json(file)
+    if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations", "categories")):
+        got = f"a dict with {', '.join(map(str, list(content)[:6])) or 'nothing'}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        raise ValueError(f'{name}: expected COCO ground truth, a dict with the lists "images", "annotations" and "categories", got {got}'
+                         f'{"; a list is what a detections file holds: swapped --truth and --detections?" if isinstance(content, list) else ""}')
+    if not content["images"]:
+        raise ValueError(f"{name}: expected at least one picture in \"images\", got none")
+    images = {image["id"]: image for image in content["images"]}
+    categories = sorted(content["categories"], key=lambda c: c["id"])
+    known = [c["id"] for c in categories]
+    annotations = content["annotations"]
+    table = _common(annotations, sorted(images), known, name, "annotation", "annotations")
+    table["crowd"] = np.array([bool(a.get("iscrowd", 0)) for a in annotations], np.uint8)                 # COCOeval ignores "ignore" too
+    if iou_type == "bbox":
+        table["box"] = _boxes(annotations, name, "annotation")
+    else:
+        table["counts"], table["size"] = _masks(annotations, images, name, "annotation")
+    missing_area = any("area" not in a for a in annotations)
+    table["area"] = _areas(table) if missing_area else np.array([a["area"] for a in annotations], np.float64)
+    return table, sorted(images), categories, np.array([a.get("id", i + 1) for i, a in enumerate(annotations)], np.int64), images
+
+
+def read_detections(file, iou_type, image_ids, categories, images, area_from_boxes=False):
+    """The table of a detections file (a list of dicts, or the content of one). Raises ValueError with what is wrong."""
+    content, name = read_json(file)
+    if isinstance(content, dict) and isinstance(content.get("annotations"), list) and not all("score" in a for a in content["annotations"]):
+        raise ValueError(f"{name}: expected detections, a list of dicts with scores, got ground truth (a dict with \"annotations\"); "
+                         "swapped --truth and --detections?")
+    if not isinstance(content, list):
+        raise ValueError(f"{name}: expected a list of detections such as [{EXAMPLE}, ...], got a {type(content).__name__}")
+    broken = next((d for d in content if not isinstance(d, dict) or not {"image_id", "category_id", "score"} <= d.keys()), None)
+    if broken is not None:
+        raise ValueError(f"{name}: expected each detection to be like {EXAMPLE}, got {broken!r:.120}")
+    table = _common(content, image_ids, [c["id"] for c in categories], name, "detection", "detections")
+    table["score"] = np.array([d["score"] for d in content], np.float64)
+    if not np.isfinite(table["score"]).all():
+        row = int(np.flatnonzero(~np.isfinite(table["score"]))[0])
+        raise ValueError(f"{name}: detection {row} has score {table['score'][row]}; a score is a finite number")
+    with_boxes = bool(content) and bool(content[0].get("bbox"))
+    table["area"] = None
+    if iou_type == "bbox":
+        if with_boxes:
+            table["box"] = _boxes(content, name, "detection")
+        else:
+            counts, size = _masks(content, images, name, "detection")
+            corners = masks.to_boxes([{"size": s, "counts": c} for c, s in zip(counts, size)]) if counts else np.zeros((0, 4))
+            table["box"] = np.concatenate([corners[:, :2], corners[:, 2:] - corners[:, :2]], axis=1)
+            table["area"] = _areas({"counts": counts, "size": size})
+            return table
+        table["area"] = table["box"][:, 2] * table["box"][:, 3]
+    else:
+        if with_boxes and area_from_boxes:
+            box = _boxes(content, name, "detection")
+            table["area"] = box[:, 2] * box[:, 3]
+        table["counts"], table["size"] = _masks(content, images, name, "detection", with_boxes)
+    return table
+
+
+def _common(objects, image_ids, category_ids, name, kind, plural):
+    """Image and category positions; ids that are not in the truth are an error that shows both sides."""
+    position = {image_id: i for i, image_id in enumerate(image_ids)}
+    try:
+        image = np.array([position.get(o["image_id"], -1) for o in objects], np.int32)
+        category_position = {c: k for k, c in enumerate(category_ids)}
+        category = np.array([category_position.get(o["category_id"], -1) for o in objects], np.int32)
+    except (KeyError, TypeError):
+        broken = next(o for o in objects if not isinstance(o, dict) or not {"image_id", "category_id"} <= o.keys())
+        raise ValueError(f'{name}: expected every {kind} to have "image_id" and "category_id", got {broken!r:.120}') from None
+    if (image < 0).any():
+        unknown = list(dict.fromkeys(o["image_id"] for o, i in zip(objects, image) if i < 0))
+        how_many = "none of them is" if (image < 0).all() else f"{int((image < 0).sum())} of {len(objects)} are not"
+        raise ValueError(f"{name}: {plural} of pictures whose id is not in the truth: {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; {how_many} "
+                         f"among the truth's {len(image_ids)} ids ({', '.join(map(repr, image_ids[:5]))}{', ...' if len(image_ids) > 5 else ''}). "
+                         "Detections must carry the ids of the truth file (same number, same type)")
+    if (category < 0).any():
+        unknown = sorted({o["category_id"] for o, k in zip(objects, category) if k < 0}, key=str)
+        raise ValueError(f"{name}: {plural} of unknown category_id {unknown[:8]}; the truth has {category_ids[:20]}"
+                         f"{' ...' if len(category_ids) > 20 else ''}. Labels 1..K must be mapped back to the data set's own ids")
+    return {"image": image, "category": category}
+
+
+def _boxes(objects, name, kind):
+    try:
+        box = np.array([o["bbox"] for o in objects], np.float64).reshape(len(objects), 4)
+    except (KeyError, ValueError, TypeError):
+        row = next(i for i, o in enumerate(objects) if np.shape(o.get("bbox")) != (4,))
+        raise ValueError(f'{name}: expected "bbox": [x, y, width, height] in {kind} {row}, got {objects[row].get("bbox")!r:.80}'
+                         f'{"; it has a segmentation: score it with masks only (--iou-type segm)" if "segmentation" in objects[row] else ""}') from None
+    if not np.isfinite(box).all() or (box[:, 2:] < 0).any():
+        row = int(np.flatnonzero(~np.isfinite(box).all(1) | (box[:, 2:] < 0).any(1))[0])
+        raise ValueError(f"{name}: {kind} {row} has box {box[row].tolist()}; expected x, y, width, height, finite, sides >= 0. Is it x1, y1, x2, y2?")
+    return box
+
+
+def _masks(objects, images, name, kind, or_box=False):
+    """(list of counts, size int32 [n, 2]); polygons are filled, RLEs taken as they are."""
+    counts, sizes = [], np.zeros((len(objects), 2), np.int32)
+    for i, o in enumerate(objects):
+        segmentation = o.get("segmentation")
+        try:
+            if isinstance(segmentation, dict) and isinstance(segmentation["counts"], (str, bytes)):
+                rle = {"size": segmentation["size"], "counts": segmentation["counts"]}
+                rle["counts"] = rle["counts"].encode("ascii", "replace") if isinstance(rle["counts"], str) else rle["counts"]
+            else:
+                if not segmentation and or_box and "bbox" in o:
+                    x, y, w, h = o["bbox"]
+                    segmentation = [[x, y, x, y + h, x + w, y + h, x + w, y]]
+                image = images[o["image_id"]]
+                rle = masks.segmentation_to_rle(segmentation, image["height"], image["width"])
+            sizes[i] = rle["size"]
+        except (ValueError, KeyError, TypeError) as error:
+            what = f"picture {o['image_id']} has no {error} in the truth file" if isinstance(error, KeyError) else error
+            raise ValueError(f"{name}: {kind} {i} (picture {o['image_id']!r}): {what}") from None
+        counts.append(rle["counts"])
+    return counts, sizes
+
+
+def _areas(table):
+    if "box" in table:
+        return table["box"][:, 2] * table["box"][:, 3]
+    return masks.area([{"size": s, "counts": c} for c, s in zip(table["counts"], table["size"])]).astype(np.float64)
