@@ -1,0 +1,28 @@
+"""`python -m minidamage.data PATH`: checks a data set before training. Exit code 0: usable; 1: errors found; 2: cannot be read."""
+import argparse
+import sys
+
+from minidamage.data import load_dataset
+from minidamage.data.check import check, report
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="python -m minidamage.data", description=__doc__)
+    parser.add_argument("path", help="folder of the data set, or its annotation file (VehiDE, VIA 1 or 2, COCO)")
+    parser.add_argument("--images", help="folder of the pictures, where the annotation file does not say it")
+    parser.add_argument("--attribute", help="VIA: the region attribute that holds the class (default: detected)")
+    parser.add_argument("--quick", action="store_true", help="headers and annotations only: no decoding, no search for duplicates")
+    parser.add_argument("--examples", type=int, default=3, help="how many files or annotations to name for each finding")
+    args = parser.parse_args(arguments)
+    try:
+        dataset = load_dataset(args.path, images=args.images, attribute=args.attribute)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    findings = check(dataset, quick=args.quick)
+    print(report(findings, args.examples))
+    return int(any(f.level == "error" for f in findings))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
