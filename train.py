@@ -18,8 +18,9 @@ import numpy as np
 import torch
 
 from minidamage import masks, run_folder
-from minidamage.checkpoint import rng_state, save_checkpoint
+from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
 from minidamage.data import collate
+from minidamage.layers.detector import masks_in_form
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
 from minidamage.training import DEFAULTS, MODELS, iou_types, set_up
@@ -27,6 +28,7 @@ from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part after training
 PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
 HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")          # of an epoch's line
 
@@ -147,15 +149,13 @@ def check_losses(values, targets, run):
 def validate(run, stop, progress):
     """Returns {"loss": ..., "bbox/AP": ..., ...} of the validation part and draws val_predictions.png when it is the best so far.
 
-    None when a signal came. Draws from random generators of its own, so training goes on as if it had not happened.
+    None when a signal came. Takes nothing from the global random generators, so training goes on as if it had not happened.
     """
     model = run.model if run.ema is None else run.ema.model
     model.eval()
     evaluate = {"detection": validate_detection}[model.task]          # segmentation: one more line here
     batches = [[i] for i in range(len(run.val_set))]                  # one at a time: pictures of any size, least memory
-    with torch.random.fork_rng([run.device] if run.device.type == "cuda" else []):
-        torch.manual_seed(run.args.seed)
-        return evaluate(run, model, loader(run, run.val_set, batches), stop, progress)
+    return evaluate(run, model, loader(run, run.val_set, batches), stop, progress)
 
 
 def validate_detection(run, model, batches, stop, progress):
@@ -196,6 +196,35 @@ def pictures_to_show(records):
     whole = [i for i, record in enumerate(records) if not len(record.labels)][-1:]
     spread = np.linspace(0, len(damaged) - 1, min(PICTURES_SHOWN - len(whole), len(damaged))).round().astype(int)
     return {damaged[i] for i in spread} | set(whole)
+
+
+@torch.no_grad()
+def tune_mask_threshold(run, stop):
+    """Chooses tau, the probability from which a pixel belongs to a mask, by segm/AP on the validation part, and writes it into best.pt.
+
+    DamageNet, section III.A: tau is tuned; on which part is not stated, and ours is never the test part. `--set mask_threshold=...`
+    is kept as it is.
+    """
+    model, checkpoint = load_checkpoint(run.path("best.pt"), run.device)
+    if "segm" not in iou_types(model) or any(setting.startswith("mask_threshold=") for setting in run.args.set):
+        return
+    evaluators = {tau: CocoEvaluator(checkpoint["class_names"], iou_types(model)) for tau in MASK_THRESHOLDS}
+    for images, targets in loader(run, run.val_set, [[i] for i in range(len(run.val_set))]):
+        if stop.requested:
+            return
+        size, raw = tuple(images[0].shape[-2:]), model.detect(images, mask_form="raw")[0]
+        for tau, evaluator in evaluators.items():
+            rles = masks_in_form(raw["masks"], raw["boxes"], size, "rle", tau, model.refine_masks)
+            add_picture(evaluator, targets[0], {**raw, "masks": rles}, size)
+    results = {tau: evaluator.evaluate() for tau, evaluator in evaluators.items()}
+    found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
+    if not found:
+        return
+    tau = max(found, key=lambda tau: (found[tau], -abs(tau - model.config.mask_threshold)))
+    checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
+    checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
+    keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
+    print(f"mask threshold {tau}, chosen on the validation part: segm/AP {'  '.join(f'{tau}: {value:.4f}' for tau, value in found.items())}")
 
 
 def is_better(value, run):
@@ -301,14 +330,17 @@ def parse_arguments(argv=None):
 
 def introduce(run):
     """Prints what is about to happen, in the words that can be typed to change it."""
-    recipe, counts = run.recipe, {name: len(files) for name, files in run.identity["split"].items()}
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
-    kernels, hardware = run.identity["run"]["kernels"], run.identity["run"]["hardware"]
-    print(f"{run.args.model}, {parameters / 1e6:.2f} M parameters, on {hardware['gpu'] or hardware['cpu']} "
-          f"({hardware['threads']} threads, kernels {kernels['backend']}, amp {run.args.amp})")
-    print(f"pictures: {', '.join(f'{name} {count}' for name, count in counts.items())}; {run.val_set.layout if hasattr(run.val_set, 'layout') else ''}")
-    print(f"config: {', '.join(f'{key}={value}' for key, value in run.identity['config'].items())}")
-    print(f"recipe: {', '.join(f'{key}={value}' for key, value in dataclasses.asdict(recipe).items())}")
+    record = run.identity["run"]
+    plain = type(run.model.config)()
+    changed = [f"{name}={value}" for name, value in vars(run.model.config).items() if value != getattr(plain, name)]
+    print(f"{run.args.model}, {parameters / 1e6:.2f} M parameters, on {record['hardware']['gpu'] or record['hardware']['cpu']} "
+          f"({record['hardware']['threads']} threads, kernels {record['kernels']['backend']}, amp {run.args.amp})")
+    print(f"pictures: {', '.join(f'{name} {len(files)}' for name, files in run.identity['split'].items())} "
+          "(train: what trains, val: what chooses, test: kept for evaluate.py)")
+    print(f"config{' of the demo set' if run.args.data == 'demo' else ''}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
+    print(f"recipe{' of the demo set' if run.args.data == 'demo' else ''}: "
+          f"{' '.join(f'{name}={value}' for name, value in dataclasses.asdict(run.recipe).items())}")
     print(f"run folder: {run.folder}\n", flush=True)
 
 
@@ -344,6 +376,7 @@ def main(argv=None):
             print(f"stopped in epoch {run.state.epoch + 1}, step {run.state.step}; go on "
                   f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n  python train.py --resume {run.folder}")
             return stop.exit_code
+        tune_mask_threshold(run, stop)
     say_goodbye(run, time.perf_counter() - start)
     return 1 if run.unsaved else 0
 

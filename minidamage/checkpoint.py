@@ -20,6 +20,7 @@ process (a second Ctrl-C, a full disk, a power cut) leaves the older file whole.
 import os
 import pickle
 import random
+import re
 import zipfile
 
 import numpy as np
@@ -41,7 +42,7 @@ def save_checkpoint(path, state):
     partial = path + ".partial"                                       # same folder: a rename cannot cross file systems
     try:
         with open(partial, "wb") as file:
-            torch.save({"format": FORMAT, "version": VERSION, **state}, file)
+            torch.save(plain({"format": FORMAT, "version": VERSION, **state}), file)
             file.flush()
             os.fsync(file.fileno())                                   # on the disk before the name points to it
         os.replace(partial, path)
@@ -52,6 +53,22 @@ def save_checkpoint(path, state):
             raise
         older = f"The older {path} is whole." if os.path.exists(path) else "There was no older file."
         raise OSError(cause.errno, f"could not write {path}: {cause.strerror or cause}. {older}") from error
+
+
+def plain(value):
+    """A copy of nested dicts, lists and tuples in which every leaf is what `weights_only=True` reads back: tensors as they are,
+    numpy numbers and str subclasses (torch.__version__ is one) as Python's own. Raises TypeError for anything else."""
+    if isinstance(value, dict):
+        return {plain(key): plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return (list if isinstance(value, list) else tuple)(plain(item) for item in value)
+    if isinstance(value, torch.Tensor) or value is None or type(value) in (bool, int, float, str):
+        return value
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, str):
+        return str.__str__(value)
+    raise TypeError(f"a checkpoint holds tensors, numbers, strings, lists and dicts, not {type(value).__name__}: {value!r:.80}")
 
 
 def read_checkpoint(path, device="cpu"):
@@ -69,8 +86,7 @@ def read_checkpoint(path, device="cpu"):
     try:
         state = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise ValueError(f"{path}: damaged, or it holds more than plain tensors and numbers ({reason})") from error
+        raise ValueError(f"{path}: damaged, or it holds more than plain tensors and numbers ({_reason(error)})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         keys = ", ".join(map(str, list(state)[:3])) if isinstance(state, dict) else type(state).__name__
         raise ValueError(f"{path}: expected a checkpoint written by train.py, got another torch file ({keys}, ...); "
@@ -137,7 +153,7 @@ def load_pretrained(model, path):
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"--pretrained {path}: not a torch file of plain tensors, or half of one "
-                         f"({(str(error).strip() or type(error).__name__).splitlines()[0]})") from error
+                         f"({_reason(error)})") from error
     if not isinstance(weights, dict):
         raise ValueError(f"--pretrained {path}: expected a state_dict, got {type(weights).__name__}")
     weights = next((weights[key] for key in ("weights", "state_dict", "model") if isinstance(weights.get(key), dict)), weights)
@@ -171,6 +187,14 @@ def set_rng_state(state):
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+
+
+def _reason(error):
+    """One line of torch's page-long message when a file does not load."""
+    foreign = re.search(r"Unsupported \w+: (?:GLOBAL )?([\w.]+)", str(error))
+    if foreign:
+        return f"it refers to {foreign[1]}"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def _remove(path):

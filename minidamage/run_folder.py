@@ -85,29 +85,6 @@ def write_metrics(path, history):
     os.replace(partial, path)
 
 
-def split_files(parts, root):
-    """{"train": [file, ...], ...}: the pictures of each part, relative to the data folder where they lie inside it."""
-    root = os.path.abspath(root)
-    return {name: [_relative(record.file, root) for record in records] for name, records in parts.items()}
-
-
-def select_split(dataset, split):
-    """The records of a stored split, in its order; ValueError when the data set no longer has all of its pictures."""
-    root = os.path.abspath(dataset.path)
-    by_file = {_relative(record.file, root): record for records in dataset.parts.values() for record in records}
-    gone = [file for files in split.values() for file in files if file not in by_file]
-    if gone:
-        raise ValueError(f"{dataset.path}: expected the {sum(map(len, split.values()))} pictures of the run's split, {len(gone)} are not there "
-                         f"({', '.join(gone[:3])}{', ...' if len(gone) > 3 else ''}); give --data the folder that the run was trained on")
-    return {name: [by_file[file] for file in files] for name, files in split.items()}
-
-
-def _relative(file, root):
-    path = os.path.abspath(file)
-    inside = os.path.commonpath([path, root]) == root if os.path.splitdrive(path)[0] == os.path.splitdrive(root)[0] else False
-    return os.path.relpath(path, root).replace(os.sep, "/") if inside else path
-
-
 def command_line():
     """The command that started this process, as one would type it."""
     return shlex.join(["python", *sys.argv])

@@ -18,7 +18,7 @@ from minidamage import MODELS, run_folder
 from minidamage.checkpoint import build_from_checkpoint, load_pretrained, load_weights, read_checkpoint, set_rng_state
 from minidamage.config import Recipe, apply_settings, from_dict
 from minidamage.data import DetectionDataset, limit, load_dataset
-from minidamage.data.split import three_parts
+from minidamage.data.split import from_names, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics.detection import CocoEvaluator
 
@@ -91,7 +91,7 @@ def set_up(given):
     else:
         check_same_classes(dataset, checkpoint, path)
         recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
-        parts = run_folder.select_split(dataset, checkpoint["split"])
+        parts = from_names(dataset, checkpoint["split"])
         model = build_from_checkpoint(checkpoint, path)
     check_recipe(recipe, metric_names(model))
     model.to(args.device)
@@ -131,7 +131,7 @@ def identity(model, dataset, parts, recipe, args, checkpoint):
     typed = {key: value for key, value in vars(args).items() if key != "resume"}
     return {"model": args.model, "config": vars(model.config), "num_classes": len(dataset.class_names) + 1,
             "class_names": list(dataset.class_names), "category_ids": list(dataset.category_ids),
-            "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": run_folder.split_files(parts, dataset.path),
+            "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": names_of(parts, dataset.path),
             "run": {"commands": [*earlier, run_folder.command_line()], "args": typed, "recipe": dataclasses.asdict(recipe),
                     "data": os.path.abspath(dataset.path), "layout": dataset.layout, "seed": args.seed,
                     **run_folder.environment(args.device)}}
@@ -145,7 +145,7 @@ def open_data(args):
 
 def split_parts(dataset, args):
     """{"train": records, "val": ..., "test": ...} by the protocol of minidamage/data/split.py, train and val cut by --limit."""
-    parts = three_parts(dataset, args.split, seed=args.seed)
+    parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.seed)
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
         parts = {name: records if name == "test" else limit(records, args.limit, seed=args.seed) for name, records in parts.items()}
     for name in ("train", "val"):
@@ -186,6 +186,8 @@ def override(recipe, given):
     """The recipe with the flags that were typed. --lr is the rate itself: no scaling with the batch."""
     names = {"epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "clip": "clip_grad_norm", "ema": "ema_decay", "select": "select_by"}
     changes = {field: given[flag] for flag, field in names.items() if flag in given}
+    if "select" in given:
+        changes["select_by"] = given["select"].removeprefix("val/")   # as the column of metrics.csv is called
     return dataclasses.replace(recipe, **changes, **({"lr_batch_size": 0} if "lr" in given else {}))
 
 

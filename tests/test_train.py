@@ -1,0 +1,394 @@
+"""train.py: a run leaves what it promises, stop + resume equals a straight run bit by bit, and mistakes get a sentence, not a traceback."""
+import argparse
+import concurrent.futures
+import csv
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import minidamage
+import train
+from minidamage import run_folder, training
+from minidamage.checkpoint import load_checkpoint, read_checkpoint
+from minidamage.config import Recipe
+from minidamage.data.synthetic import make_demo
+from minidamage.progress import Progress, clock
+
+REPOSITORY = os.path.dirname(os.path.abspath(train.__file__))
+SMALL = ("body=resnet18", "norm=batch", "min_size=48", "max_size=64", "fpn_channels=8", "rpn_channels=8", "anchor_sizes=8,16,32,64,128",
+         "rpn_pre_nms_top_n_train=20", "rpn_pre_nms_top_n_test=20", "rpn_post_nms_top_n_train=20", "rpn_post_nms_top_n_test=10",
+         "rpn_batch_size_per_image=16", "box_head_channels=16", "box_batch_size_per_image=8", "box_detections_per_img=5",
+         "mask_layers=8", "mask_dim_reduced=8", "context_rates=1,2", "warmup_iters=2", "lr=0.02", "lr_batch_size=0", "optimizer=sgd")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """Ten drawn pictures of 64 x 48 pixels in VehiDE's layout: 6 to train, 2 to choose, 2 to report."""
+    return make_demo(str(tmp_path_factory.mktemp("demo") / "cars"), images=10, size=64, seed=3, val_fraction=0.4)
+
+
+@pytest.fixture
+def command(data, tmp_path):
+    """command("--epochs", 2) -> the argument list of a tiny run into tmp_path."""
+    def arguments(*more, settings=SMALL):
+        sets = [word for setting in settings for word in ("--set", setting)]
+        return [str(word) for word in ("--data", data, "--out", tmp_path, "--device", "cpu", "--batch-size", 2, *sets, *more)]
+    return arguments
+
+
+def only_run(tmp_path):
+    folders = [entry.path for entry in os.scandir(tmp_path) if entry.is_dir() and os.path.exists(os.path.join(entry.path, "config.json"))]
+    assert len(folders) == 1
+    return folders[0]
+
+
+# --- a run
+
+def test_a_run_leaves_everything(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 2)) == 0
+    folder = only_run(tmp_path)
+    assert os.path.basename(folder) == "damagenet-cars-001"
+    assert sorted(os.listdir(folder)) == ["best.pt", "config.json", "curves.png", "first_batch.png", "last.pt", "metrics.csv", "split.json",
+                                          "val_predictions.png"]
+    config = json.load(open(os.path.join(folder, "config.json"), encoding="utf-8"))
+    assert config["model"] == "damagenet" and config["config"]["fpn_channels"] == 8 and config["run"]["recipe"]["lr"] == 0.02
+    assert {"commands", "args", "seed", "commit", "versions", "kernels", "hardware", "data", "layout"} <= config["run"].keys()
+    split = json.load(open(os.path.join(folder, "split.json"), encoding="utf-8"))
+    files = [file for part in ("train", "val", "test") for file in split[part]]
+    assert len(files) == len(set(files)) == 10 and not os.path.isabs(files[0])
+    rows = list(csv.DictReader(open(os.path.join(folder, "metrics.csv"), encoding="utf-8")))
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert {"lr", "train/loss", "train/loss_mask", "val/loss", "val/loss_mask", "val/bbox/AP", "val/segm/AP50", "seconds"} <= rows[0].keys()
+    terms = [float(value) for name, value in rows[0].items() if name.startswith("train/loss_")]
+    assert float(rows[0]["train/loss"]) == pytest.approx(sum(terms), rel=1e-4)
+
+    model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
+    assert not model.training and checkpoint["class_names"] == config["class_names"] and checkpoint["split"] == split
+    assert set(checkpoint["thresholds"]) <= set(checkpoint["class_names"]) and "optimizer" not in checkpoint["train"]
+    assert checkpoint["config"]["mask_threshold"] in train.MASK_THRESHOLDS
+    assert isinstance(model([torch.zeros(3, 48, 64, dtype=torch.uint8)])[0]["boxes"], torch.Tensor)
+    printed = capsys.readouterr().out
+    assert "python evaluate.py" in printed and "python predict.py" in printed and "val_predictions.png" in printed
+
+
+def test_limit_patience_select_and_the_bare_loss(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 6, "--limit", 0.5, "--patience", 1, "--select", "val/loss", "--set", "lr=1e-12")) == 0
+    folder = only_run(tmp_path)
+    split = json.load(open(os.path.join(folder, "split.json"), encoding="utf-8"))
+    assert [len(split[part]) for part in ("train", "val", "test")] == [3, 1, 2]           # test is never cut
+    history = read_checkpoint(os.path.join(folder, "last.pt"))["train"]["history"]
+    losses = [row["val/loss"] for row in history]
+    best = min(range(len(losses)), key=losses.__getitem__)
+    assert read_checkpoint(os.path.join(folder, "best.pt"))["train"]["epoch"] == best + 1
+    assert len(losses) == 6 or "stopped early" in capsys.readouterr().out and len(losses) - 1 - best == 1
+
+
+# --- stop and resume
+
+def same(a, b):
+    """Equal bit by bit, through nested dicts and lists."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a if key != "seconds")
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    return a == b or (a != a and b != b)                              # NaN: AP of a class without truth
+
+
+def stop_at(monkeypatch, steps, validations=()):
+    """Sends SIGTERM to this process in the n-th step or the n-th validation picture, counted over all runs of the test."""
+    counts = {"step": 0, "picture": 0}
+    check_losses, add_picture = train.check_losses, train.add_picture
+
+    def counted(kind, where, function):
+        def call(*arguments):
+            counts[kind] += 1
+            if counts[kind] in where:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return function(*arguments)
+        return call
+    monkeypatch.setattr(train, "check_losses", counted("step", steps, check_losses))
+    monkeypatch.setattr(train, "add_picture", counted("picture", validations, add_picture))
+
+
+@pytest.mark.parametrize("steps, validations, more", [
+    ((2,), (), ()),                                                   # in the middle of an epoch
+    ((3,), (), ("--ema", "0.9")),                                     # after an epoch's last step, before its validation
+    ((1, 5), (), ("--set", "optimizer=adamw", "--set", "rotate=10", "--workers", "1")),
+    ((), (1, 4), ("--set", "schedule=cosine", "--clip", "1")),        # during validation
+], ids=["mid-epoch", "ema, last step", "twice, adamw, worker", "validation"])
+def test_stop_and_resume_equals_a_straight_run(command, tmp_path, monkeypatch, capsys, steps, validations, more):
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train.main(command("--epochs", 2, *more, "--out", straight)) == 0
+    stop_at(monkeypatch, steps, validations)
+    assert train.main(command("--epochs", 2, *more, "--out", stopped)) == 143
+    assert f"python train.py --resume {only_run(stopped)}" in capsys.readouterr().out
+    stops = 1
+    while train.main(["--resume", "--out", str(stopped)]) == 143:
+        stops += 1
+    assert stops == len(steps) + len(validations)
+    for file in ("last.pt", "best.pt"):
+        one, other = (read_checkpoint(os.path.join(only_run(folder), file)) for folder in (straight, stopped))
+        assert same(one["weights"], other["weights"]) and same(one["metrics"], other["metrics"]) and same(one["thresholds"], other["thresholds"])
+        one["train"].pop("rng", None), other["train"].pop("rng", None)               # numpy and Python are not drawn from
+        assert same(one["train"], other["train"])
+
+
+def test_resume_at_the_end_of_an_epoch_with_more_epochs(command, tmp_path):
+    constant = ("--set", "schedule=constant", "--set", "warmup_iters=0")
+    assert train.main(command("--epochs", 2, *constant, "--out", tmp_path / "a")) == 0
+    assert train.main(command("--epochs", 1, *constant, "--out", tmp_path / "b")) == 0
+    assert train.main(["--resume", only_run(tmp_path / "b"), "--epochs", "2"]) == 0
+    one, other = (read_checkpoint(os.path.join(only_run(tmp_path / name), "last.pt")) for name in "ab")
+    assert same(one["weights"], other["weights"]) and same(one["train"]["history"], other["train"]["history"])
+    assert len(other["run"]["commands"]) == 2
+
+
+def start(arguments, tmp_path):
+    """train.py in a process of its own, past its first step."""
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+    process = subprocess.Popen([sys.executable, os.path.join(REPOSITORY, "train.py"), *arguments], stdout=subprocess.PIPE,
+                               stderr=subprocess.STDOUT, text=True, env=environment, cwd=tmp_path)
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith("epoch 1/"):
+            return process, lines
+    raise AssertionError("".join(lines))
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
+    process, _ = start(command("--epochs", 500), tmp_path)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 130, printed
+    assert "stopping after this step" in printed and f"python train.py --resume {only_run(tmp_path)}" in printed and "Traceback" not in printed
+    assert "optimizer" in read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))["train"]
+
+
+def test_second_ctrl_c_exits_at_once_and_last_pt_stays_whole(command, tmp_path):
+    process, _ = start(command("--epochs", 500), tmp_path)
+    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode in (130, -signal.SIGINT) and "Traceback" not in printed
+    assert "optimizer" in read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))["train"]
+
+
+# --- things that break in the middle
+
+def test_loss_that_is_not_finite(command, tmp_path, monkeypatch, capsys):
+    forward, calls = minidamage.MODELS["damagenet"][0].forward, []
+
+    def broken(self, images, targets=None):
+        losses = forward(self, images, targets)
+        if self.training:
+            calls.append([target["file"] for target in targets])
+            if len(calls) == 5:
+                losses["loss_mask"] = losses["loss_mask"] * math.nan
+        return losses
+    monkeypatch.setattr(minidamage.MODELS["damagenet"][0], "forward", broken)
+    assert train.main(command("--epochs", 3)) == 1
+    printed = capsys.readouterr().err
+    assert "loss_mask = nan in epoch 2, step 2" in printed and all(file in printed for file in calls[4])
+    assert "--resume" in printed and "--lr" in printed and "--clip" in printed
+    state = read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))
+    assert state["train"]["epoch"] == 1 and state["train"]["step"] == 1
+    assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
+    monkeypatch.undo()
+    assert train.main(["--resume", only_run(tmp_path), "--lr", "0.001", "--clip", "10"]) == 0
+
+
+def test_weights_that_are_broken_already_leave_the_older_checkpoint(command, tmp_path, monkeypatch, capsys):
+    forward, calls = minidamage.MODELS["damagenet"][0].forward, []
+
+    def poisoned(self, images, targets=None):
+        if self.training:
+            calls.append(1)
+            if len(calls) == 5:
+                with torch.no_grad():
+                    self.roi_heads.box_predictor.cls_score.weight.fill_(math.inf)
+        return forward(self, images, targets)
+    monkeypatch.setattr(minidamage.MODELS["damagenet"][0], "forward", poisoned)
+    assert train.main(command("--epochs", 3)) == 1
+    assert "not finite: the step before already broke them" in capsys.readouterr().err
+    state = read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))
+    assert state["train"]["epoch"] == 1 and state["train"]["step"] == 0
+    assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_full_disk_in_mid_run_keeps_training_and_the_older_file(command, tmp_path, monkeypatch, capsys):
+    finish_epoch = train.finish_epoch
+
+    def full_disk(run, *arguments):
+        if run.state.epoch == 1:
+            os.symlink("/dev/full", run.path("last.pt.partial"))      # "No space left on device" for one save
+        return finish_epoch(run, *arguments)
+    monkeypatch.setattr(train, "finish_epoch", full_disk)
+    assert train.main(command("--epochs", 3)) == 0
+    printed = capsys.readouterr().err
+    assert "No space left" in printed and "last.pt is whole" in printed
+    assert len(read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))["train"]["history"]) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_full_disk_at_the_start_is_found_before_training(command, tmp_path, monkeypatch, capsys):
+    new_run_folder = run_folder.new_run_folder
+
+    def on_a_full_disk(*arguments):
+        folder = new_run_folder(*arguments)
+        os.symlink("/dev/full", os.path.join(folder, "last.pt.partial"))
+        return folder
+    monkeypatch.setattr(run_folder, "new_run_folder", on_a_full_disk)
+    assert train.main(command("--epochs", 1)) == 1
+    assert "No space left" in capsys.readouterr().err
+
+
+# --- mistakes in the command
+
+@pytest.mark.parametrize("more, message", [
+    (("--model", "damagent"), "did you mean 'damagenet'"),
+    (("--data", "/no/such/folder"), "no such file or folder"),
+    (("--limit", "1.5"), "--limit: expected a fraction above 0, at most 1, got 1.5"),
+    (("--limit", "0"), "--limit: expected a fraction above 0"),
+    (("--epochs", "0"), "--epochs: expected 1 or more, got 0"),
+    (("--batch-size", "-1"), "--batch-size: expected 1 or more"),
+    (("--split", "70/15"), "--split expects three shares like 70/15/15"),
+    (("--split", "70/0/30"), "expected pictures in the val part, got none"),
+    (("--amp", "fp16"), "--amp fp16 needs a GPU"),
+    (("--device", "gpu"), "--device: expected cpu, cuda or cuda:N"),
+    (("--select", "segm/AP5"), "did you mean 'segm/AP"),
+    (("--set", "rpn_nms_tresh=0.5"), "did you mean 'rpn_nms_thresh'"),
+    (("--set", "gama=0.5"), "did you mean 'gamma'"),
+    (("--set", "rpn_nms_thresh"), "expects field=value"),
+    (("--set", "rpn_nms_thresh=high"), "expected float, got 'high'"),
+    (("--set", "schedule=cosin"), "did you mean 'cosine'"),
+    (("--set", "optimizer=sdg"), "did you mean 'sgd'"),
+    (("--pretrained", "resnet50.pth"), "there is no such file"),
+    (("--resume", "no-such-run"), "expected a run folder or a .pt file"),
+    (("--resume",), "expected a run with last.pt"),
+], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_mistakes_in_the_command(command, tmp_path, capsys, more, message):
+    given = ["--out", str(tmp_path), *more] if "--resume" in more else command(*more)
+    assert train.main(given) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and printed.startswith("train.py: ")
+    assert not any(entry.name.startswith("damagenet") for entry in os.scandir(tmp_path))                  # nothing was begun
+
+
+def test_mistakes_in_a_resume(command, data, tmp_path, capsys):
+    assert train.main(command("--epochs", 1)) == 0
+    folder = only_run(tmp_path)
+
+    def refused(*arguments):
+        capsys.readouterr()
+        assert train.main([str(argument) for argument in arguments]) == 2
+        return capsys.readouterr().err
+    assert "has done its 1 epochs; to go on, give it more: --epochs 2" in refused("--resume", folder)
+    assert "was trained with damagenet" in refused("--resume", folder, "--model", "maskrcnn_resnet50_fpn", "--epochs", 2)
+    assert "--batch-size 4" in refused("--resume", folder, "--batch-size", 4, "--epochs", 2)
+    assert "resume from last.pt beside it" in refused("--resume", os.path.join(folder, "best.pt"), "--epochs", 2)
+    other = make_demo(str(tmp_path / "others"), images=4, size=64, seed=9, val_fraction=0.5)
+    assert "pictures of the saved split are not in" in refused("--resume", folder, "--data", other, "--epochs", 2)
+    coco = tmp_path / "coco.json"
+    json.dump({"images": [{"id": 1, "file_name": os.path.join(data, "image", "image", name), "width": 64, "height": 48} for name in
+                          os.listdir(os.path.join(data, "image", "image"))[:1]], "annotations": [], "categories": [{"id": 1, "name": "dent"}]},
+              open(coco, "w", encoding="utf-8"))
+    assert "expected the 7 classes" in refused("--resume", folder, "--data", coco, "--epochs", 2)
+    path = os.path.join(folder, "last.pt")
+    whole = open(path, "rb").read()
+    with open(path, "wb") as file:
+        file.write(whole[:len(whole) // 2])
+    assert "half-written" in refused("--resume", folder, "--epochs", 2)
+
+
+def test_pretrained_lists_what_does_not_fit(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 1, "--out", tmp_path / "first")) == 0
+    best = os.path.join(only_run(tmp_path / "first"), "best.pt")
+    capsys.readouterr()
+    assert train.main(command("--epochs", 1, "--pretrained", best, "--set", "box_head_channels=24", "--out", tmp_path / "second")) == 0
+    printed = capsys.readouterr().out
+    assert "tensors loaded into the model" in printed and "of another shape" in printed and "roi_heads.box_head.fc6.weight" in printed
+
+
+# --- the parts, by hand
+
+def test_learning_rate():
+    recipe = Recipe(epochs=10, batch_size=4, lr=0.02, lr_batch_size=16, schedule="step", milestones=(6, 8), gamma=0.1, warmup_iters=4)
+    rates = [train.lr_at(step, 10, recipe) for step in range(100)]
+    assert rates[0] == pytest.approx(0.001) and rates[3] == pytest.approx(0.004) and rates[4:60] == [0.005] * 56
+    assert rates[60] == pytest.approx(0.0005) and rates[80] == rates[99] == pytest.approx(0.00005)
+    cosine = Recipe(epochs=10, lr=1.0, lr_batch_size=0, schedule="cosine", warmup_iters=0)
+    rates = [train.lr_at(step, 1, cosine) for step in range(10)]
+    assert rates[0] == 1.0 and rates[5] == pytest.approx(0.5) and rates[9] == pytest.approx(0.5 + 0.5 * math.cos(0.9 * math.pi))
+    short = Recipe(epochs=3, lr=1.0, lr_batch_size=0, schedule="constant", warmup_iters=500)
+    assert [train.lr_at(step, 2, short) for step in range(6)] == pytest.approx([1 / 3, 2 / 3, 1, 1, 1, 1])      # warm-up: a third at most
+
+
+def test_flags_go_into_config_and_recipe(command):
+    given = train.parse_arguments(command("--epochs", 140, "--lr", "0.3", "--size", 512, settings=("rpn_nms_thresh=0.6", "momentum=0.8")))
+    config, recipe = training.settle(argparse.Namespace(**{**training.DEFAULTS, **given}))
+    assert (config.min_size, config.max_size, config.rpn_nms_thresh) == (512, 512, 0.6)
+    assert (recipe.epochs, recipe.lr, recipe.lr_batch_size, recipe.momentum, recipe.batch_size) == (140, 0.3, 0, 0.8, 2)
+    assert recipe.milestones == (100, 125)                            # of 280 epochs: 200, 250
+    paper = minidamage.MODELS["damagenet"][2]
+    assert recipe.rotate == paper.rotate and recipe.optimizer == paper.optimizer
+
+
+def test_ema_by_hand():
+    model = torch.nn.BatchNorm1d(2)
+    ema = training.Ema(model, 0.9)
+    with torch.no_grad():
+        model.weight.fill_(3.0)
+        model.num_batches_tracked.fill_(7)
+    ema.update(model)                                                 # decay 2/11 in the first update
+    assert torch.allclose(ema.model.weight, torch.full((2,), 1.0 * 2 / 11 + 3.0 * 9 / 11)) and ema.model.num_batches_tracked == 7
+    for _ in range(200):
+        ema.update(model)
+    assert torch.allclose(ema.model.weight, torch.full((2,), 3.0))
+
+
+def test_run_folders_are_never_shared(tmp_path):
+    os.makedirs(tmp_path / "damagenet-cars-007")
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: run_folder.new_run_folder(tmp_path, "damagenet", "some/where/cars/"), range(24)))
+    assert sorted(os.path.basename(folder) for folder in folders) == [f"damagenet-cars-{n:03d}" for n in range(8, 32)]
+
+
+def test_progress_in_a_log_and_on_a_terminal():
+    log = io.StringIO()
+    progress = Progress(10, stream=log, interval=1000)
+    for done in range(1, 11):
+        progress.step(done, 2, f"epoch 1/1  {done}/10", {"loss_mask": 1.0, "loss_classifier": 0.5})
+    lines = log.getvalue().splitlines()
+    assert len(lines) == 2 and lines[0].startswith("epoch 1/1  1/10") and "\r" not in log.getvalue()
+    for part in ("img/s", "to go", "loss 1.500  (mask 1.000  classifier 0.500)"):
+        assert part in lines[1]
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True
+    progress = Progress(10, stream=terminal)
+    progress.step(10, 2, "epoch 1/1  10/10", {"loss_mask": 1.0})
+    progress.line("epoch 1 done")
+    assert terminal.getvalue().startswith("\repoch") and terminal.getvalue().endswith("\repoch 1 done\n")
+    assert clock(59.6) == "1:00" and clock(3725) == "1:02:05"
+
+
+def test_order_is_a_permutation_that_a_resume_skips_exactly(command, data):
+    run = training.set_up(train.parse_arguments(command("--epochs", 2)))
+    whole = [target["index"] for _, targets in train.training_batches(run) for target in targets]
+    run.state.step = 2
+    rest = [target["index"] for _, targets in train.training_batches(run) for target in targets]
+    assert sorted(whole) == list(range(6)) and rest == whole[4:]
+    run.state.epoch, run.state.step = 1, 0
+    assert [target["index"] for _, targets in train.training_batches(run) for target in targets] != whole
+    assert np.random.default_rng([0, 0]).permutation(6).tolist() == whole
