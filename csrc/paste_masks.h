@@ -14,9 +14,10 @@
 
 namespace minidamage {
 
-template <typename T>
+// A is the type it computes in (double for double, else float); masks may be narrower.
+template <typename A>
 struct PasteMasks {
-  const T* masks;        // [N, mask_height, mask_width]
+  const void* masks;     // [N, mask_height, mask_width]
   const int64_t* boxes;  // [N, 4]: x1, y1, x2, y2, whole pixels, both ends inclusive
   int64_t N, mask_height, mask_width, padding;
   int64_t height, width;  // of the picture
@@ -57,7 +58,7 @@ MD_HD A lerp(A from, A to, A fraction) {
   return from + mul_rn(fraction, to - from);
 }
 
-// CPU, cpu/paste_masks.cpp. T is float or double.
+// ---- CPU, cpu/paste_masks.cpp; T is float or double, the dtype of the masks too -----------------------------------------------
 //
 // output [N, height, width], zero on entry: a paste writes inside the boxes only. Work is counted in bands: band b is mask
 // b / paste_bands(height), rows [64 k, 64 k + 64) of the picture with k = b % paste_bands(height).
@@ -73,5 +74,14 @@ void paste_masks_bool_cpu(const PasteMasks<T>& problem, T threshold, bool* outpu
 using EmitCounts = void (*)(void* context, int64_t n, const char* counts, size_t bytes);
 template <typename T>
 void paste_masks_rle_cpu(const PasteMasks<T>& problem, T threshold, EmitCounts emit, void* context, int64_t begin, int64_t end);
+
+// ---- CUDA, cuda/paste_masks.cu; every element of output is written ---------------------------------------------------------------
+//
+// masks and output [N, height, width] of `dtype`.
+template <typename A>
+void paste_masks_cuda(const PasteMasks<A>& problem, DType dtype, void* output, void* stream);
+// masks of A.
+template <typename A>
+void paste_masks_bool_cuda(const PasteMasks<A>& problem, double threshold, bool* output, void* stream);
 
 }  // namespace minidamage

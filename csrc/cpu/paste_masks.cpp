@@ -30,7 +30,7 @@ struct PlacedMask {
     if (empty()) return;
     cells.assign(y.cells * x.cells, T(0));
     for (int64_t i = 0; i < problem.mask_height; ++i) {
-      const T* row = problem.masks + (n * problem.mask_height + i) * problem.mask_width;
+      const T* row = static_cast<const T*>(problem.masks) + (n * problem.mask_height + i) * problem.mask_width;
       std::copy(row, row + problem.mask_width, cells.begin() + (i + padding) * x.cells + padding);
     }
     x_taps.reserve(x.end - x.begin);
