@@ -114,8 +114,9 @@ class MaskRCNNPredictor(nn.Module):
         super().__init__()
         self.conv5_mask = nn.ConvTranspose2d(in_channels, dim_reduced, 2, stride=2)
         self.mask_fcn_logits = nn.Conv2d(dim_reduced, num_classes, 1)
+        nn.init.kaiming_normal_(self.conv5_mask.weight, mode="fan_out", nonlinearity="relu")
+        nn.init.normal_(self.mask_fcn_logits.weight, std=0.001)      # Detectron's; torchvision's start grows as the classes get fewer
         for layer in (self.conv5_mask, self.mask_fcn_logits):
-            nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
             nn.init.zeros_(layer.bias)
 
     def forward(self, x, labels):

@@ -1,0 +1,57 @@
+"""Small detectors and pictures that several test files share."""
+import numpy as np
+import torch
+
+import minidamage
+
+# a detector that runs in milliseconds: every part is there, nothing is wide
+SMALL = dict(body="resnet18", norm="group", min_size=96, max_size=128, fpn_channels=16, rpn_channels=16, anchor_sizes=(16, 24, 32, 48, 64),
+             canonical_scale=56, rpn_pre_nms_top_n_train=60, rpn_pre_nms_top_n_test=60, rpn_post_nms_top_n_train=60,
+             rpn_post_nms_top_n_test=30, rpn_batch_size_per_image=64, box_head_channels=64, box_batch_size_per_image=32,
+             box_detections_per_img=8, mask_layers=(16, 16), mask_dim_reduced=16)
+
+
+def small_model(name="maskrcnn_resnet50_fpn", num_classes=3, seed=0, **fields):
+    torch.manual_seed(seed)
+    return minidamage.build_model(name, num_classes, **{**SMALL, **fields})
+
+
+def two_pictures(seed=0):
+    """(images, targets): a bright rectangle (class 1) and a dark ellipse (class 2) on noise, two sizes, uint8."""
+    rng = np.random.default_rng(seed)
+    images, targets = [], []
+    for height, width, boxes in ((96, 112, [(10, 20, 50, 60), (60, 30, 104, 80)]), (100, 96, [(30, 15, 80, 50), (12, 55, 50, 95)])):
+        picture = rng.integers(90, 130, (3, height, width)).astype(np.uint8)
+        y, x = np.mgrid[:height, :width] + 0.5
+        masks = []
+        for label, (x1, y1, x2, y2) in enumerate(boxes, start=1):
+            if label == 1:
+                mask = (x > x1) & (x < x2) & (y > y1) & (y < y2)
+            else:
+                mask = ((2 * x - x1 - x2) / (x2 - x1)) ** 2 + ((2 * y - y1 - y2) / (y2 - y1)) ** 2 < 1
+            picture[:, mask] = 230 if label == 1 else 20
+            masks.append(mask)
+        images.append(torch.from_numpy(picture))
+        targets.append({"boxes": torch.tensor(boxes, dtype=torch.float32), "labels": torch.tensor([1, 2]),
+                        "masks": torch.from_numpy(np.stack(masks)).to(torch.uint8)})
+    return images, targets
+
+
+def no_objects(image):
+    """The target of a picture without damage."""
+    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)}
+
+
+def overfit(model, images, targets, steps=60, lr=2e-3):
+    """Trains on the same pictures; returns (first total loss, last total loss) and leaves the model in evaluation mode."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
+    model.train()
+    history = []
+    for _ in range(steps):
+        loss = sum(model(images, targets).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(float(loss.detach()))
+    model.eval()
+    return history[0], history[-1]

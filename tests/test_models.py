@@ -1,0 +1,70 @@
+"""One row a model: its size, its task, that it trains, detects and travels through its config. A new model adds its row."""
+import dataclasses
+
+import pytest
+import torch
+
+import minidamage
+from detection_cases import SMALL, two_pictures
+from minidamage.config import Recipe, apply_settings
+
+# name, classes + 1, parameters at the default configuration. The first is torchvision's published count; a ResNet-101 has 18,992,128
+# parameters more than a ResNet-50, 52,224 of them in norms, which are frozen here; four classes save 87 * (1025 * 5 + 257) = 468,234 in
+# the predictors, and four context blocks add 4 * (4 * 9 * 256 * 256 + 4) = 9,437,200.
+ROWS = [
+    ("maskrcnn_resnet50_fpn", 91, 44_401_393),
+    ("maskrcnn_resnet101_fpn", 91, 63_341_297),
+    ("damagenet", 4, 53_370_359),
+]
+
+
+def test_every_model_has_its_row():
+    assert {name for name, *_ in ROWS} == set(minidamage.MODELS)
+
+
+@pytest.mark.parametrize("name, num_classes, params", ROWS)
+def test_size_and_contract(name, num_classes, params):
+    model = minidamage.build_model(name, num_classes=num_classes)
+    assert sum(p.numel() for p in model.parameters()) == params
+    assert model.name == name and model.num_classes == num_classes and model.task in ("detection", "segmentation")
+    model_class, config_class, recipe, demo = minidamage.MODELS[name]
+    assert type(model) is model_class and type(model.config) is config_class and isinstance(recipe, Recipe)
+    dataclasses.replace(recipe, **demo["recipe"])
+    assert dataclasses.replace(model.config, **demo["config"]) != model.config
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in ROWS])
+def test_config_rebuilds_the_model(name):
+    model = minidamage.build_model(name, 3, **SMALL).eval()
+    fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(model.config).items()}       # as JSON brings it
+    twin = minidamage.build_model(name, 3, **fields).eval()
+    assert twin.config == model.config
+    twin.load_state_dict(model.state_dict())
+    images, _ = two_pictures()
+    for a, b in zip(model(images), twin(images)):
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["masks"], b["masks"])
+
+
+@pytest.mark.parametrize("name", [name for name, *_ in ROWS])
+def test_demo_configuration_trains_a_step(name):
+    config = minidamage.MODELS[name][3]["config"]
+    model = minidamage.build_model(name, 4, **config).train()
+    images, targets = two_pictures()
+    losses = model(images, targets)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+
+
+def test_settings_reach_the_config():
+    config = minidamage.MODELS["damagenet"][1]()
+    changed = apply_settings(config, ["rpn_nms_thresh=0.6", "context_rates=1,2", "fpn=off"])
+    assert (changed.rpn_nms_thresh, changed.context_rates, changed.fpn) == (0.6, (1, 2), False)
+
+
+def test_mistakes_name_the_nearest():
+    with pytest.raises(ValueError, match="did you mean 'damagenet'"):
+        minidamage.build_model("damage_net", 3)
+    with pytest.raises(ValueError, match="did you mean 'rpn_nms_thresh'"):
+        minidamage.build_model("damagenet", 3, rpn_nms_tresh=0.5)
+    with pytest.raises(ValueError, match="at least 2, got 1"):
+        minidamage.build_model("damagenet", 1)

@@ -1,0 +1,141 @@
+"""ResNet against torchvision's stored names, shapes, counts and outputs; the folded norms against plain batch normalisation."""
+import json
+import pathlib
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from minidamage.layers.resnet import FrozenBatchNorm2d, ResNet, conv_norm, load_body
+
+DATA = pathlib.Path(__file__).parent / "data"
+
+
+def generated_weights(module):
+    """The weights of the stored outputs, made from the key names alone (the rule is the oracle's)."""
+    new = {}
+    for key, value in module.state_dict().items():
+        if not value.is_floating_point():
+            new[key] = value
+            continue
+        r, shape = np.random.RandomState(zlib.crc32(key.encode()) % 2 ** 31), tuple(value.shape)
+        if key.endswith("running_var"):
+            a = r.uniform(0.5, 1.5, shape)
+        elif key.endswith("running_mean"):
+            a = r.uniform(-0.2, 0.2, shape)
+        elif value.dim() >= 2:
+            a = r.standard_normal(shape) * np.sqrt(1 / max(1, np.prod(shape[1:])))
+        elif key.endswith("weight"):
+            a = r.uniform(0.5, 1.2, shape)
+        else:
+            a = r.uniform(-0.1, 0.1, shape)
+        new[key] = torch.tensor(a, dtype=torch.float32)
+    return new
+
+
+@pytest.mark.parametrize("name", ["resnet50", "resnet101"])
+def test_names_shapes_count_and_output_are_torchvisions(name):
+    want = json.loads((DATA / "state_dicts_detection.json").read_text())[name]
+    model = ResNet(name, num_classes=1000).eval()
+    assert {k: list(v.shape) for k, v in model.state_dict().items()} == {k: shape for k, shape, _ in want["keys"]}
+    assert sum(p.numel() for p in model.parameters()) == want["params"]
+    model.load_state_dict(generated_weights(model))
+    stored = np.load(DATA / "model_forward_detection.npz")
+    with torch.no_grad():
+        out = model.to(memory_format=torch.channels_last)(torch.from_numpy(stored["x"]))
+    scale = np.abs(stored[name]).max()
+    np.testing.assert_allclose(out.numpy() / scale, stored[name] / scale, atol=2e-5)
+
+
+@pytest.mark.parametrize("name, params", [("resnet18", 11_689_512), ("resnet34", 21_797_672)])
+def test_published_counts_of_the_small_bodies(name, params):
+    assert sum(p.numel() for p in ResNet(name, num_classes=1000).parameters()) == params
+
+
+@pytest.mark.parametrize("name, channels", [("resnet18", [64, 128, 256, 512]), ("resnet50", [256, 512, 1024, 2048])])
+def test_feature_maps_have_strides_4_to_32(name, channels):
+    maps = ResNet(name).eval()(torch.zeros(1, 3, 64, 96))
+    assert [tuple(m.shape) for m in maps] == [(1, c, 64 // s, 96 // s) for c, s in zip(channels, (4, 8, 16, 32))]
+    assert len(ResNet(name, with_layer4=False).eval()(torch.zeros(1, 3, 64, 96))) == 3
+
+
+@pytest.mark.parametrize("kind", ["frozen", "evaluation"])
+def test_folded_norm_equals_batch_norm_in_values_and_gradients(kind):
+    generator = torch.Generator().manual_seed(0)
+    def rand(*shape):
+        return torch.rand(shape, generator=generator, dtype=torch.float64)
+    conv = torch.nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False).double()
+    norm = (FrozenBatchNorm2d(7) if kind == "frozen" else torch.nn.BatchNorm2d(7).eval()).double()
+    for key, value in norm.state_dict().items():
+        if value.is_floating_point():
+            value.copy_(rand(7) + 0.5)
+    x = rand(2, 5, 9, 8).requires_grad_()
+    go = rand(2, 7, 5, 4)
+    leaves = [x, conv.weight] + ([norm.weight, norm.bias] if kind == "evaluation" else [])
+    plain = F.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps).relu()
+    want = torch.autograd.grad((plain * go).sum(), leaves)
+    folded = conv_norm(x, conv, norm, relu=True)
+    got = torch.autograd.grad((folded * go).sum(), leaves)
+    torch.testing.assert_close(folded, plain)
+    for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+def test_training_batch_norm_learns_statistics_and_frozen_stages_do_not():
+    model = ResNet("resnet18", frozen_stages=2).train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(torch.randn(2, 3, 64, 64))[-1].sum().backward()
+    changed = {k for k, v in model.state_dict().items() if k.endswith("running_mean") and not torch.equal(v, before[k])}
+    assert changed and not any(k.startswith(("bn1", "layer1")) for k in changed)
+    trained = {k.split(".")[0] for k, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"layer2", "layer3", "layer4"}
+
+
+def test_pretrained_files_in_every_wrapping(tmp_path):
+    source = ResNet("resnet18", num_classes=1000)
+    source.load_state_dict(generated_weights(source))
+    state = source.state_dict()
+    files = {
+        "plain": state,
+        "wrapped": {"state_dict": {"module." + k: v for k, v in state.items()}, "epoch": 3},
+        "model": {"model": {"backbone.body." + k: v for k, v in state.items()}},
+        "without_counters": {k: v for k, v in state.items() if "num_batches" not in k},
+    }
+    for name, content in files.items():
+        torch.save(content, tmp_path / f"{name}.pth")
+        for norm in ("batch", "frozen"):
+            body = ResNet("resnet18", norm=norm)
+            report = load_body(body, tmp_path / f"{name}.pth")
+            assert not report["missing"] and not report["unexpected"] and not report["mismatched"], (name, norm, report)
+            for key, value in body.state_dict().items():
+                if "num_batches" not in key:
+                    assert torch.equal(value, state[key]), (name, key)
+
+
+def test_pretrained_report_lists_what_does_not_fit(tmp_path):
+    state = ResNet("resnet18").state_dict()
+    state["layer1.0.conv1.weight"] = torch.zeros(8, 8, 3, 3)
+    del state["layer2.0.conv1.weight"]
+    state["surprise"] = torch.zeros(1)
+    torch.save(state, tmp_path / "odd.pth")
+    report = load_body(ResNet("resnet18"), tmp_path / "odd.pth")
+    assert report["missing"] == ["layer2.0.conv1.weight"] and report["unexpected"] == ["surprise"]
+    assert report["mismatched"] == ["layer1.0.conv1.weight: file [8, 8, 3, 3], model [64, 64, 3, 3]"]
+
+
+def test_files_that_are_no_resnet_are_refused(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "other.pth")
+    (tmp_path / "text.pth").write_text("hello")
+    with pytest.raises(ValueError, match="expected a ResNet state_dict"):
+        load_body(ResNet("resnet18"), tmp_path / "other.pth")
+    with pytest.raises(ValueError, match="does not load"):
+        load_body(ResNet("resnet18"), tmp_path / "text.pth")
+
+
+def test_unknown_names_are_refused():
+    with pytest.raises(ValueError, match="expected one of resnet18"):
+        ResNet("resnet19")
+    with pytest.raises(ValueError, match="expected one of batch, frozen, group"):
+        ResNet("resnet18", norm="layer")
