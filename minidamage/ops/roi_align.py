@@ -1,0 +1,234 @@
+"""RoIAlign (He et al., Mask R-CNN, ICCV 2017, section 3): a fixed-size window of features for every box, without rounding the box.
+
+A box is cut into PH x PW bins, a bin is the mean of grid_h x grid_w bilinear samples. Bilinear weights and the grid are separable, so
+    out[r, c, p, q] = sum_i sum_j Ay[r, p, i] Ax[r, q, j] features[n_r, c, i, j],
+    Ay[r, p, i] = 1 / grid_h sum_k max(0, 1 - |clamp(y_k, 0, H - 1) - i|),   y_k = start_h + (p + (k + 1/2) / grid_h) bin_h,
+over the samples with -1 <= y_k <= H (those outside count as zero); Ax alike. The gradient is the transpose of the same two matrices.
+`multiscale_roi_align` does so over the levels of a feature pyramid in one call; `roi_align` is its single-level case, with torchvision's
+signature and results. Kernels: csrc/bilinear.h, roi_align.h, cpu/roi_align.cpp, cuda/roi_align.cu. channels_last features are read as they
+are; others are converted first. Differs from torchvision: a box with NaN or Inf gives zeros, an inverted box too where the number of
+samples is adaptive (torchvision reads outside the features, or raises).
+"""
+import torch
+from torch import nn
+
+from . import _extension
+
+MAX_LEVELS = 8  # MAX_FEATURE_LEVELS of csrc/roi_align.h
+
+
+def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False):
+    """The features of each box, resampled to output_size: [R, C, PH, PW], in the memory format of `input`.
+
+    input: [N, C, H, W] float. boxes: [R, 5] float (index in the batch, x1, y1, x2, y2), or a list of N tensors [R_n, 4], in pixels of the
+    picture. output_size: int or (PH, PW). spatial_scale: feature pixels per picture pixel. sampling_ratio: samples a bin and axis; <= 0:
+    ceil(bin size), so that every pixel is seen. aligned: True shifts by half a pixel (pixel centres at .5), False is the older form, in
+    which a box is at least one feature pixel in size.
+    float16 and bfloat16 are accumulated in float32; on a CPU they are computed in float32, which autocast also returns.
+    Differentiable once with respect to `input`, not to `boxes`. Deterministic on a CPU; on a GPU under
+    torch.use_deterministic_algorithms(True). Raises ValueError for wrong shapes or, on a CPU, a batch index that does not exist (on a GPU
+    such a box gives NaN).
+    """
+    rois = _to_rois(boxes, input)
+    levels = torch.zeros(rois.shape[0], dtype=torch.int64, device=rois.device)
+    return multiscale_roi_align([input], rois, levels, output_size, [spatial_scale], sampling_ratio, aligned)
+
+
+def multiscale_roi_align(features, rois, levels, output_size, spatial_scales, sampling_ratio=-1, aligned=False):
+    """`roi_align` with the features of RoI r taken from features[levels[r]], all levels in one call: [R, C, PH, PW].
+
+    features: list of [N, C, H_l, W_l], up to 8 levels. rois: [R, 5] float, batch index and xyxy in picture pixels. levels: [R] int64.
+    spatial_scales: one for each level. No synchronisation with a GPU. The rest as in `roi_align`.
+    """
+    output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    _check(features, rois, levels, output_size, spatial_scales)
+    dtype = features[0].dtype
+    for feature in features:
+        dtype = torch.promote_types(dtype, feature.dtype)
+    on_cpu = features[0].device.type == "cpu"
+    compute = torch.float32 if on_cpu and dtype in (torch.float16, torch.bfloat16) else dtype
+    rois = rois.detach().to(torch.float64 if compute == torch.float64 else torch.float32)
+    output = torch.ops.minidamage.multiscale_roi_align([feature.to(compute) for feature in features], rois, levels, list(output_size),
+                                                       [float(scale) for scale in spatial_scales], sampling_ratio, aligned)
+    return output if on_cpu and torch.is_autocast_enabled("cpu") else output.to(dtype)
+
+
+class RoIAlign(nn.Module):
+    """`roi_align` as a module; arguments as there."""
+
+    def __init__(self, output_size, spatial_scale, sampling_ratio, aligned=False):
+        super().__init__()
+        self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned = output_size, spatial_scale, sampling_ratio, aligned
+
+    def forward(self, input, rois):
+        return roi_align(input, rois, self.output_size, self.spatial_scale, self.sampling_ratio, self.aligned)
+
+    def extra_repr(self):
+        return (f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, sampling_ratio={self.sampling_ratio}, "
+                f"aligned={self.aligned}")
+
+
+def _to_rois(boxes, input):
+    """A list of [R_n, 4] becomes [R, 5] with the picture's index in front."""
+    if isinstance(boxes, torch.Tensor):
+        return boxes
+    if not isinstance(boxes, (list, tuple)) or any(box.dim() != 2 or box.shape[1] != 4 for box in boxes):
+        raise ValueError(f"roi_align: expected boxes as a tensor [R, 5] or a list of tensors [R_n, 4], one for each picture, got "
+                         f"{[list(box.shape) for box in boxes] if isinstance(boxes, (list, tuple)) else type(boxes).__name__}")
+    if len(boxes) == 0:
+        return input.new_zeros((0, 5))
+    return torch.cat([torch.cat([torch.full_like(box[:, :1], n), box], 1) for n, box in enumerate(boxes)])
+
+
+def _check(features, rois, levels, output_size, spatial_scales):
+    if not 1 <= len(features) <= MAX_LEVELS or len(spatial_scales) != len(features):
+        raise ValueError(f"roi_align: expected 1 to {MAX_LEVELS} feature levels and as many spatial_scales, got {len(features)} and "
+                         f"{len(spatial_scales)}")
+    first = features[0]
+    for feature in features:
+        if feature.dim() != 4 or feature.shape[:2] != first.shape[:2] or not feature.is_floating_point() or feature.device != first.device:
+            raise ValueError(f"roi_align: expected float features [N, C, H, W], N, C and device the same on every level, got "
+                             f"{[(list(f.shape), f.dtype, str(f.device)) for f in features]}")
+        if feature.shape[2] == 0 or feature.shape[3] == 0:
+            raise ValueError(f"roi_align: a feature level has no pixels: {list(feature.shape)}; the picture is smaller than the stride")
+    if rois.dim() != 2 or rois.shape[1] != 5 or not rois.is_floating_point():
+        raise ValueError(f"roi_align: expected rois [R, 5] float (batch index, x1, y1, x2, y2), got {list(rois.shape)} {rois.dtype}")
+    if levels.shape != rois.shape[:1] or levels.dtype != torch.int64:
+        raise ValueError(f"roi_align: expected levels [{rois.shape[0]}] int64, got {list(levels.shape)} {levels.dtype}")
+    if rois.device != first.device or levels.device != first.device:
+        raise ValueError(f"roi_align: features are on {first.device}, rois on {rois.device}, levels on {levels.device}; "
+                         "move them to one device")
+    if len(output_size) != 2 or min(output_size) < 1:
+        raise ValueError(f"roi_align: expected output_size as a positive int or (PH, PW), got {output_size}")
+
+
+# ---- the reference -----------------------------------------------------------------------------------------------------------
+
+
+def roi_axis(low, high, spatial_scale, bins, sampling_ratio, aligned):
+    """One axis of one RoI: (start, bin, grid), feature pixels and samples a bin. roi_axis() of csrc/roi_align.h."""
+    offset = 0.5 if aligned else 0.0
+    start = low * spatial_scale - offset
+    size = (high * spatial_scale - offset) - start
+    if not aligned:
+        size = size.clamp(min=1)
+    bin = size / bins
+    grid = torch.full_like(bin, sampling_ratio) if sampling_ratio > 0 else bin.ceil()
+    return start, bin, grid
+
+
+def axis_weights(start, bin, grid, bins, size):
+    """Ay (or Ax) of one RoI, [bins, size], without the division by the number of samples."""
+    weights = start.new_zeros((bins, size))
+    step = bin / grid
+    if not (torch.isfinite(start) and torch.isfinite(bin) and grid >= 1):
+        return weights
+    first, last = 0.0, float(grid) * bins
+    if step > 0:  # a box far larger than the picture has most of its samples outside: leave them out
+        first = max(first, float((-1 - start) / step) - 2)
+        last = min(last, float((size - start) / step) + 2)
+    k = torch.arange(int(first), max(int(first), int(last)), device=start.device)
+    p, i = k // int(grid), (k % int(grid)).to(start.dtype)                # [K] bin, sample in it
+    y = start + p.to(start.dtype) * bin + (i + 0.5) * bin / grid          # [K]
+    inside = (y >= -1) & (y <= size)
+    pixels = torch.arange(size, dtype=start.dtype, device=start.device)
+    tent = (1 - (y.clamp(0, size - 1)[:, None] - pixels).abs()).clamp(min=0)    # [K, size]
+    return weights.index_add_(0, p[inside], tent[inside])
+
+
+def _roi_weights(features_shape, roi, output_size, spatial_scale, sampling_ratio, aligned):
+    """The slices (rows, columns) of the features that a RoI touches, and Ay [PH, rows], Ax [PW, columns]; None if it touches none."""
+    (PH, PW), (H, W) = output_size, features_shape
+    axis_y = roi_axis(roi[2], roi[4], spatial_scale, PH, sampling_ratio, aligned)
+    axis_x = roi_axis(roi[1], roi[3], spatial_scale, PW, sampling_ratio, aligned)
+    count = (axis_y[2] * axis_x[2]).clamp(min=1)
+    Ay, Ax = axis_weights(*axis_y, PH, H) / count, axis_weights(*axis_x, PW, W)
+    i, j = Ay.sum(0).nonzero(), Ax.sum(0).nonzero()
+    if len(i) == 0 or len(j) == 0:
+        return None
+    rows, columns = slice(int(i.min()), int(i.max()) + 1), slice(int(j.min()), int(j.max()) + 1)
+    return rows, columns, Ay[:, rows], Ax[:, columns]
+
+
+def roi_align_reference(features, rois, levels, output_size, spatial_scales, sampling_ratio, aligned):
+    """The definition: arguments and result of torch.ops.minidamage.multiscale_roi_align. A loop over RoIs, two small products each."""
+    dtype, compute = features[0].dtype, torch.float64 if features[0].dtype == torch.float64 else torch.float32
+    output = torch.zeros((len(rois), features[0].shape[1], *output_size), dtype=compute, device=rois.device)
+    for r, (roi, l, n) in enumerate(zip(rois.to(compute), levels.tolist(), _pictures(rois, levels, features[0].shape[0], len(features)))):
+        weights = _roi_weights(features[l].shape[2:], roi, output_size, spatial_scales[l], sampling_ratio, aligned)
+        if weights is not None:
+            rows, columns, Ay, Ax = weights
+            output[r] = Ay @ features[l][n, :, rows, columns].to(compute) @ Ax.T                                     # [C, PH, PW]
+    return output.to(dtype).contiguous(memory_format=_memory_format(_is_channels_last(features[0])))
+
+
+def roi_align_backward_reference(grad, rois, levels, N, heights, widths, spatial_scales, sampling_ratio, aligned, channels_last):
+    """The transpose: arguments and result of torch.ops.minidamage.multiscale_roi_align_backward."""
+    compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    grad_features = [torch.zeros((N, grad.shape[1], H, W), dtype=compute, device=grad.device) for H, W in zip(heights, widths)]
+    for r, (roi, l, n) in enumerate(zip(rois.to(compute), levels.tolist(), _pictures(rois, levels, N, len(heights)))):
+        weights = _roi_weights((heights[l], widths[l]), roi, tuple(grad.shape[2:]), spatial_scales[l], sampling_ratio, aligned)
+        if weights is not None:
+            rows, columns, Ay, Ax = weights
+            grad_features[l][n, :, rows, columns] += Ay.T @ grad[r].to(compute) @ Ax
+    return [g.to(grad.dtype).contiguous(memory_format=_memory_format(channels_last)) for g in grad_features]
+
+
+def _pictures(rois, levels, N, level_count):
+    """The picture of each RoI, as a list of ints; raises ValueError for one that does not exist."""
+    for r, (n, l) in enumerate(zip(rois[:, 0].tolist(), levels.tolist())):
+        if not (0 <= n < N and 0 <= l < level_count):
+            raise ValueError(f"roi_align: RoI {r} asks for picture {n} of level {l}, but there are {N} pictures and {level_count} levels")
+    return [int(n) for n in rois[:, 0].tolist()]
+
+
+def _is_channels_last(x):
+    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+
+
+def _memory_format(channels_last):
+    return torch.channels_last if channels_last else torch.contiguous_format
+
+
+# ---- schema, fake, autograd ----------------------------------------------------------------------------------------------------
+
+_GEOMETRY = "float[] spatial_scales, int sampling_ratio, bool aligned"
+_extension.define(f"multiscale_roi_align(Tensor[] features, Tensor rois, Tensor levels, int[] output_size, {_GEOMETRY}) -> Tensor",
+                  roi_align_reference)
+_extension.define("multiscale_roi_align_backward(Tensor grad, Tensor rois, Tensor levels, SymInt N, SymInt[] heights, SymInt[] widths, "
+                  f"{_GEOMETRY}, bool channels_last) -> Tensor[]", roi_align_backward_reference)
+
+
+@torch.library.register_fake("minidamage::multiscale_roi_align", lib=_extension.library())
+def _(features, rois, levels, output_size, spatial_scales, sampling_ratio, aligned):
+    shape = (rois.shape[0], features[0].shape[1], *output_size)
+    return torch.empty(shape, dtype=features[0].dtype, device=features[0].device,
+                       memory_format=_memory_format(_is_channels_last(features[0])))
+
+
+@torch.library.register_fake("minidamage::multiscale_roi_align_backward", lib=_extension.library())
+def _(grad, rois, levels, N, heights, widths, spatial_scales, sampling_ratio, aligned, channels_last):
+    return [torch.empty((N, grad.shape[1], H, W), dtype=grad.dtype, device=grad.device, memory_format=_memory_format(channels_last))
+            for H, W in zip(heights, widths)]
+
+
+def _setup_context(ctx, inputs, output):
+    features, rois, levels, _, *ctx.geometry = inputs
+    ctx.save_for_backward(rois, levels)
+    ctx.N, ctx.heights, ctx.widths = features[0].shape[0], [f.shape[2] for f in features], [f.shape[3] for f in features]
+    ctx.channels_last = _is_channels_last(features[0])
+
+
+def _backward(ctx, grad):
+    rois, levels = ctx.saved_tensors
+    grad_features = torch.ops.minidamage.multiscale_roi_align_backward(grad, rois, levels, ctx.N, ctx.heights, ctx.widths, *ctx.geometry,
+                                                                       ctx.channels_last)
+    return grad_features, None, None, None, None, None, None
+
+
+def _no_second_derivative(ctx, *grads):
+    raise RuntimeError("roi_align: second derivatives are not implemented; detach its output or use roi_align_reference under autograd")
+
+
+torch.library.register_autograd("minidamage::multiscale_roi_align", _backward, setup_context=_setup_context, lib=_extension.library())
+torch.library.register_autograd("minidamage::multiscale_roi_align_backward", _no_second_derivative, lib=_extension.library())
