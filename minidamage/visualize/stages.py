@@ -29,7 +29,7 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
     image = to_picture(image)
     H, W, _ = image.shape
     stages = {name: value.detach().float().cpu() if isinstance(value, torch.Tensor) else value for name, value in stages.items()}
-    kept = np.arange(len(stages["boxes"])) if kept is None else np.asarray(kept)
+    kept = np.arange(len(stages["boxes"])) if kept is None else np.asarray(kept, dtype=np.int64)
     boxes, scores, labels = (stages[name].numpy()[kept] for name in ("boxes", "scores", "labels"))
     labels = labels.astype(np.int64)
     before = [mask_array(stages["masks_threshold"][i], H, W) for i in kept]
