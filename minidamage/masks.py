@@ -14,7 +14,7 @@ from minidamage import mask_reference as reference
 MAX_COORDINATE = 1e6        # pixels; a polygon point farther out is a mistake in the file, and would cost memory by its length
 
 
-def _native():
+def native_module():
     """The C++ twin (csrc/evaluation.cpp) or None: then the numpy reference runs."""
     from minidamage.ops import _extension                     # not at the top: minidamage.ops imports torch, masks alone need not
     return _extension.load_evaluation()
@@ -28,7 +28,7 @@ def encode(mask):
     if mask.ndim not in (2, 3):
         raise ValueError(f"encode expects a mask [H, W] or a stack [N, H, W], got shape {list(mask.shape)}; squeeze or split it first")
     stack = _as_bytes(mask.reshape((-1, *mask.shape[-2:])) if mask.ndim == 3 else mask[None])       # [N, H, W]
-    native, size = _native(), [int(mask.shape[-2]), int(mask.shape[-1])]
+    native, size = native_module(), [int(mask.shape[-2]), int(mask.shape[-1])]
     if native is not None:
         counts = native.encode(stack)
     else:
@@ -39,11 +39,11 @@ def encode(mask):
 
 def decode(rles):
     """Returns the mask [H, W] uint8 (0 or 1) of an RLE, or the stack [N, H, W] of a list of N >= 1 RLEs of one size."""
-    counts, sizes = _unpack(rles)
+    counts, sizes = unpack(rles)
     if len(counts) == 0:
         raise ValueError("decode expects at least one RLE, got an empty list: the picture's size is not known")
     height, width = _one_size(sizes, "decode")
-    native = _native()
+    native = native_module()
     if native is not None:
         stack = native.decode(counts, height, width)
     else:
@@ -59,7 +59,7 @@ def from_polygons(polygons, height, width, even_odd=False):
     (the form that `to_polygons` returns). Raises ValueError for odd lists, non-finite or absurdly far points.
     """
     rings = [_ring(p) for p in polygons]
-    native = _native()
+    native = native_module()
     if native is not None:
         counts = native.from_polygons(rings, int(height), int(width), bool(even_odd))
     else:
@@ -73,7 +73,7 @@ def segmentation_to_rle(segmentation, height, width):
     Raises ValueError if there is no segmentation, or if the RLE's size is not (height, width).
     """
     if isinstance(segmentation, dict):
-        counts, sizes = _unpack(segmentation)
+        counts, sizes = unpack(segmentation)
         if tuple(sizes[0]) != (height, width):
             raise ValueError(f"segmentation_to_rle expects an RLE of size [{height}, {width}] (height, width of the picture), got "
                              f"{list(map(int, sizes[0]))}; check whether the two are swapped or the picture was resized")
@@ -90,11 +90,11 @@ def segmentation_to_rle(segmentation, height, width):
 
 def merge(rles, intersect=False):
     """Returns the union (or intersection) of a list of N >= 1 RLEs of one size, as one RLE."""
-    counts, sizes = _unpack(rles)
+    counts, sizes = unpack(rles)
     if len(counts) == 0:
         raise ValueError("merge expects at least one RLE, got an empty list: the picture's size is not known")
     height, width = _one_size(sizes, "merge")
-    native = _native()
+    native = native_module()
     if native is not None:
         merged = native.merge(counts, height, width, bool(intersect))
     else:
@@ -104,8 +104,8 @@ def merge(rles, intersect=False):
 
 def area(rles):
     """Returns the number of foreground pixels: int64 [N] for a list, an int for one RLE."""
-    counts, sizes = _unpack(rles)
-    native = _native()
+    counts, sizes = unpack(rles)
+    native = native_module()
     if native is not None:
         areas = native.area(counts, sizes)
     else:
@@ -115,8 +115,8 @@ def area(rles):
 
 def to_boxes(rles):
     """Returns the tight boxes of the foreground, float64 [N, 4] xyxy (outer corners); zeros for an empty mask; [4] for one RLE."""
-    counts, sizes = _unpack(rles)
-    native = _native()
+    counts, sizes = unpack(rles)
+    native = native_module()
     if native is not None:
         boxes = native.boxes(counts, sizes)
     else:
@@ -130,15 +130,15 @@ def iou(dt, gt, iscrowd=None):
     iscrowd: [G] bool; for a crowd column the denominator is the detection's own area (COCO: a detection inside a crowd region fits it).
     Raises ValueError if the masks are not all of one size.
     """
-    dt_counts, dt_sizes = _unpack(dt)
-    gt_counts, gt_sizes = _unpack(gt)
+    dt_counts, dt_sizes = unpack(dt)
+    gt_counts, gt_sizes = unpack(gt)
     crowd = np.zeros(len(gt_counts), np.uint8) if iscrowd is None else np.ascontiguousarray(iscrowd, np.uint8)
     if crowd.shape != (len(gt_counts),):
         raise ValueError(f"iou expects iscrowd with one entry for each of the {len(gt_counts)} truths, got shape {list(crowd.shape)}")
     if len(dt_counts) == 0 or len(gt_counts) == 0:
         return np.zeros((len(dt_counts), len(gt_counts)))
     _one_size(np.concatenate([dt_sizes, gt_sizes]), "iou")
-    native = _native()
+    native = native_module()
     if native is not None:
         return native.iou(dt_counts, dt_sizes, gt_counts, gt_sizes, crowd)
     return reference.iou_of_runs(_runs(dt_counts, dt_sizes), _runs(gt_counts, gt_sizes), crowd)
@@ -154,7 +154,7 @@ def to_polygons(mask):
     all entries gives the mask back, and so does any even-odd fill.
     """
     mask = _as_bytes(_one_mask(mask, "to_polygons"))
-    native = _native()
+    native = native_module()
     x0, y0, x1, y1 = to_boxes(encode(mask)).astype(int)
     mask = np.ascontiguousarray(mask[y0:y1, x0:x1])                             # the walk costs time by the picture's size
     rings = native.trace(mask) if native is not None else reference.trace_rings(mask)
@@ -171,7 +171,7 @@ def connected_components(mask, connectivity=8):
     if connectivity not in (4, 8):
         raise ValueError(f"connected_components expects connectivity 4 or 8, got {connectivity}")
     mask = _as_bytes(_one_mask(mask, "connected_components"))
-    native = _native()
+    native = native_module()
     return native.components(mask, connectivity) if native is not None else reference.label_components(mask, connectivity)
 
 
@@ -190,9 +190,9 @@ def remove_islands(masks, min_area):
 
 
 def _transform(masks, name, min_area):
-    native = _native()
+    native = native_module()
     if isinstance(masks, dict) or (isinstance(masks, (list, tuple)) and all(isinstance(m, dict) for m in masks)):
-        counts, sizes = _unpack(masks)
+        counts, sizes = unpack(masks)
         if native is not None:
             new = native.fill_holes(counts, sizes) if name == "fill_holes" else native.remove_islands(counts, sizes, min_area)
         else:
@@ -245,7 +245,7 @@ def _ring(points):
     return points
 
 
-def _unpack(rles):
+def unpack(rles):
     """(list of compressed counts, sizes int64 [N, 2]) of an RLE or a list of RLEs."""
     rles = [rles] if isinstance(rles, dict) else list(rles)
     try:
@@ -267,7 +267,7 @@ def _compress_list(runs):
     runs = np.asarray(runs, np.int64)
     if runs.ndim != 1 or (runs < 0).any():
         raise ValueError(f"an uncompressed RLE's counts are a flat list of runs >= 0, got {runs.tolist()!r:.80}")
-    native = _native()
+    native = native_module()
     return native.compress(runs) if native is not None else reference.compress(runs)
 
 

@@ -17,8 +17,8 @@ HEIGHT, WIDTH = ORACLE["size"]
 def body(request, monkeypatch):
     """Every test runs on the numpy reference and on the C++ twin."""
     if request.param == "numpy":
-        monkeypatch.setattr(masks, "_native", lambda: None)
-    elif masks._native() is None:
+        monkeypatch.setattr(masks, "native_module", lambda: None)
+    elif masks.native_module() is None:
         if os.environ.get("MINIDAMAGE_KERNELS") == "off":
             pytest.skip("MINIDAMAGE_KERNELS=off: no C++ to compare")
         pytest.fail("csrc/evaluation.cpp did not build")
@@ -226,7 +226,7 @@ def test_polygons_numpy_equals_native(body, monkeypatch):
         for even_odd in (False, True):
             fast = masks.from_polygons(rings, h, w, even_odd)
             with monkeypatch.context() as patch:
-                patch.setattr(masks, "_native", lambda: None)
+                patch.setattr(masks, "native_module", lambda: None)
                 slow = masks.from_polygons(rings, h, w, even_odd)
             assert fast == slow
             assert masks.encode(masks.decode(fast)) == fast          # canonical

@@ -51,7 +51,7 @@ def evaluate(truths, detections, images, categories, protocol=COCO, keep_matches
     (matched to a crowd, or unmatched and out of the range), dt_iou float64 [T, D] (IoU with the matched truth).
     Raises ValueError where a detection's mask has another size than its picture's truth.
     """
-    native = masks._native()
+    native = masks.native_module()
     if native is not None:
         return native.evaluate(truths, detections, images, categories, [side for pair in protocol.area_ranges for side in pair],
                                list(protocol.iou_thresholds), list(protocol.recall_thresholds), list(protocol.max_dets), keep_matches)
