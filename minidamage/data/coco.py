@@ -54,17 +54,16 @@ def _find_files(path):
 
 
 def _name_parts(path, found):
-    if len(found) == 1 and part_of(os.path.splitext(os.path.basename(found[0]))[0]) is None \
-            and part_of(os.path.basename(os.path.dirname(found[0]))) is None:
-        return {"all": found[0]}
+    """The part that each file's name, or its folder inside `path`, says. One file that says nothing is "all"."""
     named = {}
     for file in found:
-        part = part_of(os.path.splitext(os.path.basename(file))[0]) or part_of(os.path.basename(os.path.dirname(file)))
+        stem, folder = os.path.splitext(os.path.basename(file))[0], os.path.relpath(os.path.dirname(file), path)
+        part = part_of(stem) or part_of(folder) or ("all" if len(found) == 1 else None)
         if part is None or part in named:
             raise ValueError(f"{path}: several COCO files ({', '.join(os.path.relpath(f, path) for f in found)}) and their names do not "
                              "say which is train, val or test; give one file, or rename them")
         named[part] = file
-    return {part: named[part] for part in PARTS if part in named}
+    return {part: named[part] for part in ("all", *PARTS) if part in named}
 
 
 def _is_coco(file):

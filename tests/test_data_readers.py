@@ -1,0 +1,341 @@
+"""Every layout gives the same record; every bad object is one counted line and never an exception later on."""
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data_sets import SQUARE, coco_content, coco_set, dump, picture, vehide_set, via_region, via_set
+from minidamage import masks
+from minidamage.data import load_dataset, summary
+
+
+def load(path, **kwargs):
+    return load_dataset(path, quiet=True, **kwargs)
+
+
+# ---- VehiDE -----------------------------------------------------------------------------------------------------------------------
+
+def test_vehide_record(tmp_path):
+    vehide_set(tmp_path, [("tray_son", [10, 30, 30, 10], [5, 5, 25, 25]), ("mop_lom", [1.5, 9, 4], [2, 2, 8])])
+    data = load(tmp_path)
+    assert data.layout == "vehide" and data.class_names == ("dent", "scratch") and data.category_ids == (1, 2) and not data.problems
+    record, = data.parts["train"]
+    assert (record.width, record.height, record.labels.tolist()) == (64, 48, [2, 1])
+    np.testing.assert_allclose(record.boxes, [[10, 5, 30, 25], [1.5, 2, 9, 8]])
+    np.testing.assert_allclose(record.area, [400, 22.5])
+    assert record.boxes.dtype == np.float32 and record.labels.dtype == np.int64 and not record.crowd.any()
+    undamaged, = data.parts["val"]
+    assert undamaged.boxes.shape == (0, 4) and undamaged.masks == [] and undamaged.image_id != record.image_id
+    assert "scratch" in summary(data) and "1 without objects" in summary(data)
+
+
+def test_vehide_names_in_any_case_but_never_unknown(tmp_path):
+    vehide_set(tmp_path, [("Tray_Son", [1, 9, 9], [1, 1, 9]), ("MOP LOM", [1, 9, 9], [1, 1, 9]), ("Broken glass", [1, 9, 9], [1, 1, 9])])
+    assert load(tmp_path).class_names == ("dent", "scratch", "broken glass")
+    vehide_set(tmp_path / "bad", [("mop", [1, 9, 9], [1, 1, 9])])
+    with pytest.raises(ValueError, match=r"unknown VehiDE class: 'mop' \(1 regions.*did you mean 'mop_lom'.*Known: .*tray_son \(scratch\)"):
+        load(tmp_path / "bad")
+
+
+def test_vehide_times_group_vehicles_and_thumbnails(tmp_path):
+    names = ["01022020_101500image1.jpg", "Thumbnail01022020_101540image2.jpg", "20200201_101630image3.jpg", "01022020_120000image4.jpg",
+             "99992020_101500image5.jpg"]
+    for i, name in enumerate(names):
+        picture(tmp_path / "image/image" / name, seed=i)
+    dump(tmp_path / "0Train_via_annos.json", {n: {"name": n, "regions": []} for n in names})
+    groups = [r.group for r in load(tmp_path).parts["train"]]
+    assert groups[0] == groups[1] == groups[2] != "" and groups[3] not in ("", groups[0]) and groups[4] == ""
+
+
+def test_vehide_without_inner_folder_and_missing_picture(tmp_path):
+    vehide_set(tmp_path, [("tray_son", [1, 9, 9], [1, 1, 9])])
+    (tmp_path / "image/image/a.jpg").rename(tmp_path / "image/A.JPG")
+    (tmp_path / "validation/validation/b.jpg").unlink()
+    data = load(tmp_path)
+    assert len(data.parts["train"]) == 1 and data.parts["val"] == []
+    assert data.problems == ["b.jpg: the annotation file names it but it is not there; picture left out (0 objects)"]
+
+
+# ---- bad objects, whatever the layout -------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("xs, ys, said", [
+    ([5, 9], [5, 9], "polygon with 2 points"),
+    ([5, 9, 13], [5, 9, 13], "polygon without area"),
+    ([100, 120, 120], [5, 5, 15], "lies outside the 64x48 picture"),
+    ([5, 9, float("nan")], [5, 9, 1], "no numbers"),
+    ([5, 9, 9], [5, 9], "3 x for 2 y coordinates"),
+])
+def test_unusable_outlines_are_dropped_and_said(tmp_path, xs, ys, said):
+    data = load(vehide_set(tmp_path, [("tray_son", xs, ys), ("tray_son", [1, 9, 9], [1, 1, 9])]))
+    assert len(data.parts["train"][0].labels) == 1
+    assert any(said in p and p.startswith("a.jpg, annotation 1: ") for p in data.problems), data.problems
+
+
+def test_outlines_that_leave_the_picture_are_clipped(tmp_path):
+    data = load(vehide_set(tmp_path, [("tray_son", [50, 80, 80, 50], [-10, -10, 20, 20])]))
+    record, = data.parts["train"]
+    np.testing.assert_allclose(record.boxes, [[50, 0, 64, 20]])
+    assert record.area[0] == 14 * 20 and "leaves the picture by 16.0 px; clipped" in data.problems[0]
+    mask = masks.decode(masks.from_polygons(record.masks[0], 48, 64))
+    assert mask.sum() == 14 * 20
+
+
+def test_self_crossing_outline_is_kept_and_said(tmp_path):
+    data = load(vehide_set(tmp_path, [("tray_son", [10, 30, 30, 10], [10, 30, 10, 30])]))           # a bow tie: signed area 0
+    assert len(data.parts["train"][0].labels) == 1
+    assert data.problems == ["a.jpg, annotation 1: outline crosses itself; kept, filled even-odd"]
+
+
+def test_touching_corners_are_no_crossing(tmp_path):
+    data = load(vehide_set(tmp_path, [("tray_son", [10, 30, 30, 10, 10, 10], [10, 10, 30, 30, 10, 10])]))
+    assert data.problems == []
+
+
+@pytest.mark.parametrize("content, said", [(b"", "empty (0 bytes)"), (b"no picture at all", "not a picture"),
+                                           (b"\0\0\0\x18ftypheic\0\0\0\0", "HEIC")])
+def test_files_that_are_no_pictures_are_left_out(tmp_path, content, said):
+    vehide_set(tmp_path, [("tray_son", [1, 9, 9], [1, 1, 9])])
+    (tmp_path / "image/image/a.jpg").write_bytes(content)
+    data = load(tmp_path)
+    assert data.parts["train"] == [] and said in data.problems[0] and "picture left out" in data.problems[0]
+
+
+def test_empty_unknown_and_broken_sets(tmp_path):
+    with pytest.raises(ValueError, match="no such file"):
+        load(tmp_path / "nothing")
+    with pytest.raises(ValueError, match="no known annotation layout.*Known: VehiDE"):
+        load(tmp_path)
+    dump(tmp_path / "0Train_via_annos.json", {})
+    with pytest.raises(ValueError, match="data set is empty"):
+        load(tmp_path)
+    (tmp_path / "0Train_via_annos.json").write_text("{\"a.jpg\": {")
+    with pytest.raises(ValueError, match="not valid JSON.*cut short"):
+        load(tmp_path)
+
+
+def test_unlisted_pictures_are_not_called_undamaged(tmp_path):
+    vehide_set(tmp_path, [("tray_son", [1, 9, 9], [1, 1, 9])])
+    picture(tmp_path / "image/image/extra.jpg", seed=9)
+    data = load(tmp_path)
+    assert len(data.parts["train"]) == 1 and any("1 pictures" in n and "not known to be undamaged" in n for n in data.notes)
+
+
+def test_labels_follow_a_models_class_list(tmp_path):
+    vehide_set(tmp_path, [("tray_son", [1, 9, 9], [1, 1, 9])])
+    data = load(tmp_path, class_names=("broken glass", "scratch", "dent"))
+    assert data.class_names == ("broken glass", "scratch", "dent") and data.parts["train"][0].labels.tolist() == [2]
+    assert data.category_ids[1] == 2 and len(set(data.category_ids)) == 3
+    with pytest.raises(ValueError, match="'scratch', which the model does not know; it knows dent"):
+        load(tmp_path, class_names=("dent",))
+
+
+# ---- VIA ------------------------------------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("project", [False, True])
+@pytest.mark.parametrize("as_dict", [False, True])
+def test_via_regions_as_list_or_dict_and_projects(tmp_path, project, as_dict):
+    regions = [via_region("polygon", **SQUARE), via_region("polygon", value="scratch", **SQUARE)]
+    via_set(tmp_path, {str(i): r for i, r in enumerate(regions)} if as_dict else regions, project)
+    data = load(tmp_path)
+    assert data.layout == "via" and data.class_names == ("dent", "scratch") and list(data.parts) == ["all"]
+    np.testing.assert_allclose(data.parts["all"][0].boxes, [[10, 10, 20, 20]] * 2)
+
+
+@pytest.mark.parametrize("shape, values, box, area", [
+    ("polygon", SQUARE, [10, 10, 20, 20], 100),
+    ("polyline", SQUARE, [10, 10, 20, 20], 100),
+    ("rect", dict(x=3, y=4, width=10, height=6), [3, 4, 13, 10], 60),
+    ("circle", dict(cx=30, cy=20, r=8), [22, 12, 38, 28], np.pi * 64),
+    ("ellipse", dict(cx=30, cy=20, rx=10, ry=5), [20, 15, 40, 25], np.pi * 50),
+    ("ellipse", dict(cx=30, cy=20, rx=10, ry=5, theta=np.pi / 2), [25, 10, 35, 30], np.pi * 50),
+])
+def test_via_shapes(tmp_path, shape, values, box, area):
+    via_set(tmp_path, [via_region(shape, **values)])
+    record, = load(tmp_path).parts["all"]
+    np.testing.assert_allclose(record.boxes[0], box, atol=0.02)
+    assert record.area[0] == pytest.approx(area, rel=0.01)
+
+
+def test_via_points_and_unknown_shapes_are_counted(tmp_path):
+    via_set(tmp_path, [via_region("point", cx=3, cy=4), via_region("spline", x=1), via_region("rect", x=1, y=2, width=3),
+                       via_region("rect", **dict(x=3, y=4, width=0, height=6)), via_region("polygon", **SQUARE)])
+    data = load(tmp_path)
+    assert len(data.parts["all"][0].labels) == 1 and len(data.problems) == 5                # the flat rectangle says two things
+    for said in ("a point has no area", "unknown shape 'spline'", "rect without 'height'", "polygon without area"):
+        assert any(said in p for p in data.problems), said
+
+
+@pytest.mark.parametrize("key", ["name", "class", "Class Name", "damage-type", "anything"])
+def test_via_class_attribute_is_detected_and_said(tmp_path, key):
+    regions = [via_region("polygon", key, "dent", **SQUARE)]
+    regions[0]["region_attributes"]["remark"] = ""
+    via_set(tmp_path, regions)
+    data = load(tmp_path)
+    assert data.class_names == ("dent",) and repr(key) in data.notes[0]
+
+
+def test_via_attribute_of_each_part_and_classes_joined(tmp_path):
+    via_set(tmp_path / "train", {"0": via_region("polygon", "name", "Dent", **SQUARE)})
+    via_set(tmp_path / "val", [via_region("polygon", "Class Name", "dent", **SQUARE), via_region("polygon", "Class Name", "hail", **SQUARE)])
+    picture(tmp_path / "test/c.jpg")
+    data = load(tmp_path)
+    assert set(data.parts) == {"train", "val"} and data.class_names == ("Dent", "hail")
+    assert any("'Dent', 'dent' are one class" in n for n in data.notes) and any("'hail' occurs in val but not in train" in n for n in data.notes)
+    assert any("1 pictures in" in n and "no annotation file" in n for n in data.notes)
+    ids = [i for records in data.parts.values() for r in records for i in r.annotation_ids]
+    assert len(set(ids)) == 3
+
+
+def test_via_without_attributes_checkboxes_and_forced_key(tmp_path):
+    via_set(tmp_path / "a", [via_region("polygon", None, **SQUARE)])
+    assert load(tmp_path / "a").class_names == ("object",)
+    via_set(tmp_path / "b", [via_region("polygon", "kind", {"dent": True, "rust": False}, **SQUARE),
+                             via_region("polygon", "kind", {"dent": True, "rust": True}, **SQUARE)])
+    data = load(tmp_path / "b")
+    assert data.class_names == ("dent",) and "no single class in attribute 'kind'; dropped" in data.problems[0]
+    regions = [via_region("polygon", "name", "left door", **SQUARE)]
+    regions[0]["region_attributes"]["fault"] = "rust"
+    via_set(tmp_path / "c", regions)
+    assert load(tmp_path / "c", attribute="fault").class_names == ("rust",)
+
+
+def test_via_listed_twice_and_via3(tmp_path):
+    picture(tmp_path / "a.png")
+    entry = {"filename": "a.png", "size": 1, "regions": [via_region("polygon", **SQUARE)]}
+    dump(tmp_path / "via.json", {"a.png1": entry, "a.png2": entry})
+    data = load(tmp_path)
+    assert len(data.parts["all"]) == 1 and len(data.parts["all"][0].labels) == 2 and "listed twice" in data.problems[0]
+    dump(tmp_path / "three" / "p.json", {"project": {"pid": "x"}, "metadata": {}, "file": {}})
+    with pytest.raises(ValueError, match="VIA 3 project"):
+        load(tmp_path / "three")
+
+
+# ---- COCO -----------------------------------------------------------------------------------------------------------------------------
+
+BOX = {"bbox": [10, 5, 20, 20], "area": 400, "segmentation": [[10, 5, 30, 5, 30, 25, 10, 25]]}
+
+
+def test_coco_polygons_parts_and_gaps_in_ids(tmp_path):
+    coco_set(tmp_path, [BOX, {**BOX, "category_id": 90, "segmentation": [[1, 1, 9, 1, 9, 9], [20, 20, 30, 20, 30, 30]]}],
+             categories=((3, "dent"), (90, "scratch"), (1, "rust")))
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["annotations"][0]["category_id"] = 3
+    dump(tmp_path / "annotations.json", content)
+    data = load(tmp_path)
+    assert data.layout == "coco" and data.category_ids == (1, 3, 90) and data.class_names == ("rust", "dent", "scratch")
+    record, = data.parts["all"]
+    assert record.image_id == 7 and record.labels.tolist() == [2, 3] and record.annotation_ids.tolist() == [100, 101]
+    assert len(record.masks[1]) == 2 and record.area.tolist() == [400, 400]
+    assert any("rust" in n for n in data.notes)
+
+
+def test_coco_rle_compressed_uncompressed_and_crowd(tmp_path):
+    mask = np.zeros((48, 64), np.uint8)
+    mask[5:15, 8:20] = 1
+    rle = masks.encode(mask)
+    runs = [8 * 48 + 5] + [10, 38] * 11 + [10, 33 + 44 * 48 - 0]
+    runs[-1] = 48 * 64 - sum(runs[:-1])
+    compressed = {"size": [48, 64], "counts": rle["counts"].decode()}
+    coco_set(tmp_path, [{"segmentation": compressed, "bbox": [8, 5, 12, 10], "area": 120},
+                        {"segmentation": {"size": [48, 64], "counts": runs}, "iscrowd": 1}])
+    record, = load(tmp_path).parts["all"]
+    assert record.crowd.tolist() == [False, True] and record.area.tolist() == [120, 120]
+    np.testing.assert_allclose(record.boxes, [[8, 5, 20, 15]] * 2)
+    for stored in record.masks:
+        np.testing.assert_array_equal(masks.decode(stored), mask)
+
+
+@pytest.mark.parametrize("annotation, said", [
+    ({"segmentation": {"size": [64, 48], "counts": [64 * 48]}, "bbox": [1, 1, 5, 5]}, "RLE of size"),
+    ({"segmentation": {"size": [48, 64], "counts": [5, 5]}, "bbox": [1, 1, 5, 5]}, "RLE cannot be read"),
+    ({"bbox": [10, 5, 0, 20]}, "has no size"),
+    ({"bbox": [10, 5, -4, 20]}, "has no size"),
+    ({"bbox": [100, 5, 10, 20]}, "lies outside"),
+    ({"bbox": [1, 2, 3]}, "is not [x, y, width, height]"),
+    ({}, "neither box nor outline"),
+    ({"segmentation": [[1, 1, 9, 1, 9]], "bbox": [1, 1, 5, 5]}, "odd number"),
+    ({"segmentation": [[1, 1, 9, 9]], "bbox": [1, 1, 5, 5]}, "polygon with 2 points"),
+])
+def test_coco_bad_objects_are_dropped_with_their_id(tmp_path, annotation, said):
+    data = load(coco_set(tmp_path, [annotation, BOX]))
+    assert data.parts["all"][0].annotation_ids.tolist() == [101]
+    assert any(p.startswith("a.jpg, annotation 100: ") and said in p for p in data.problems), data.problems
+
+
+def test_coco_boxes_outside_are_clipped_and_box_only_objects_kept(tmp_path):
+    data = load(coco_set(tmp_path, [{"bbox": [50, -5, 30, 20]}]))
+    record, = data.parts["all"]
+    np.testing.assert_allclose(record.boxes, [[50, 0, 64, 15]])
+    assert record.masks == [None] and record.area[0] == 14 * 15 and "clipped" in data.problems[0]
+
+
+def test_coco_unknown_category_and_label_0(tmp_path):
+    coco_set(tmp_path, [{**BOX, "category_id": 0}])
+    with pytest.raises(ValueError, match=r"annotation 100 has category_id 0.*background.*Known: 1 dent, 2 scratch"):
+        load(tmp_path)
+
+
+def test_coco_category_0_is_a_class_when_it_has_objects(tmp_path):
+    coco_set(tmp_path, [{**BOX, "category_id": 0}], categories=((0, "dent"), (1, "scratch")))
+    data = load(tmp_path)
+    assert data.category_ids == (0, 1) and data.parts["all"][0].labels.tolist() == [1]
+
+
+@pytest.mark.parametrize("parent", ["damage", "dent"])
+def test_roboflow_parent_category_is_left_out(tmp_path, parent):
+    categories = ((0, parent, "none"), (1, "dent", parent), (2, "scratch", parent))
+    for part in ("train", "valid"):
+        picture(tmp_path / part / "a.jpg")
+        dump(tmp_path / part / "_annotations.coco.json", coco_content([BOX], categories=categories))
+    data = load(tmp_path)
+    assert set(data.parts) == {"train", "val"} and data.class_names == ("dent", "scratch") and data.category_ids == (1, 2)
+    assert data.parts["train"][0].labels.tolist() == [1] and any("0 " + parent in n for n in data.notes)
+
+
+def test_coco_categories_join_by_name_across_parts(tmp_path):
+    for part, categories, used in (("train", ((1, "dent"), (2, "scratch")), 2), ("val", ((5, "Scratch"), (9, "dent")), 5)):
+        picture(tmp_path / f"{part}2017" / "a.jpg")
+        dump(tmp_path / "annotations" / f"instances_{part}2017.json", coco_content([{**BOX, "category_id": used}], categories=categories))
+    dump(tmp_path / "annotations" / "captions_train2017.json", {"images": [], "annotations": []})
+    data = load(tmp_path)
+    assert data.class_names == ("dent", "scratch") and [data.parts[p][0].labels.tolist() for p in ("train", "val")] == [[2], [2]]
+    assert data.parts["val"][0].file.endswith("val2017/a.jpg") and any("joined by name" in n for n in data.notes)
+
+
+def test_coco_files_beside_the_picture_folders(tmp_path):
+    picture(tmp_path / "pics/one/a.jpg")
+    picture(tmp_path / "validation/validation/a.jpg", seed=5)
+    dump(tmp_path / "coco/train.json", coco_content([BOX], images=((7, "a.jpg", 64, 48),)))
+    with pytest.raises(ValueError, match="data set is empty"):                             # two files of that name: neither is guessed
+        load(tmp_path / "coco")
+    (tmp_path / "validation/validation/a.jpg").unlink()
+    assert load(tmp_path / "coco").parts["train"][0].file.endswith("pics/one/a.jpg")
+    assert load(tmp_path / "coco/train.json", images=tmp_path / "pics/one").parts["all"]
+
+
+def test_coco_orphans_double_ids_and_wrong_sizes(tmp_path):
+    coco_set(tmp_path, [BOX, {**BOX, "image_id": 99}], images=((7, "a.jpg", 64, 48), (7, "b.jpg", 64, 48), (8, "c.jpg", 128, 96)))
+    data = load(tmp_path)
+    assert len(data.parts["all"]) == 1
+    for said in ("given twice", "a picture that is not listed", "says 128x96, the picture is 64x48"):
+        assert any(said in p for p in data.problems), (said, data.problems)
+
+
+def test_annotations_made_before_the_exif_rotation_are_turned(tmp_path):
+    pixels = np.zeros((48, 64, 3), np.uint8)
+    pixels[5:15, 8:20] = 255                                                               # the damage, on the unturned picture
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(tmp_path / "a.png", exif=exif)
+    rle = masks.encode(pixels[..., 0])
+    dump(tmp_path / "x.json", coco_content([
+        {"bbox": [8, 5, 12, 10], "segmentation": [[8, 5, 20, 5, 20, 15, 8, 15]]},
+        {"bbox": [8, 5, 12, 10], "segmentation": {"size": [48, 64], "counts": rle["counts"].decode()}}], images=((7, "a.png", 64, 48),)))
+    data = load(tmp_path)
+    record, = data.parts["all"]
+    assert (record.width, record.height) == (48, 64) and "annotated before its EXIF rotation" in data.problems[0]
+    turned = np.asarray(Image.fromarray(pixels).transpose(Image.Transpose.ROTATE_270))[..., 0] > 0
+    np.testing.assert_array_equal(masks.decode(masks.from_polygons(record.masks[0], 64, 48)) > 0, turned)
+    np.testing.assert_array_equal(masks.decode(record.masks[1]) > 0, turned)
+    np.testing.assert_allclose(record.boxes, [[33, 8, 43, 20]] * 2)
