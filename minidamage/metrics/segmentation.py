@@ -1,0 +1,118 @@
+"""Pixel metrics, each under the name of its rule: pooled over all pictures or averaged over pictures, foreground or two-class.
+
+    evaluator = PixelEvaluator(class_names)
+    evaluator.add_label_maps(truth [H, W], prediction [H, W])                    # 0 background, 1..K
+    evaluator.add_instances(truth_labels, truth_rles, labels, rles, height, width)   # unions of instance masks, never decoded
+    result = evaluator.evaluate()
+    result.stats["pixel/IoU"], result.stats["pixel/image/IoU"], result.per_class["dent"]["pixel/IoU"]
+
+With TP, FP, FN, TN pixels of damage (any class) against background:
+    IoU TP / (TP + FP + FN)    Dice = F1 2 TP / (2 TP + FP + FN)    precision TP / (TP + FP)    recall TP / (TP + FN)
+    accuracy (TP + TN) / all (97 % for a model that finds nothing on a set with 3 % damage: never read it alone)
+    two-class IoU, two-class Dice: the mean of damage and background. Pooled counts are summed over pictures first ("pixel/..."), per image
+they are divided first and the quotients averaged ("pixel/image/..."). A picture where a quotient is 0 / 0 (no damage there, none
+found) is left out of that mean, or counts as `empty`; the pooled numbers do not depend on it.
+"""
+import dataclasses
+
+import numpy as np
+
+from minidamage import masks
+
+NAMES = ("IoU", "Dice", "F1", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
+TP, FP, FN, TN = range(4)                                     # columns of the counts
+
+
+def quotients(counts, empty=float("nan")):
+    """{name: [...]} of counts [..., 4] (TP, FP, FN, TN); 0 / 0 is `empty`."""
+    tp, fp, fn, tn = np.moveaxis(np.asarray(counts, np.float64), -1, 0)
+
+    def ratio(a, b):
+        return np.divide(a, b, out=np.full(np.shape(a), float(empty)), where=b > 0)
+
+    iou, dice = ratio(tp, tp + fp + fn), ratio(2 * tp, 2 * tp + fp + fn)
+    background_iou, background_dice = ratio(tn, tn + fp + fn), ratio(2 * tn, 2 * tn + fp + fn)
+    return {"IoU": iou, "Dice": dice, "F1": dice, "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
+            "accuracy": ratio(tp + tn, tp + fp + fn + tn), "two-class IoU": (iou + background_iou) / 2,
+            "two-class Dice": (dice + background_dice) / 2}
+
+
+class PixelEvaluator:
+    """Sums pixel counts of pictures for damage as a whole and for each class. class_names: K names, label k is class_names[k - 1].
+
+    empty: what a 0 / 0 of one picture counts as in the means over pictures: NaN (left out, the default) or, as some code does it, 1.
+    """
+
+    def __init__(self, class_names, empty=float("nan")):
+        self.class_names, self.empty = tuple(class_names), empty
+        self._counts = []                                     # one int64 [K + 1, 4] a picture; row 0: damage as a whole
+
+    def add_label_maps(self, truth, prediction, ignore=None):
+        """truth, prediction: [H, W] integers 0..K. ignore: [H, W] bool, pixels that count nowhere."""
+        truth, prediction = np.asarray(truth), np.asarray(prediction)
+        if truth.shape != prediction.shape or truth.ndim != 2:
+            raise ValueError(f"add_label_maps expects two maps [H, W] of one size, got {list(truth.shape)} and {list(prediction.shape)}; resize the "
+                             "prediction to the truth, not the truth to the prediction")
+        if ignore is not None:
+            truth, prediction = truth[~ignore], prediction[~ignore]
+        K = len(self.class_names)
+        largest = max(truth.max(initial=0), prediction.max(initial=0))
+        if largest > K or min(truth.min(initial=0), prediction.min(initial=0)) < 0:
+            raise ValueError(f"add_label_maps expects labels 0..{K} (0 background, {', '.join(self.class_names)}), got up to {largest}; is the "
+                             "map a picture with 0 and 255?")
+        confusion = np.bincount(truth.ravel().astype(np.int64) * (K + 1) + prediction.ravel(), minlength=(K + 1) ** 2).reshape(K + 1, K + 1)
+        same, in_truth, in_prediction, total = np.diag(confusion), confusion.sum(1), confusion.sum(0), confusion.sum()
+        counts = np.stack([same, in_prediction - same, in_truth - same, total - in_truth - in_prediction + same], axis=1)        # [K + 1, 4]
+        tn = confusion[0, 0]                                  # as a whole: damage of one class taken for another is damage found
+        fp, fn = in_truth[0] - tn, in_prediction[0] - tn
+        counts[0] = total - tn - fp - fn, fp, fn, tn
+        self._counts.append(counts.astype(np.int64))
+
+    def add_instances(self, truth_labels, truth_rles, labels, rles, height, width):
+        """The union of the instance masks of each class, and of all. labels: 1..K; rles: RLE dicts of size [height, width].
+
+        Give the detections that count (a score threshold is the caller's choice). Instances of two classes may overlap: such a
+        pixel belongs to both.
+        """
+        truth_labels, labels = np.asarray(truth_labels, np.int64), np.asarray(labels, np.int64)
+        counts = np.zeros((len(self.class_names) + 1, 4), np.int64)
+        for k in range(len(self.class_names) + 1):
+            truth = [r for r, label in zip(truth_rles, truth_labels) if k in (0, label)]
+            found = [r for r, label in zip(rles, labels) if k in (0, label)]
+            counts[k] = _union_counts(truth, found, height * width)
+        self._counts.append(counts)
+
+    def evaluate(self):
+        """Returns the PixelResult of all pictures so far."""
+        counts = np.stack(self._counts) if self._counts else np.zeros((0, len(self.class_names) + 1, 4), np.int64)
+        pooled = {name: values for name, values in quotients(counts.sum(0)).items()}
+        images = quotients(counts, self.empty)                # name: [N, K + 1]
+        stats = [{**{f"pixel/{name}": float(pooled[name][k]) for name in NAMES},
+                  **{f"pixel/image/{name}": _mean(images[name][:, k]) for name in NAMES}} for k in range(len(self.class_names) + 1)]
+        return PixelResult(stats[0], dict(zip(self.class_names, stats[1:])), counts)
+
+
+@dataclasses.dataclass
+class PixelResult:
+    """stats: damage as a whole; per_class: {name: the same numbers}; counts int64 [N, K + 1, 4]: TP, FP, FN, TN a picture, row 0 as a whole."""
+
+    stats: dict
+    per_class: dict
+    counts: np.ndarray
+
+    def per_image(self, name="IoU", k=0, empty=float("nan")):
+        """[N]: one metric of each picture, for intervals and paired tests (statistics.py). k: 0 as a whole, else the label."""
+        return quotients(self.counts[:, k], empty)[name]
+
+
+def _union_counts(truth, found, total):
+    truth = masks.merge(truth) if truth else None
+    found = masks.merge(found) if found else None
+    in_truth, in_found = masks.area(truth) if truth else 0, masks.area(found) if found else 0
+    both = masks.area(masks.merge([truth, found], intersect=True)) if truth and found else 0
+    return both, in_found - both, in_truth - both, total - in_truth - in_found + both
+
+
+def _mean(values):
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float("nan")

@@ -1,0 +1,88 @@
+"""Pixel metrics and bootstrap intervals: by hand, and the two ways of feeding them against each other."""
+import numpy as np
+import pytest
+
+from minidamage import masks
+from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.metrics.statistics import bootstrap
+
+NAN = float("nan")
+
+
+def test_by_hand():
+    evaluator = PixelEvaluator(["dent", "scratch"])
+    evaluator.add_label_maps(np.array([[1, 1, 0], [2, 0, 0]]), np.array([[1, 2, 2], [2, 0, 0]]))      # TP 3 FP 1 FN 0 TN 2
+    evaluator.add_label_maps(np.array([[1, 0]]), np.array([[0, 0]]))                                  # TP 0 FP 0 FN 1 TN 1
+    evaluator.add_label_maps(np.zeros((2, 2), int), np.zeros((2, 2), int))                            # TN 4
+    result = evaluator.evaluate()
+    pooled = {"IoU": 3 / 5, "Dice": 6 / 8, "F1": 6 / 8, "precision": 3 / 4, "recall": 3 / 4, "accuracy": 10 / 12,
+              "two-class IoU": (3 / 5 + 7 / 9) / 2, "two-class Dice": (6 / 8 + 14 / 16) / 2}
+    image = {"IoU": (3 / 4 + 0) / 2, "Dice": 6 / 7 / 2, "F1": 6 / 7 / 2, "precision": 3 / 4, "recall": 1 / 2,
+             "accuracy": (5 / 6 + 1 / 2 + 1) / 3, "two-class IoU": ((3 / 4 + 2 / 3) / 2 + (0 + 1 / 2) / 2) / 2,
+             "two-class Dice": ((6 / 7 + 4 / 5) / 2 + (0 + 2 / 3) / 2) / 2}
+    assert result.stats == pytest.approx({**{f"pixel/{k}": v for k, v in pooled.items()}, **{f"pixel/image/{k}": v for k, v in image.items()}})
+    assert result.per_class["dent"]["pixel/IoU"] == pytest.approx(1 / 3)             # TP 1, FN 1 + 1
+    assert result.per_class["scratch"]["pixel/IoU"] == pytest.approx(1 / 3)          # TP 1, FP 2
+    assert result.per_image("IoU").tolist() == pytest.approx([0.75, 0, NAN], nan_ok=True)
+
+
+def test_empty_pictures_count_as_told():
+    evaluator = PixelEvaluator(["dent"], empty=1.0)
+    evaluator.add_label_maps(np.zeros((2, 2), int), np.zeros((2, 2), int))
+    evaluator.add_label_maps(np.ones((2, 2), int), np.zeros((2, 2), int))
+    assert evaluator.evaluate().stats["pixel/image/IoU"] == 0.5
+    assert evaluator.evaluate().stats["pixel/IoU"] == 0
+
+
+def test_instances_equal_label_maps():
+    rng = np.random.RandomState(0)
+    by_map, by_instance = PixelEvaluator(["a", "b"]), PixelEvaluator(["a", "b"])
+    for _ in range(5):
+        truth, found = rng.randint(0, 3, (2, 11, 17))
+        by_map.add_label_maps(truth, found)
+        pieces = []
+        for labels_map in (truth, found):                                            # each class cut in two overlapping instances
+            halves = [(k, (labels_map == k) & np.indices(truth.shape)[0].__ge__(low) & (np.indices(truth.shape)[0] < high))
+                      for k in (1, 2) for low, high in ((0, 7), (5, 11))]
+            pieces += [[k for k, _ in halves], masks.encode(np.stack([m for _, m in halves]))]
+        by_instance.add_instances(*pieces, *truth.shape)
+    assert np.array_equal(by_map.evaluate().counts, by_instance.evaluate().counts)
+    by_instance.add_instances([], [], [1], [masks.encode(np.ones((2, 3), bool))], 2, 3)
+    assert by_instance.evaluate().counts[-1].tolist() == [[0, 6, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6]]
+
+
+def test_ignored_pixels_and_no_pictures():
+    evaluator = PixelEvaluator(["a"])
+    assert np.isnan(evaluator.evaluate().stats["pixel/IoU"])
+    evaluator.add_label_maps(np.array([[1, 0]]), np.array([[1, 1]]), ignore=np.array([[False, True]]))
+    assert evaluator.evaluate().stats["pixel/IoU"] == 1
+
+
+@pytest.mark.parametrize("truth, found, message", [(np.zeros((2, 2), int), np.zeros((2, 3), int), "one size"),
+                                                   (np.zeros((2, 2), int), np.full((2, 2), 255), "0 and 255")])
+def test_mistakes_are_named(truth, found, message):
+    with pytest.raises(ValueError, match=message):
+        PixelEvaluator(["a"]).add_label_maps(truth, found)
+
+
+def test_bootstrap_interval_of_a_mean():
+    values = np.random.RandomState(1).normal(3, 2, 400)
+    interval = bootstrap(values, np.mean)
+    standard_error = values.std() / 20
+    assert interval.value == values.mean()
+    assert interval.low == pytest.approx(values.mean() - 1.96 * standard_error, abs=0.3 * standard_error)
+    assert interval.high == pytest.approx(values.mean() + 1.96 * standard_error, abs=0.3 * standard_error)
+    assert bootstrap(values, np.mean) == interval                                    # seeded
+
+
+def test_bootstrap_paired_is_narrower():
+    rng = np.random.RandomState(2)
+    hard = rng.normal(0, 1, 200)                                                     # what makes a picture hard is common to both
+    a, b = hard + 0.1 + rng.normal(0, 0.05, 200), hard + rng.normal(0, 0.05, 200)
+    paired = bootstrap(a, np.mean, other=b)
+    assert paired.low > 0 and paired.high - paired.low < 0.03
+    assert bootstrap(a - b.mean(), np.mean).low < 0
+    with pytest.raises(ValueError, match="same pictures"):
+        bootstrap(a, np.mean, other=b[:-1])
+    with pytest.raises(ValueError, match="one row"):
+        bootstrap([], np.mean)
