@@ -17,13 +17,13 @@ import time
 import numpy as np
 import torch
 
-from minidamage import masks, run_folder
+from minidamage import MODELS, masks, run_folder
 from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
 from minidamage.data import collate
 from minidamage.layers.detector import masks_in_form
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
-from minidamage.training import DEFAULTS, MODELS, iou_types, set_up
+from minidamage.training import DEFAULTS, iou_types, set_up
 from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
@@ -130,14 +130,14 @@ def check_losses(values, targets, run):
         return values
     state, recipe = run.state, run.recipe
     whole = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
-    saved = save(run, "last.pt", {}) if whole else False              # else: last.pt of the previous epoch is the good one
+    saved = save(run, "last.pt", {}) if whole else False              # else: the last.pt of before is the good one
     rate = run.optimizer.param_groups[0]["lr"]
     raise NonFiniteLoss(
         f"{', '.join(f'{name} = {value}' for name, value in broken.items())} in epoch {state.epoch + 1}, step {state.step + 1}.\n"
         f"  all terms   {', '.join(f'{name} {value:.4g}' for name, value in values.items())};  lr {rate:.3g}\n"
         f"  files       {', '.join(str(target['file']) for target in targets)}\n"
-        f"  weights     {'finite' if whole else 'not finite: the step before already broke them'};  "
-        f"{run.path('last.pt')} is {'from just before this step' if saved else 'good, from the epoch before'}\n"
+        f"  weights     {'finite' if whole else 'no longer finite'};  "
+        f"{run.path('last.pt')} is {'from just before this step' if saved else 'the one saved before, with finite weights'}\n"
         f"  try         a lower rate or clipping: python train.py --resume {run.folder} --lr {rate / 4:.3g} --clip {recipe.clip_grad_norm or 10:g}"
         f"{' --amp off' if run.args.amp != 'off' else ''}\n"
         f"              and if it is always these files: python -m minidamage.data {run.args.data}")
@@ -176,7 +176,9 @@ def validate_detection(run, model, batches, stop, progress):
     run.identity["thresholds"] = result.best_thresholds()             # per class, best F1 on this part; never on test
     means = {name: value / len(records) for name, value in sums.items()}
     metrics = {"loss": sum(means.values()), **means, **result.stats}
-    if is_better(metrics[run.recipe.select_by], run):
+    if math.isnan(metrics[run.recipe.select_by]):
+        progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *result.causes]))
+    if is_better(metrics, run):
         title = f"Validation, epoch {run.state.epoch + 1}"
         keep(run, "val_predictions.png", lambda path: draw_predictions(path, shown, names, run.identity["thresholds"], title))
     return metrics
@@ -227,10 +229,16 @@ def tune_mask_threshold(run, stop):
     print(f"mask threshold {tau}, chosen on the validation part: segm/AP {'  '.join(f'{tau}: {value:.4f}' for tau, value in found.items())}")
 
 
-def is_better(value, run):
-    """Whether `value` of the chosen metric beats the best so far; losses fall, everything else rises, NaN never wins."""
-    best, sign = run.state.best, -1 if "loss" in run.recipe.select_by else 1
-    return best is None or best != best or sign * value > sign * best
+def is_better(metrics, run):
+    """Whether an epoch beats the best so far by the chosen metric; the validation loss decides between equals (AP 0 and AP 0).
+
+    Losses fall, everything else rises; a NaN never wins over a number.
+    """
+    value, sign = metrics[run.recipe.select_by], -1 if "loss" in run.recipe.select_by else 1
+    best = run.state.best
+    if best is None or math.isnan(best):
+        return True
+    return sign * value > sign * best or value == best and metrics["loss"] < run.state.best_loss
 
 
 def finish_epoch(run, metrics, progress):
@@ -240,9 +248,9 @@ def finish_epoch(run, metrics, progress):
     train_losses = {f"train/{name}": value / steps for name, value in state.sums.items()}
     row = {"epoch": state.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], "train/loss": sum(train_losses.values()), **train_losses,
            **{f"val/{name}": value for name, value in metrics.items()}, "seconds": round(state.seconds, 2)}
-    better = is_better(metrics[select_by], run)
+    better = is_better(metrics, run)
     if better:
-        state.best, state.best_epoch = metrics[select_by], state.epoch
+        state.best, state.best_loss, state.best_epoch = metrics[select_by], metrics["loss"], state.epoch
     state.history.append(row)
     state.epoch, state.step, state.sums, state.seconds = state.epoch + 1, 0, {}, 0.0
     keep(run, "metrics.csv", lambda path: run_folder.write_metrics(path, state.history))
@@ -382,4 +390,7 @@ def main(argv=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:                                         # while data and model were being set up: nothing to save yet
+        sys.exit("train.py: stopped before training began")

@@ -38,6 +38,7 @@ class State:
     seconds: float = 0.0                                              # spent in this epoch
     history: list = dataclasses.field(default_factory=list)           # one {column: value} a finished epoch: metrics.csv
     best: float | None = None                                         # of recipe.select_by
+    best_loss: float | None = None                                    # validation loss of that epoch
     best_epoch: int = -1
 
 

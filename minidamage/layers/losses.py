@@ -40,7 +40,7 @@ def fastrcnn_loss(class_logits, box_regression, labels, bbox_targets, valid):
     R = len(labels)
     samples = valid.sum().clamp(min=1)
     entropy = F.cross_entropy(class_logits, labels, reduction="none")
-    own_box = box_regression.view(R, -1, 4).gather(1, labels.view(R, 1, 1).expand(R, 1, 4)).squeeze(1)
+    own_box = box_regression.unflatten(1, (-1, 4)).gather(1, labels.view(R, 1, 1).expand(R, 1, 4)).squeeze(1)
     box = smooth_l1(own_box, bbox_targets)
     return (entropy * valid).sum() / samples, (box * (valid & (labels > 0))).sum() / samples
 

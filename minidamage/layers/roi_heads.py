@@ -227,7 +227,7 @@ class RoIHeads(nn.Module):
         rows = live_rows(proposals.valid.flatten())
         rois = to_rois(proposals.boxes)[rows]
         class_logits, box_regression = self.box_predictor(self.box_head(self.box_roi_pool(features, rois)))
-        boxes = self.box_coder.decode(box_regression.float().view(len(rois), -1, 4), rois[:, None, 1:])        # [R, K + 1, 4]
+        boxes = self.box_coder.decode(box_regression.float().unflatten(1, (-1, 4)), rois[:, None, 1:])        # [R, K + 1, 4]
         scores = class_logits.float().softmax(dim=1) * proposals.valid.flatten()[rows][:, None]               # [R, K + 1]
         a_picture = live_counts(proposals.valid)
         found = [self.thin_out(*each) for each in zip(boxes.split(a_picture), scores.split(a_picture), image_sizes)]
