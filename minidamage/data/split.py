@@ -54,7 +54,7 @@ def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
     damaged = [m for m in shuffled if any(len(records[i].labels) for i in m)]
     undamaged = [m for m in shuffled if not any(len(records[i].labels) for i in m)]
     chosen = [[] for _ in names]
-    for stratum in (damaged, undamaged):
+    for stratum in (damaged, undamaged):           # the second evens out what the first could not divide
         _deal(stratum, shares, chosen)
     empty = [name for name, share, part in zip(names, shares, chosen) if share > 0 and not part]
     if empty:
@@ -65,8 +65,8 @@ def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
 
 def _deal(groups, shares, chosen):
     """Hands each group, large ones first, to the part that lacks most of its share."""
-    total = sum(map(len, groups))
-    filled = np.zeros(len(shares))
+    filled = np.array([len(part) for part in chosen], np.float64)
+    total = filled.sum() + sum(map(len, groups))
     for members in sorted(groups, key=len, reverse=True):
         lack = np.where(shares > 0, shares * total - filled, -np.inf)
         part = int(np.argmax(lack))

@@ -1,0 +1,71 @@
+"""The drawn demo set: same bytes for the same seed, no vehicle twice, outlines exactly on what was drawn."""
+import os
+
+import numpy as np
+import pytest
+
+from minidamage import masks
+from minidamage.data import duplicates, load_dataset, read_image, split
+from minidamage.data import synthetic
+from minidamage.data.synthetic import draw_picture, make_demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return make_demo(str(tmp_path_factory.mktemp("demo")), images=40, size=128, seed=1)
+
+
+def test_layout_counts_and_controls(demo):
+    data = load_dataset(demo, quiet=True)
+    assert data.layout == "vehide" and data.class_names == ("dent", "scratch", "broken glass") and data.problems == []
+    assert {name: len(records) for name, records in data.parts.items()} == {"train": 32, "val": 8}
+    everything = [r for records in data.parts.values() for r in records]
+    assert sum(len(r.labels) == 0 for r in everything) == 4                        # every tenth
+    assert all((r.width, r.height) == (128, 96) for r in everything)
+    assert all(len(r.labels) <= 3 and (r.boxes.min() >= 0 if len(r.labels) else True) for r in everything)
+
+
+def test_no_vehicle_repeats(demo):
+    data = load_dataset(demo, quiet=True)
+    everything = [r for records in data.parts.values() for r in records]
+    assert len({r.group for r in everything}) == 40
+    assert duplicates.near_pairs(duplicates.picture_hashes([r.file for r in everything])) == []
+    parts = split.three_parts(data)
+    assert [len(parts[n]) for n in split.NAMES] == [32, 4, 4]
+
+
+def test_seed_decides_and_a_finished_set_is_kept(demo, tmp_path):
+    again = make_demo(str(tmp_path), images=40, size=128, seed=1)
+    name = sorted(os.listdir(os.path.join(demo, "image/image")))[0]
+    one, two = (read_image(os.path.join(folder, "image/image", name)) for folder in (demo, again))
+    np.testing.assert_array_equal(one, two)
+    before = os.stat(os.path.join(again, "image/image", name)).st_mtime_ns
+    make_demo(str(tmp_path), images=40, size=128, seed=1)
+    assert os.stat(os.path.join(again, "image/image", name)).st_mtime_ns == before
+    assert not np.array_equal(np.asarray(draw_picture(128, [2, 0])[0]), one)
+    with pytest.raises(ValueError, match="at least 2 pictures"):
+        make_demo(str(tmp_path / "x"), images=1)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_damage_lies_inside_its_outline(number, monkeypatch):
+    """The same picture drawn without the damage's paint differs inside the outlines and nowhere else (noise apart)."""
+    image, objects = draw_picture(192, [5, number])
+    monkeypatch.setattr(synthetic, "draw_scratch", lambda rng, *a: None)
+    monkeypatch.setattr(synthetic, "draw_glass", lambda rng, *a: None)
+    monkeypatch.setattr(synthetic, "dent_slopes", lambda dent, x, y: (np.zeros_like(x), np.zeros_like(x)))
+    steady = synthetic.photograph
+    monkeypatch.setattr(synthetic, "photograph", lambda rng, *a: steady(np.random.default_rng(0), *a))
+    bare = np.asarray(draw_picture(192, [5, number])[0]).astype(float)
+    monkeypatch.undo()
+    monkeypatch.setattr(synthetic, "photograph", lambda rng, *a: steady(np.random.default_rng(0), *a))
+    full, again = draw_picture(192, [5, number])
+    differ = np.abs(np.asarray(full).astype(float) - bare).max(-1) > 6
+    inside = np.zeros(differ.shape, bool)
+    for _, outline in objects:
+        one = masks.decode(masks.from_polygons([outline], *differ.shape)) > 0
+        assert differ[one].mean() > 0.25, "this damage cannot be seen"
+        inside |= one
+    grown = inside.copy()                                                           # a reduced edge pixel is half in, half out
+    grown[1:] |= inside[:-1]; grown[:-1] |= inside[1:]; grown[:, 1:] |= inside[:, :-1]; grown[:, :-1] |= inside[:, 1:]
+    assert (differ & ~grown).sum() <= 0.02 * max(inside.sum(), 1)
