@@ -41,6 +41,10 @@ def read_truth(file, iou_type):
                          f'{"; a list is what a detections file holds: swapped --truth and --detections?" if isinstance(content, list) else ""}')
     if not content["images"]:
         raise ValueError(f"{name}: expected at least one picture in \"images\", got none")
+    for key in ("images", "categories"):
+        broken = next((o for o in content[key] if not isinstance(o, dict) or "id" not in o), None)
+        if broken is not None:
+            raise ValueError(f'{name}: expected every entry of "{key}" to have an "id", got {broken!r:.120}')
     images = {image["id"]: image for image in content["images"]}
     categories = sorted(content["categories"], key=lambda c: c["id"])
     known = [c["id"] for c in categories]

@@ -41,42 +41,39 @@ def _about_classes(result, scored, what, counted):
 
 
 def _about_fit(result, scored, what):
-    """Near-zero AP50 with truth and detections there: wrong place, wrong scale or wrong class?"""
+    """Near-zero AP50 with truth and detections there: wrong ids, form, class or scale?"""
     truths, detections = scored.truths, scored.detections
-    shared = np.intersect1d(truths["image"], detections["image"])
-    if len(shared) == 0:
+    if len(np.intersect1d(truths["image"], detections["image"])) == 0:
         return [f"{what}: no picture has both truth and detections; the image ids of the two do not belong together"]
-    blind = coco.evaluate({**truths, "category": np.zeros_like(truths["category"])}, {**detections, "category": np.zeros_like(detections["category"])},
-                          len(result.image_ids), 1, result.protocol, keep_matches=True)
-    match = blind["dt_match"][0]
-    matched = match >= 0
+    blind = _without_classes(result, truths, detections)
     recall = coco.mean_of_known(blind["recall"][0, :, 0, -1])
-    out = []
-    if recall > 0.1:
-        right = (detections["category"][matched] == truths["category"][match[matched]]).mean()
-        if right < 0.5:
-            shift = np.bincount(detections["category"][matched] - truths["category"][match[matched]] + len(result.class_names))
-            by = int(shift.argmax()) - len(result.class_names)
-            off = f", most often off by {by:+d}" if shift.max() > 0.7 * matched.sum() and by else ""
-            out.append(f"{what}: they lie on the truth (recall {recall:.2f} when classes are ignored) but carry the wrong class in {1 - right:.0%} of the "
-                       f"cases{off}; check the label map (0 is background, category ids may have gaps)")
-    elif "box" in truths:
-        extent = lambda table: np.max(table["box"][:, :2] + table["box"][:, 2:])
-        ratio = extent(detections) / max(extent(truths), 1e-9)
-        if not 0.5 < ratio < 2:
-            out.append(f"{what}: detections reach to {extent(detections):.4g}, the truth to {extent(truths):.4g} pixels: boxes in another scale "
-                       "(normalised, or of the resized picture)?")
-        else:
-            corners = {**detections, "box": np.concatenate([detections["box"][:, :2], detections["box"][:, 2:] - detections["box"][:, :2]], axis=1)}
-            corners["box"][:, 2:] = np.maximum(corners["box"][:, 2:], 0)
-            again = coco.evaluate({**truths, "category": np.zeros_like(truths["category"])}, {**corners, "category": np.zeros_like(truths["category"][:1])
-                                  .repeat(len(detections["image"]))}, len(result.image_ids), 1, result.protocol)
-            if coco.mean_of_known(again["recall"][0, :, 0, -1]) > max(0.1, 2 * recall):
-                out.append(f"{what}: they fit when read as x1, y1, x2, y2; COCO files hold x, y, width, height")
-    if not out:
-        out.append(f"{what}: AP50 is {result.stats[('bbox' if what == 'boxes' else 'segm') + '/AP50']:.3f} with ids, scale and classes in order "
-                   f"(recall {recall:.2f} at IoU 0.5 when classes are ignored): the model has not learned enough yet")
-    return out
+    if "box" in truths:
+        x0, y0, x1, y1 = detections["box"].T
+        corners = {**detections, "box": np.stack([x0, y0, np.maximum(x1 - x0, 0), np.maximum(y1 - y0, 0)], axis=1)}
+        if coco.mean_of_known(_without_classes(result, truths, corners)["recall"][0, :, 0, -1]) > max(0.1, 2 * recall):
+            return [f"{what}: they fit when read as x1, y1, x2, y2; COCO files hold x, y, width, height"]
+        reach_found, reach_truth = (np.max(table["box"][:, :2] + table["box"][:, 2:]) for table in (detections, truths))
+        if recall < 0.1 and not 0.5 < reach_found / max(reach_truth, 1e-9) < 2:
+            return [f"{what}: detections reach to {reach_found:.4g}, the truth to {reach_truth:.4g} pixels: boxes in another scale (normalised, or of "
+                    "the resized picture)?"]
+    match = blind["dt_match"][0]
+    found = match >= 0
+    off = detections["category"][found] - truths["category"][match[found]]
+    if recall > 0.1 and (off == 0).mean() < 0.5:
+        values, counts = np.unique(off, return_counts=True)
+        common = int(values[counts.argmax()])
+        by = f", most often off by {common:+d}" if common and counts.max() > 0.7 * len(off) else ""
+        return [f"{what}: they lie on the truth (recall {recall:.2f} when classes are ignored) but carry the wrong class in {(off != 0).mean():.0%} of "
+                f"the cases{by}; check the label map (0 is background, category ids may have gaps)"]
+    ap50 = result.stats[("bbox" if what == "boxes" else "segm") + "/AP50"]
+    return [f"{what}: AP50 is {ap50:.3f} with ids, scale and classes in order (recall {recall:.2f} at IoU 0.5 when classes are ignored): the model "
+            "has not learned enough yet"]
+
+
+def _without_classes(result, truths, detections):
+    """The evaluation with every object in one class."""
+    one_class = [{**table, "category": np.zeros_like(table["category"])} for table in (truths, detections)]
+    return coco.evaluate(*one_class, len(result.image_ids), 1, result.protocol, keep_matches=True)
 
 
 def _listed(names, most=8):
