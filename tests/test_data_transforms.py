@@ -173,6 +173,12 @@ def test_crowd_and_vanished_objects_are_no_targets(records):
     assert DetectionDataset([record])[0][1]["iscrowd"].tolist() == [False, True, False]
 
 
+def test_a_thin_scratch_whose_listed_area_is_its_box_stays_a_target(records):
+    thin = np.array([[10.0, 10], [70, 60], [70, 62.5], [10, 12.5]])
+    record = record_of([thin], file=records[0].file, area=np.array([60 * 52.5 * 2]))
+    assert len(DetectionDataset([record], Recipe(hflip=0.0), train=True)[0][1]["labels"]) == 1
+
+
 def test_a_corrupt_picture_is_replaced_in_training_and_black_in_evaluation(records, capsys):
     whole = open(records[1].file, "rb").read()
     open(records[1].file, "wb").write(whole[:len(whole) // 2])

@@ -48,21 +48,21 @@ def read_image(path, max_side=None):
         turn = orientation(image)
         try:
             if max_side and max(image.size) > max_side:
-                image.draft(None, _fit(image.size, max_side, 2))           # JPEG only: DCT scaling, never below 2x the target
+                image.draft(None, _fit(image.size, max_side))              # JPEG only: DCT scaling, never below the target
             image.load()
         except READ_ERRORS as error:
             raise ValueError(f"{path}: the picture is damaged or cut short ({_first_line(error)}); "
                              "copy it again or take it out of the data set") from error
         rgb = to_rgb(image)
     if max_side and max(rgb.size) > max_side:
-        rgb = rgb.resize(_fit(rgb.size, max_side, 1), Image.Resampling.BOX, reducing_gap=2.0)
+        rgb = rgb.resize(_fit(rgb.size, max_side), Image.Resampling.BOX)
     if turn in TURN:
         rgb = rgb.transpose(TURN[turn])
     return np.array(rgb)
 
 
-def _fit(size, max_side, factor):
-    scale = factor * max_side / max(size)
+def _fit(size, max_side):
+    scale = max_side / max(size)
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 

@@ -64,7 +64,10 @@ def summary(dataset):
     counts = {name: class_counts(records, len(dataset.class_names)) for name, records in dataset.parts.items()}
     width = max((len(n) for n in dataset.class_names), default=0)
     lines.append(f"  label  {'class':<{width}}  id in the files  " + "  ".join(f"{p:>7}" for p in counts))
+    many = len(dataset.class_names) > 30                       # then only the classes that occur
     for k, name in enumerate(dataset.class_names):
+        if many and not any(c[k] for c in counts.values()):
+            continue
         lines.append(f"  {k + 1:>5}  {name:<{width}}  {dataset.category_ids[k]:>15}  "
                      + "  ".join(f"{c[k]:>7}" for c in counts.values()))
     lines += [f"  note: {note}" for note in dataset.notes]

@@ -31,7 +31,7 @@ def make_demo(folder, images=240, size=256, seed=0, parts=("train", "val"), val_
     within or across the parts. A finished set of the same images, size and seed is left as it is.
     """
     stamp = os.path.join(folder, "demo.txt")
-    wanted = f"images={images} size={size} seed={seed} val_fraction={val_fraction} drawing=1\n"
+    wanted = f"images={images} size={size} seed={seed} val_fraction={val_fraction} drawing=2\n"
     if os.path.exists(stamp) and open(stamp, encoding="utf-8").read() == wanted:
         return folder
     if images < 2 or size < 64:
@@ -252,7 +252,7 @@ def new_glass(rng, surface):
 def draw_scene(rng, car, dents):
     """The undamaged car with dents pressed into it: RGB picture of CANVAS * SHARP."""
     scene = background(rng, car)
-    body = Image.fromarray(shade_body(rng, car, dents)).resize(scene.size, Image.Resampling.BICUBIC)
+    body = Image.fromarray(shade_body(rng, car, dents)).resize(scene.size, Image.Resampling.BILINEAR)
     W, _ = CANVAS
     top, bottom = car.roof, car.sill
     shape = [(-5, top + 4), (W * 0.25, top), (W * 0.75, top), (W + 5, top + 4), (W + 5, bottom), (-5, bottom)]
@@ -286,20 +286,20 @@ def background(rng, car):
         x, w, h = rng.uniform(-10, W / 2), rng.uniform(10, 40), rng.uniform(12, 42)
         tone = [(96, 116, 82), (150, 138, 124), (120, 112, 108), (186, 176, 160), (70, 78, 88)][rng.integers(5)]
         pen.rectangle([x, 62 - h, x + w, 62], fill=tuple(int(v * rng.uniform(0.8, 1.15)) for v in tone))
-    picture = picture.filter(ImageFilter.GaussianBlur(3)).resize((W * SHARP, H * SHARP), Image.Resampling.BICUBIC)
-    road = np.full((H * SHARP, W * SHARP), rng.uniform(88, 132), np.float32)
-    road += np.asarray(Image.fromarray(rng.normal(0, 1, (H, W)).astype(np.float32)).resize((W * SHARP, H * SHARP))) * 9
-    rows = np.arange(H * SHARP)[:, None] / SHARP
+    picture = picture.filter(ImageFilter.GaussianBlur(3)).resize((W * SHARP, H * SHARP), Image.Resampling.BILINEAR)
+    top = int(car.sill) - 20
+    road = np.full((H - top, W), rng.uniform(88, 132), np.float32) + 9 * rng.standard_normal((H - top, W), dtype=np.float32)
+    rows = np.arange(top, H, dtype=np.float32)[:, None]
     road *= np.clip((rows - car.sill - 2) / 30, 0.28, 1.0)             # the shadow under the car
-    grey = Image.fromarray(np.clip(road, 0, 255).astype(np.uint8))
-    picture.paste(Image.merge("RGB", [grey] * 3), (0, 0), polygon_mask([(0, car.sill - 20), (W, car.sill - 20), (W, H), (0, H)]))
+    grey = Image.fromarray(np.clip(road, 0, 255).astype(np.uint8)).resize((W * SHARP, (H - top) * SHARP), Image.Resampling.BILINEAR)
+    picture.paste(Image.merge("RGB", [grey] * 3), (0, top * SHARP))
     return picture
 
 
 def shade_body(rng, car, dents):
     """uint8 [H, W, 3]: the paint by reflection. tilt > horizon looks at the sky, below it at the road."""
     W, H = CANVAS
-    x, y = np.meshgrid(np.arange(W) + 0.5, np.arange(H) + 0.5)
+    x, y = np.meshgrid(np.arange(W, dtype=np.float32) + np.float32(0.5), np.arange(H, dtype=np.float32) + np.float32(0.5))
     v = (y - car.belt_at(x)) / (car.sill - car.belt)
     tilt = 0.52 - 0.85 * np.clip(v, -0.2, 1.1)
     tilt += car.fold * (step(v, car.crease - 0.05, 0.05) * step(-v, -car.crease, 0.006) * 2.0 - step(v, car.crease, 0.004) * 0.9)
@@ -310,16 +310,18 @@ def shade_body(rng, car, dents):
         gx, gy = dent_slopes(dent, x, y)
         tilt += gy + 0.35 * gx                                         # its upper half faces the road, its lower half the sky
         across += 40 * gx
-    line = car.horizon + 0.13 * np.interp(across, np.linspace(-40, W + 40, len(car.skyline)), car.skyline)
+    line = (car.horizon + 0.13 * np.interp(across, np.linspace(-40, W + 40, len(car.skyline)), car.skyline)).astype(np.float32)
     sky = 1 / (1 + np.exp(-np.clip((tilt - line) / car.softness, -30, 30)))
-    diffuse = np.clip(0.74 + 0.48 * tilt, 0.24, 1.25)[..., None]
-    grazing = np.clip(0.75 + 0.6 * np.abs(tilt), 0, 1.3)[..., None]
-    reflected = sky[..., None] * np.array([222, 232, 244]) + (1 - sky[..., None]) * np.array([58, 56, 54])
-    colour = car.paint * diffuse * (1 - 0.45 * car.gloss) + car.gloss * grazing * (reflected - 70)
-    colour *= (1 + 0.10 * np.interp(x, np.linspace(0, W, 6), smooth_noise(rng, 6, 6)))[..., None]
-    colour += rng.normal(0, 1.6, (H, W, 1))                            # metallic flakes
-    dirt = np.clip((v - 0.72) / 0.28, 0, 1)[..., None] * rng.uniform(0, 0.35)
-    return np.clip(colour * (1 - dirt) + dirt * np.array([128, 118, 104]), 0, 255).astype(np.uint8)
+    tilt, sky = tilt.astype(np.float32)[..., None], sky.astype(np.float32)[..., None]
+    diffuse = np.clip(0.74 + 0.48 * tilt, 0.24, 1.25) * (1 - 0.45 * car.gloss)
+    grazing = car.gloss * np.clip(0.75 + 0.6 * np.abs(tilt), 0, 1.3)
+    patches = np.interp(x[0], np.linspace(0, W, 6), 1 + 0.10 * smooth_noise(rng, 6, 6)).astype(np.float32)[:, None]
+    flakes = rng.standard_normal((H, W, 1), dtype=np.float32) * 1.6    # metallic
+    dirt = np.clip((v - 0.72) / 0.28, 0, 1).astype(np.float32)[..., None] * rng.uniform(0, 0.35)
+    single = lambda *rgb: np.array(rgb, np.float32)
+    colour = diffuse * single(*car.paint) + grazing * (single(-12, -14, -16) + sky * single(164, 176, 190))       # road 58 56 54, sky 222 232 244
+    colour = (colour * patches + flakes) * (1 - dirt) + dirt * single(128, 118, 104)
+    return np.clip(colour, 0, 255).astype(np.uint8)
 
 
 def dent_slopes(dent, x, y):
@@ -339,28 +341,31 @@ def dent_slopes(dent, x, y):
 
 def draw_window(rng, scene, car, pane):
     """Dark glass with what stands inside and what it mirrors, in a rubber seal."""
-    seal = polygon_mask(grow(pane, 3.0))
-    scene.paste((196, 200, 204) if car.chrome else (20, 21, 23), (0, 0), polygon_mask(grow(pane, 4.5)) if car.chrome else seal)
-    scene.paste((18, 19, 21), (0, 0), seal)
+    fill_polygon(scene, grow(pane, 4.5), (196, 200, 204) if car.chrome else (20, 21, 23))
+    fill_polygon(scene, grow(pane, 3.0), (18, 19, 21))
     W, H = CANVAS
-    x, y = np.linspace(0, 1, W)[None, :], np.linspace(0, 1, H)[:, None]
+    x0, y0 = np.maximum(np.floor(pane.min(0)).astype(int), 0)
+    x1, y1 = np.minimum(np.ceil(pane.max(0)).astype(int), CANVAS)      # the rest is drawn in the pane's own corner of the scene
+    x, y = np.arange(x0, x1)[None, :] / W, np.arange(y0, y1)[:, None] / H
     slant, shift = rng.uniform(0.15, 0.6), rng.uniform(0, 1)
     wave = 0.5 + 0.5 * np.sin(9 * (x + slant * y + shift))
     bright = 34 + 52 * np.clip(1 - 2.6 * y, 0, 1) + 26 * np.clip(wave - 0.55, 0, 1)
     glass = Image.fromarray(np.clip(bright[..., None] * np.array([0.88, 1.0, 1.08]), 0, 255).astype(np.uint8))
     pen = ImageDraw.Draw(glass)
-    left, right = pane[:, 0].min(), pane[:, 0].max()
     for share in rng.uniform(0.1, 0.8, 2):                             # seats with head rests, out of focus
-        sx, base = left + share * (right - left), car.belt
+        sx, base = share * (pane[:, 0].max() - pane[:, 0].min()) + pane[:, 0].min() - x0, car.belt - y0
         pen.rounded_rectangle([sx - 11, base - 26, sx + 12, base + 20], 5, fill=(24, 25, 28))
         pen.rounded_rectangle([sx - 6, base - 42, sx + 7, base - 29], 4, fill=(26, 27, 30))
-    shine = Image.new("L", CANVAS, 0)
+    shine = Image.new("L", glass.size, 0)
     for _ in range(rng.integers(1, 3)):
-        x0, w = rng.uniform(left, right), rng.uniform(6, 26)
-        ImageDraw.Draw(shine).polygon([(x0, 0), (x0 + w, 0), (x0 + w - 60, H), (x0 - 60, H)], fill=int(rng.uniform(24, 60)))
+        left, w = rng.uniform(0, x1 - x0), rng.uniform(6, 26)
+        ImageDraw.Draw(shine).polygon([(left + 30, 0), (left + w + 30, 0), (left + w - 6, y1 - y0), (left - 6, y1 - y0)],
+                                      fill=int(rng.uniform(24, 60)))
     glass.paste((206, 222, 238), (0, 0), shine)
-    glass = glass.filter(ImageFilter.GaussianBlur(1)).resize(scene.size, Image.Resampling.BILINEAR)
-    scene.paste(glass, (0, 0), polygon_mask(pane))
+    glass = glass.filter(ImageFilter.GaussianBlur(1)).resize((glass.width * SHARP, glass.height * SHARP), Image.Resampling.BILINEAR)
+    stencil = Image.new("L", glass.size, 0)
+    ImageDraw.Draw(stencil).polygon([tuple(p) for p in (pane - [x0, y0]) * SHARP], fill=255)
+    scene.paste(glass, (int(x0) * SHARP, int(y0) * SHARP), stencil)
 
 
 def draw_lines(scene, car):
@@ -477,6 +482,10 @@ def photograph(rng, scene, view, width, height):
     pixels *= 1 + rng.uniform(-0.04, 0.04, 3).astype(np.float32)                                 # white balance
     pixels += rng.standard_normal(pixels.shape, dtype=np.float32) * np.float32(rng.uniform(1.0, 3.0))
     return Image.fromarray(np.clip(np.rint(pixels), 0, 255).astype(np.uint8))
+
+
+def fill_polygon(scene, points, colour):
+    ImageDraw.Draw(scene).polygon([(float(x) * SHARP, float(y) * SHARP) for x, y in points], fill=colour)
 
 
 def polygon_mask(points):

@@ -8,9 +8,10 @@ import dataclasses
 import math
 
 import numpy as np
-from PIL import Image, ImageEnhance
+from PIL import Image, ImageEnhance, ImageStat
 
 from minidamage import masks as mask_codec
+from minidamage.data.objects import polygon_area
 
 FILL = (124, 116, 104)                         # what a rotation uncovers: the mean colour of ImageNet, 0 after normalisation
 MIN_VISIBLE = 0.1                              # an object with less of its area left in the picture is no target. Not stated in the paper
@@ -59,10 +60,10 @@ def warp_picture(image, matrix, fill=FILL, resample=Image.Resampling.BILINEAR):
     return np.array(source.transform(source.size, Image.Transform.AFFINE, inverse[:2].ravel().tolist(), resample, fillcolor=fill))
 
 
-def warp_mask(segmentation, matrix, height, width, source_size):
+def warp_mask(segmentation, matrix, height, width):
     """A record's segmentation through the matrix, as uint8 [height, width].
 
-    Polygons are moved by their corners; an RLE (drawn at source_size (h, w)) is decoded and looked up at pixel centres.
+    Polygons are moved by their corners; an RLE is decoded and looked up at pixel centres.
     """
     if isinstance(segmentation, dict):
         mask = mask_codec.decode(segmentation)
@@ -94,12 +95,17 @@ def boxes_of_masks(masks):
 
 
 def recolour(image, draw):
-    """Brightness, contrast and saturation factors on uint8 [H, W, 3] (1 = unchanged), in this order."""
+    """Brightness, then contrast about the picture's mean grey, then saturation, as factors (1 = unchanged) on uint8 [H, W, 3].
+
+    The first two are one table of 256 entries a channel.
+    """
     picture = Image.fromarray(image)
-    for factor, enhancer in ((draw.brightness, ImageEnhance.Brightness), (draw.contrast, ImageEnhance.Contrast),
-                             (draw.saturation, ImageEnhance.Color)):
-        if factor != 1.0:
-            picture = enhancer(picture).enhance(factor)
+    if draw.brightness != 1.0 or draw.contrast != 1.0:
+        mean = draw.brightness * ImageStat.Stat(picture.convert("L")).mean[0] if draw.contrast != 1.0 else 0.0
+        table = mean + draw.contrast * (draw.brightness * np.arange(256) - mean)
+        picture = picture.point(np.clip(np.rint(table), 0, 255).astype(int).tolist() * 3)
+    if draw.saturation != 1.0:
+        picture = ImageEnhance.Color(picture).enhance(draw.saturation)
     return np.array(picture)
 
 
@@ -128,10 +134,17 @@ def apply(image, record, draw, with_masks=True):
     masks = np.zeros((len(boxes), height, width), np.uint8)
     for i, segmentation in enumerate(record.masks):
         outline = segmentation if segmentation is not None else [record.boxes[i][[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2)]
-        masks[i] = warp_mask(outline, objects, height, width, (record.height, record.width))
+        masks[i] = warp_mask(outline, objects, height, width)
     pixels = masks.sum((1, 2), dtype=np.int64)
-    whole = np.maximum(record.area * scale[0, 0] * scale[1, 1], 1e-9)
-    visible = np.where(pixels > 0, pixels / whole, 0.0)
+    # against the outline's own area: what the file gives as "area" may be the box's, and a thin scratch fills little of its box
+    whole = np.array([_outline_area(m, r) for m, r in zip(record.masks, record.area)]) * scale[0, 0] * scale[1, 1]
+    visible = np.where(pixels > 0, pixels / np.maximum(whole, 1e-9), 0.0)
     if draw.angle:
         boxes = np.where((pixels > 0)[:, None], boxes_of_masks(masks), boxes)
     return image, boxes.astype(np.float32), masks, visible
+
+
+def _outline_area(segmentation, listed):
+    if isinstance(segmentation, dict):
+        return float(mask_codec.area([segmentation])[0])
+    return sum(polygon_area(p) for p in segmentation) if segmentation is not None else listed
