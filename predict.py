@@ -184,9 +184,13 @@ def _free_for(stem, source):
 
 
 def write_results(stem, path, image, detections, stages, about):
-    """Writes <stem>.overlay.jpg, <stem>.json and, with stages, <stem>.stages.png, each whole or not at all."""
+    """Writes <stem>.overlay.jpg, <stem>.json and, with stages, <stem>.stages.png, each whole or not at all.
+
+    The overlay of a small photograph (up to 320 pixels) is a whole number of times larger; the JSON never is.
+    """
     class_names = about["class_names"]
-    overlay = draw_detections(image, detections["boxes"], detections["labels"], detections["scores"], detections.get("masks"), class_names)
+    overlay = draw_detections(image, detections["boxes"], detections["labels"], detections["scores"], detections.get("masks"), class_names,
+                              enlarge=True)
     save_picture(stem + ".overlay.jpg", overlay)
     if stages is not None:
         save_picture(stem + ".stages.png", stages)

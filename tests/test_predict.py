@@ -98,7 +98,7 @@ def test_json_is_in_upright_pixels_for_every_exif_rotation(folder, orientation):
     assert finding["box"] == [4, 6, 38, 55] and finding["area"] == RED_MASK.sum()
     assert finding["area_share"] == RED_MASK.sum() / RED_MASK.size
     assert sorted(len(p["holes"]) for p in finding["polygons"]) == [0, 1]
-    assert Image.open(folder / "predictions" / "car.overlay.jpg").size == UPRIGHT[::-1]
+    assert Image.open(folder / "predictions" / "car.overlay.jpg").size == (10 * UPRIGHT[1], 10 * UPRIGHT[0])
 
 
 @pytest.mark.parametrize("ending, mode", [("png", "RGBA"), ("bmp", "RGB"), ("tif", "RGB"), ("webp", "RGB"), ("png", "P")])

@@ -72,6 +72,17 @@ def test_forms_of_masks_and_pictures_draw_alike():
     assert (GREY == 128).all()
 
 
+def test_a_small_picture_is_enlarged_with_its_mask_and_box_pixel_by_pixel():
+    mask = np.zeros((120, 160), bool)
+    mask[50:70, 30:90] = True
+    drawn = overlay.draw_detections(GREY, [[30, 50, 90, 70]], [1], None, mask[None], NAMES, enlarge=True)
+    assert drawn.shape == (480, 640, 3)
+    blue = (drawn == overlay.NAMED_COLOURS["dent"]).all(axis=2)
+    rows, columns = np.nonzero(blue[200:])                            # from the box's upper edge: the tag is above it
+    assert (columns.min(), columns.max() + 1, rows.max() + 201) == (4 * 30, 4 * 90, 4 * 70)
+    assert [overlay.enlargement(*size) for size in ((192, 192), (192, 256), (321, 10), (3000, 4000))] == [3, 2, 1, 1]
+
+
 def test_truth_from_polygons_says_crowd():
     polygon = [np.array([[10.0, 30], [60, 30], [60, 80], [10, 80]])]
     plain = overlay.draw_truth(GREY, [[10, 30, 60, 80]], [2], [polygon], NAMES)

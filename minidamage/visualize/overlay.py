@@ -27,12 +27,13 @@ ALIASES = {"mop lom": "dent", "mop": "dent", "tray son": "scratch", "vo kinh": "
 MASK_OPACITY = 0.38
 
 
-def draw_detections(image, boxes, labels, scores, masks, class_names):
+def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=False):
     """Returns a copy of the photograph with the detections drawn over it.
 
     image: uint8 [H, W, 3] RGB (a [3, H, W] tensor, uint8 or float 0..1, is converted). boxes: [D, 4] xyxy, pixels of the
     image. labels: [D] int, 1..K. scores: [D] or None. masks: bool [D, H, W] (or [D, 1, H, W]), a list of RLE dicts, a list of
-    polygon lists, or None. class_names: K names, label k is class_names[k - 1].
+    polygon lists, or None. class_names: K names, label k is class_names[k - 1]. enlarge: draw a small picture 2, 3, ... times as large
+    (`enlargement`), so that tags hide less of it; the picture that comes back is then larger than the one handed in.
     Raises ValueError where lengths or sizes do not agree.
     """
     image = to_picture(image)
@@ -43,10 +44,10 @@ def draw_detections(image, boxes, labels, scores, masks, class_names):
     else:
         scores = np.asarray(scores, dtype=np.float64).reshape(-1)
         order, texts = np.argsort(-scores, kind="stable"), [f"{n} {s:.2f}" for n, s in zip(names, scores)]
-    return _draw_objects(image, boxes, names, texts, masks, order, class_names)
+    return _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge)
 
 
-def draw_truth(image, boxes, labels, masks, class_names, crowd=None):
+def draw_truth(image, boxes, labels, masks, class_names, crowd=None, enlarge=False):
     """Returns a copy of the photograph with the annotated objects drawn over it; arguments as in `draw_detections`.
 
     crowd: [G] bool or None; crowd regions say so in their tags, since they are neither target nor false alarm.
@@ -56,27 +57,28 @@ def draw_truth(image, boxes, labels, masks, class_names, crowd=None):
     names = [_class_name(label, class_names) for label in np.asarray(labels).reshape(-1).tolist()]
     crowd = np.zeros(len(names), bool) if crowd is None else np.asarray(crowd).reshape(-1)
     texts = [f"{name} (crowd)" if flag else name for name, flag in zip(names, crowd)]
-    return _draw_objects(image, boxes, names, texts, masks, np.arange(len(boxes)), class_names)
+    return _draw_objects(image, boxes, names, texts, masks, np.arange(len(boxes)), class_names, enlarge)
 
 
-def _draw_objects(image, boxes, names, texts, masks, order, class_names):
+def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge):
     """Masks first (large ones below small ones), then boxes, then tags, so that nothing hides a tag."""
     H, W, _ = image.shape
     _check_lengths(boxes, names, texts, masks)
+    factor = enlargement(H, W) if enlarge else 1
+    canvas, boxes = enlarged(image, factor), boxes * factor
     colours = class_colours(list(class_names) + names)
-    line = line_width(H, W)
-    canvas = image.copy()
+    line = line_width(H * factor, W * factor)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])
     if masks is not None:
         for i in np.argsort(-areas, kind="stable"):
             mask = mask_array(masks[i], H, W)
             if mask is not None:
-                paint_mask(canvas, mask, colours[names[i]], line)
+                paint_mask(canvas, repeated(mask, factor), colours[names[i]], line)
     picture = Image.fromarray(canvas)
     draw = ImageDraw.Draw(picture)
     for i in reversed(order):
         if np.isfinite(boxes[i]).all():
-            _draw_box(draw, boxes[i], colours[names[i]], line, H, W)
+            _draw_box(draw, boxes[i], colours[names[i]], line, H * factor, W * factor)
     _draw_tags(picture, boxes, names, texts, colours, order, line)
     return np.asarray(picture)
 
@@ -120,6 +122,24 @@ def mask_array(mask, height, width):
     if mask.shape != (height, width):
         raise ValueError(f"expected a mask of the picture's size [{height}, {width}], got {list(mask.shape)}")
     return mask
+
+
+def enlargement(height, width):
+    """Whole factor that brings a small picture near 640 pixels on its longer side: 3 at 192, 2 at 256, 1 from 321."""
+    return max(1, 640 // max(height, width))
+
+
+def enlarged(image, factor):
+    """A new picture [factor H, factor W, 3], smoothly enlarged; a plain copy where the factor is 1."""
+    if factor == 1:
+        return image.copy()
+    H, W, _ = image.shape
+    return np.array(Image.fromarray(image).resize((W * factor, H * factor), Image.Resampling.LANCZOS))
+
+
+def repeated(mask, factor):
+    """The mask with every pixel repeated factor x factor times: enlarged, but still exactly its pixels."""
+    return mask if factor == 1 else mask.repeat(factor, axis=0).repeat(factor, axis=1)
 
 
 def line_width(height, width):
@@ -253,6 +273,8 @@ def _fitted(draw, text, font, width):
     """The text, shortened with an ellipsis where the picture is narrower, and its tag's size [w, h]."""
     pad = _tag_padding(font)
     ascent, descent = font.getmetrics()
+    if font.size < 13:
+        text = "  ".join(text.rsplit(" ", 1))                 # below 13 pixels the font's hinting closes the gap
     room = width - 2 * pad
     if draw.textlength(text, font=font) > room:
         head, _, tail = text.rpartition(" ")

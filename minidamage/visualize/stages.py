@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from minidamage import ops
-from minidamage.visualize.overlay import class_colours, draw_detections, grid, line_width, mask_array, paint_mask, to_picture
+from minidamage.visualize.overlay import (class_colours, draw_detections, enlarged, enlargement, grid, line_width, mask_array, paint_mask,
+                                          repeated, to_picture)
 
 PROPOSALS_SHOWN = 60
 FILLED = (255, 214, 0)                        # pixels that hole filling added
@@ -40,21 +41,22 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
         f"A  picture, {W} x {H}": image,
         f"B  proposals, the best {shown} of {len(stages['proposals'])}": _draw_proposals(image, stages["proposals"], stages["objectness"], cell),
         f"C  pyramid {'with' if context else 'without'} dilated context, {span}": _draw_map(image, levels),
-        f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names),
+        f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True),
         "E  raw mask, probability": _draw_probability(image, stages["masks_raw"][kept], stages["boxes"][kept])}
     filled = [old | new for old, new in zip(before, final)]
     added, canvas = _draw_change(image, labels, filled, [new & ~old for old, new in zip(before, final)], FILLED, class_names)
     pictures["F  threshold and filling" + f": {added:,} px filled (yellow)" * bool(added)] = canvas
     removed = sum(int((old & ~new).sum()) for old, new in zip(before, final))
-    pictures["G  final" + f": {removed:,} px of islands removed" * bool(removed)] = draw_detections(image, boxes, labels, scores, final, class_names)
+    pictures["G  final" + f": {removed:,} px of islands removed" * bool(removed)] = draw_detections(image, boxes, labels, scores, final, class_names,
+                                                                                                enlarge=True)
     return grid(list(pictures.values()), list(pictures), columns=4, cell=cell)
 
 
 def _draw_proposals(image, proposals, objectness, cell):
-    """The best proposals, faint ones below; drawn on the reduced picture, where a line keeps its width."""
+    """The best proposals, faint ones below; drawn on the picture in its final size, where a line keeps its width."""
     H, W, _ = image.shape
-    scale = min(1.0, cell / max(H, W))
-    small = np.asarray(Image.fromarray(image).resize((max(1, round(W * scale)), max(1, round(H * scale)))))
+    scale = cell / max(H, W)
+    small = np.asarray(Image.fromarray(image).resize((max(1, round(W * scale)), max(1, round(H * scale))), Image.Resampling.LANCZOS))
     proposals, objectness = np.asarray(proposals, np.float64) * scale, np.asarray(objectness, np.float64)
     order = np.argsort(-objectness, kind="stable")[:PROPOSALS_SHOWN]
     canvas = small.astype(np.float32)
@@ -97,10 +99,11 @@ def _draw_probability(image, masks, boxes):
 def _draw_change(image, labels, masks, changed, colour, class_names):
     """(number of changed pixels, picture): the masks, and over them the pixels that the step changed."""
     H, W, _ = image.shape
-    colours, canvas = class_colours(list(class_names)), image.copy()
+    factor, colours = enlargement(H, W), class_colours(list(class_names))
+    canvas = enlarged(image, factor)
     for label, mask, change in zip(labels, masks, changed):
-        paint_mask(canvas, mask, colours[class_names[label - 1]], line_width(H, W))
-        canvas[change] = colour
+        paint_mask(canvas, repeated(mask, factor), colours[class_names[label - 1]], line_width(H * factor, W * factor))
+        canvas[repeated(change, factor)] = colour
     return sum(int(change.sum()) for change in changed), canvas
 
 

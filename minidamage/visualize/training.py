@@ -7,7 +7,7 @@ def draw_first_batch(path, images, targets, class_names):
 
     images: list of uint8 or float [3, H, W]. targets: dicts of boxes [G, 4], labels [G], masks [G, H, W] and file.
     """
-    drawn = [draw_truth(image, target["boxes"].cpu(), target["labels"].cpu(), _masks(target), class_names)
+    drawn = [draw_truth(image, target["boxes"].cpu(), target["labels"].cpu(), _masks(target), class_names, enlarge=True)
              for image, target in zip(images, targets)]
     titles = [f"{_file_name(target['file'])}  {len(target['labels'])} object{'s' * (len(target['labels']) != 1)}" for target in targets]
     return save_picture(path, grid(drawn, titles, title="First training batch, after augmentation"))
@@ -24,8 +24,9 @@ def draw_predictions(path, shown, class_names, thresholds, title):
         labels, scores = detection["labels"].cpu(), detection["scores"].cpu()
         keep = [k for k, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())) if score >= thresholds.get(class_names[label - 1], 0.5)]
         masks = [detection["masks"][k] for k in keep] if detection.get("masks") is not None else None
-        pictures += [draw_truth(image, target["boxes"], target["labels"], _masks(target), class_names, target.get("iscrowd")),
-                     draw_detections(image, detection["boxes"].cpu()[keep], labels[keep], scores[keep], masks, class_names)]
+        pictures += [draw_truth(image, target["boxes"], target["labels"], _masks(target), class_names, target.get("iscrowd"),
+                                enlarge=True),
+                     draw_detections(image, detection["boxes"].cpu()[keep], labels[keep], scores[keep], masks, class_names, enlarge=True)]
         titles += [f"{_file_name(target['file'])}: truth", "prediction"]
     return save_picture(path, grid(pictures, titles, columns=2, title=title))
 
