@@ -86,7 +86,8 @@ int64_t run_nms_cpu(const Tensor& boxes, const NmsGroups& groups, double iou_thr
   std::vector<uint8_t> kept(static_cast<size_t>(boxes.size(0)));
   const int64_t count_groups = static_cast<int64_t>(groups.offsets.size()) - 1;
   const T* data = boxes.const_data_ptr<T>();
-  at::parallel_for(0, count_groups, 1, [&](int64_t begin, int64_t end) {
+  const int64_t grain = ceil_div(4096 * count_groups, boxes.size(0));  // groups a thread: waking one pays from some thousand boxes on
+  at::parallel_for(0, count_groups, grain, [&](int64_t begin, int64_t end) {
     nms_cpu<T>(data, groups, iou_threshold, max_keep, begin, end, kept.data());
   });
   int64_t count = 0;
@@ -505,9 +506,19 @@ Tensor paste_masks_bool_on_cuda(const Tensor& masks, const Tensor& boxes, int64_
   return output;
 }
 
+// Text is for the host, and the masks before pasting are small: they go there, not the runs back.
+std::tuple<Tensor, Tensor> paste_masks_rle_on_cuda(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding,
+                                                   double threshold) {
+  using Signature = std::tuple<Tensor, Tensor>(const Tensor&, const Tensor&, c10::SymInt, c10::SymInt, int64_t, double);
+  static const auto on_cpu = c10::Dispatcher::singleton().findSchemaOrThrow("minidamage::paste_masks_rle", "").typed<Signature>();
+  const auto [text, offsets] = on_cpu.call(masks.cpu(), boxes.cpu(), height, width, padding, threshold);
+  return {text.to(masks.device()), offsets.to(masks.device())};
+}
+
 MD_REGISTER(MINIDAMAGE_NAMESPACE, MINIDAMAGE_DEVICE_KEY, m) {
   m.impl("paste_masks", paste_masks_on_cuda);
   m.impl("paste_masks_bool", paste_masks_bool_on_cuda);
+  m.impl("paste_masks_rle", paste_masks_rle_on_cuda);
 }
 #endif
 

@@ -430,6 +430,7 @@ inline __half __float2half_rn(float x) {
   const float magnitude = std::fabs(x);
   if (x != x) return {0x7fff};
   if (magnitude >= 65520.f) return {static_cast<uint16_t>(sign | 0x7c00)};
+  if (magnitude == 0) return {sign};
   int exponent = 0;
   std::frexp(magnitude, &exponent);                                  // magnitude in [2^(exponent-1), 2^exponent)
   exponent = exponent < -13 ? -13 : exponent;                        // subnormals share the smallest exponent

@@ -4,7 +4,7 @@
     MINIDAMAGE_KERNELS=require   build; on failure raise
     MINIDAMAGE_KERNELS=off       the readable PyTorch references, no compiler needed
 
-Reading order: `define` (how an op meets its kernel), `load`, `_build_library`, then the tools. Every product of the compiler is one
+Reading order: `define` (how an op meets its kernel), `load`, `_build_library`; the tools are found in _toolchain.py. Every product of the compiler is one
 file whose name ends in a hash of all that went into it (source, headers, flags, compiler, torch, processor), written beside
 and renamed: a product that exists is whole, a killed build leaves nothing in the way. The lock is the operating system's
 (flock), so it dies with its process. Also respected: CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, TORCH_EXTENSIONS_DIR.
@@ -16,10 +16,8 @@ import hashlib
 import importlib.util
 import os
 import pathlib
-import platform
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import sysconfig
@@ -30,22 +28,19 @@ import warnings
 
 import torch
 
+from . import _toolchain
+from ._toolchain import BuildError
+
 MODES = ("auto", "require", "off")
 _HERE = pathlib.Path(__file__).resolve()
 CSRC = next((folder for folder in (_HERE.parents[1] / "csrc", _HERE.parents[2] / "csrc") if (folder / "common.h").exists()),
             _HERE.parents[2] / "csrc")
-# -ffp-contract=off: sums and products are rounded as they are written, the same on every processor and in the references.
-OPTIMISE = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 
 _LIBRARY = torch.library.Library("minidamage", "FRAGMENT")
 _SCHEMAS = {}                                   # op name -> schema string
 _loading = threading.RLock()
 _results = {}                                   # "ops" | "evaluation" | "emulated" -> what load* returned
 _reasons = {}                                   # "ops" | "evaluation" | "cuda" -> why there is none, for the doctor
-
-
-class BuildError(RuntimeError):
-    """A kernel library could not be built; the message says what failed and what to do."""
 
 
 # ---- how an op meets its kernel ------------------------------------------------------------------------------------------
@@ -91,14 +86,14 @@ def _device_of(args):
 
 @functools.cache
 def _announce_reference(device):
-    """Says once per device that the reference runs; the CPU's own failure was announced by load()."""
-    if device == "cpu" or kernels_mode() == "off":
+    """Says once per device that the references run there; the CPU's own failure was announced by load()."""
+    if device == "cpu" or kernels_mode() == "off" or device in (load() or ()):    # the last: an op that has no kernel for it
         return
-    reason = _reasons.get("cuda", "no kernels were built") if device == "cuda" else f"there are no kernels for {device}"
+    reason = f"no CUDA kernels: {_reasons.get('cuda', 'nothing was built')}" if device == "cuda" else f"no kernels for {device}"
     if kernels_mode() == "require" and device == "cuda":
-        raise BuildError(f"MINIDAMAGE_KERNELS=require, but there are no CUDA kernels: {reason}")
-    warnings.warn(f"minidamage: {reason}; the slower PyTorch references run on {device}. "
-                  "`python -m minidamage.ops` shows the details.", stacklevel=4)
+        raise BuildError(f"MINIDAMAGE_KERNELS=require, but there are {reason}")
+    warnings.warn(f"minidamage: there are {reason}. The slower PyTorch references run on {device}; "
+                  "`python -m minidamage.ops` shows what is missing.", stacklevel=4)
 
 
 # ---- public: load, load_evaluation, load_emulated, backend ---------------------------------------------------------------
@@ -187,19 +182,19 @@ def _load_evaluation():
 
 def build_ops():
     """Returns (path of the torch library, the devices that it serves)."""
-    compiler, native = cxx(), native_flags()
+    compiler, native = _toolchain.cxx(), _toolchain.native_flags()
     cuda = None
     try:
-        cuda = cuda_toolkit()
+        cuda = _toolchain.cuda_toolkit()
         _reasons.pop("cuda", None)
     except BuildError as error:
         _reasons["cuda"] = str(error)
     include = ["-I", str(CSRC)] + (["-I" + str(cuda["include"]), "-DMINIDAMAGE_CUDA"] if cuda else [])
-    objects = [(CSRC / "bindings.cpp", [*compiler, *OPTIMISE, *torch_flags(), *openmp_flags()[0], *include])]
-    objects += [(source, [*compiler, "-std=c++17", *OPTIMISE, *native]) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
-    link = [*compiler, "-shared", *torch_libraries(), *openmp_flags()[1]]
+    objects = [(CSRC / "bindings.cpp", [*compiler, *_toolchain.OPTIMISE, *_toolchain.torch_flags(), *_toolchain.openmp_flags()[0], *include])]
+    objects += [(source, [*compiler, "-std=c++17", *_toolchain.OPTIMISE, *native]) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
+    link = [*compiler, "-shared", *_toolchain.torch_libraries(), *_toolchain.openmp_flags()[1]]
     if cuda:
-        objects += [(source, nvcc_command(cuda)) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        objects += [(source, _toolchain.nvcc_command(cuda)) for source in sorted((CSRC / "cuda").glob("*.cu"))]
         link += ["-lc10_cuda", "-ltorch_cuda", *[f"-L{folder}" for folder in cuda["libraries"]], "-lcudart"]
     path = _build_library("minidamage_ops", objects, link, "CPU and CUDA kernels" if cuda else "CPU kernels")
     return path, ("cpu", "cuda") if cuda else ("cpu",)
@@ -211,17 +206,17 @@ def build_evaluation():
         import pybind11
     except ImportError:
         raise BuildError("pybind11 is not installed; `python -m pip install pybind11`") from None
-    flags = ["-std=c++17", *OPTIMISE, *native_flags(), f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    objects = [(CSRC / "evaluation.cpp", [*cxx(), *flags])]
-    return _build_library("evaluation", objects, [*cxx(), "-shared", "-pthread", *_undefined_symbols()], "evaluation functions")
+    flags = ["-std=c++17", *_toolchain.OPTIMISE, *_toolchain.native_flags(), f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    objects = [(CSRC / "evaluation.cpp", [*_toolchain.cxx(), *flags])]
+    return _build_library("evaluation", objects, [*_toolchain.cxx(), "-shared", "-pthread", *_toolchain.undefined_symbols()], "evaluation functions")
 
 
 def build_emulated():
     """Returns the path of the torch library in which the .cu files run on the CPU (csrc/cuda_on_cpu.h)."""
     flags = ["-O2", "-fPIC", "-ffp-contract=off", "-DMINIDAMAGE_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
-    objects = [(CSRC / "bindings.cpp", [*cxx(), *flags, *torch_flags(), *openmp_flags()[0], "-I", str(CSRC)])]
-    objects += [(source, [*cxx(), "-std=c++17", *flags, "-x", "c++"]) for source in sorted((CSRC / "cuda").glob("*.cu"))]
-    return _build_library("minidamage_emulated", objects, [*cxx(), "-shared", *torch_libraries(), *openmp_flags()[1]],
+    objects = [(CSRC / "bindings.cpp", [*_toolchain.cxx(), *flags, *_toolchain.torch_flags(), *_toolchain.openmp_flags()[0], "-I", str(CSRC)])]
+    objects += [(source, [*_toolchain.cxx(), "-std=c++17", *flags, "-x", "c++"]) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+    return _build_library("minidamage_emulated", objects, [*_toolchain.cxx(), "-shared", *_toolchain.torch_libraries(), *_toolchain.openmp_flags()[1]],
                           "CUDA kernels for the CPU (tests)")
 
 
@@ -230,10 +225,11 @@ def _build_library(name, objects, link, what):
 
     objects: list of (source, command without source and output). link: command without objects and output.
     """
-    headers = b"".join(header.name.encode() + header.read_bytes() for header in sorted(CSRC.glob("*.h")))
     products = []                                                            # (command, source, file name of the object)
     for source, command in objects:
-        text = source.read_bytes() + headers
+        if not source.exists():
+            raise BuildError(f"{source} is missing: this installation is not complete")
+        text = b"".join(path.name.encode() + path.read_bytes() for path in sorted(_included(source, set())))
         products.append((command, source, f"{source.stem}-{_key(text, command)}.o"))
     library_name = f"{name}-{_key(' '.join(product for _, _, product in products).encode(), link)}.so"
     for folder in _cache_folders():
@@ -245,13 +241,23 @@ def _build_library(name, objects, link, what):
             return folder / library_name
         missing = [product for product in products if not (folder / product[2]).exists()]
         with _progress(f"minidamage: building the {what} ({len(missing)} files, once) in {folder} ..."):
-            with concurrent.futures.ThreadPoolExecutor(_jobs()) as pool:
+            with concurrent.futures.ThreadPoolExecutor(_toolchain.jobs()) as pool:
                 for future in [pool.submit(_produce, [*command, "-c", str(source)], folder / product, source.name)
                                for command, source, product in missing]:
                     future.result()
             inputs = [str(folder / product) for _, _, product in products]
             _produce([*link[:1], *inputs, *link[1:]] if len(link) > 1 else [*link, *inputs], folder / library_name, "linking")
     return folder / library_name
+
+
+def _included(source, found):
+    """A source file and our own headers that it includes, directly or not."""
+    found.add(source)
+    for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
+        header = CSRC / pathlib.PurePath(name).name
+        if header.exists() and header not in found:
+            _included(header, found)
+    return found
 
 
 def _produce(command, path, what):
@@ -270,10 +276,10 @@ def _produce(command, path, what):
 
 def _key(content, command):
     """20 hex digits over everything that decides a product. The command has paths of this machine in it, and should."""
-    parts = [content, " ".join(command).encode(), _version_of(command[0]).encode(), torch.__version__.encode(),
+    parts = [content, " ".join(command).encode(), _toolchain.version_of(command[0]).encode(), torch.__version__.encode(),
              str(torch.version.git_version).encode(), sys.version.encode()]
     if any(flag.endswith("=native") for flag in command):
-        parts.append(cpu_features().encode())
+        parts.append(_toolchain.cpu_features().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
@@ -335,6 +341,9 @@ def _locked(folder):
         if locked:
             for leftover in folder.glob("*.partial*"):                       # of a build that was killed
                 leftover.unlink(missing_ok=True)
+            for old in folder.glob("*.o"):                                   # of sources that are long gone
+                if time.time() - old.stat().st_mtime > 30 * 86400:
+                    old.unlink(missing_ok=True)
         yield
 
 
@@ -348,127 +357,3 @@ def _progress(message):
         print(" failed", file=sys.stderr, flush=True)
         raise
     print(f" {time.perf_counter() - start:.0f} s", file=sys.stderr, flush=True)
-
-
-def _jobs():
-    jobs = os.environ.get("MAX_JOBS", "")
-    return int(jobs) if jobs.isdigit() and int(jobs) else os.cpu_count() or 1
-
-
-# ---- the tools -----------------------------------------------------------------------------------------------------------
-
-
-def cxx():
-    """The C++ compiler as a command: $CXX, else g++, c++ or clang++. Raises BuildError naming what to install."""
-    if os.environ.get("CXX"):
-        command = shlex.split(os.environ["CXX"])
-        if not command or not shutil.which(command[0]):
-            raise BuildError(f"CXX={os.environ['CXX']!r} is not a program; unset CXX, or set it to a C++17 compiler such as g++")
-        return command
-    for name in ("g++", "c++", "clang++"):
-        if shutil.which(name):
-            return [name]
-    raise BuildError("no C++ compiler (g++, c++, clang++) on PATH; `apt install g++`, or set CXX")
-
-
-@functools.cache
-def _version_of(program):
-    try:
-        run = subprocess.run([program, "--version"], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
-    except OSError as error:
-        raise BuildError(f"{program} cannot be run: {error.strerror or error}") from None
-    return f"{shutil.which(program)} {run.stdout}"
-
-
-def native_flags():
-    return {"x86_64": ["-march=native"], "amd64": ["-march=native"], "aarch64": ["-mcpu=native"]}.get(platform.machine().lower(), [])
-
-
-@functools.cache
-def cpu_features():
-    """The processor's feature string: a library built with -march=native must not meet another processor (shared home folders)."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line.split(":", 1)[1].strip()
-    return platform.machine() + platform.processor()
-
-
-def torch_flags():
-    include = pathlib.Path(torch.__file__).parent / "include"
-    # c++20: the standard that recent torch headers are written in. -isystem: their warnings are not ours.
-    return ["-std=c++20", "-isystem", str(include), f"-D_GLIBCXX_USE_CXX11_ABI={int(torch._C._GLIBCXX_USE_CXX11_ABI)}"]
-
-
-def _undefined_symbols():
-    return ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else []
-
-
-def torch_libraries():
-    return [f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", *_undefined_symbols()]
-
-
-@functools.cache
-def openmp_flags():
-    """(compile, link) flags that run at::parallel_for on PyTorch's own OpenMP runtime: a second one would fight over the cores."""
-    with contextlib.suppress(OSError):
-        for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
-            path = line.split()[-1]
-            if re.search(r"/lib(gomp|omp|iomp5)[^/]*\.so", path):
-                return ["-fopenmp"], [path]
-    return [], []
-
-
-@functools.cache
-def cuda_toolkit():
-    """{"nvcc", "include", "libraries", "version"}; raises BuildError with the reason why there are no CUDA kernels."""
-    if not torch.version.cuda:
-        raise BuildError(f"torch {torch.__version__} was built without CUDA" +
-                         (" (ROCm is not supported)" if torch.version.hip else ""))
-    toolkit = find_nvcc()
-    if toolkit["version"].split(".")[0] != torch.version.cuda.split(".")[0]:
-        raise BuildError(f"nvcc is CUDA {toolkit['version']}, torch was built with CUDA {torch.version.cuda}; "
-                         f"install the CUDA {torch.version.cuda} toolkit and set CUDA_HOME to it")
-    return toolkit
-
-
-def find_nvcc():
-    """Asks nvcc itself where its headers and libraries are: a wrapper in /usr/local/bin says nothing by its own path."""
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    nvcc = shutil.which("nvcc", path=os.path.join(home, "bin")) if home else shutil.which("nvcc")
-    if not nvcc and not home and os.path.exists("/usr/local/cuda/bin/nvcc"):
-        nvcc = "/usr/local/cuda/bin/nvcc"
-    if not nvcc:
-        raise BuildError(f"no nvcc in {home}/bin (CUDA_HOME)" if home else "no nvcc on PATH; install the CUDA toolkit, or set CUDA_HOME")
-    dry = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True, errors="replace",
-                         stdin=subprocess.DEVNULL).stderr
-    folders = {line.split("=")[0][3:]: re.findall(r'"-[IL]([^"]+)"', line) for line in dry.splitlines() if line.startswith("#$ ")}
-    release = re.search(r"release (\d+\.\d+)", _version_of(nvcc))
-    if not release or not folders.get("INCLUDES"):
-        raise BuildError(f"{nvcc} does not answer like nvcc: {(dry.strip().splitlines() or ['no output'])[0]}")
-    return {"nvcc": nvcc, "include": folders["INCLUDES"][0], "libraries": folders.get("LIBRARIES", []), "version": release.group(1)}
-
-
-def nvcc_command(toolkit):
-    return [toolkit["nvcc"], "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", *arch_flags()]
-
-
-def arch_flags():
-    """-gencode flags: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else the GPUs that are here, else 8.0 and 9.0 with PTX for newer ones."""
-    text = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
-    if text:
-        archs = re.split(r"[;,\s]+", text.strip())
-    elif torch.cuda.is_available():
-        archs = sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
-    else:
-        archs = ["8.0", "9.0+PTX"]
-    flags = []
-    for arch in archs:
-        match = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", arch)
-        if not match:
-            raise BuildError(f"TORCH_CUDA_ARCH_LIST={text!r}: expected numbers such as \"8.0;9.0+PTX\", got {arch!r}")
-        number = match[1] + match[2]
-        flags += ["-gencode", f"arch=compute_{number},code=sm_{number}"]
-        if match[3]:
-            flags += ["-gencode", f"arch=compute_{number},code=compute_{number}"]
-    return flags

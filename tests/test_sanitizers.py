@@ -1,0 +1,43 @@
+"""ASan and UBSan over all kernels, CPU and emulated CUDA, as one stand-alone program (tests/sanitize.cpp): no Python to preload."""
+import os
+import subprocess
+
+import pytest
+from oracle import DATA
+
+from minidamage.ops import _extension, _toolchain
+
+SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+
+
+@pytest.fixture(scope="session")
+def compiler():
+    """g++ or clang++ with the sanitizers' runtime, which some distributions package apart."""
+    probe = subprocess.run([*_toolchain.cxx(), *SANITIZE, "-x", "c++", "-", "-o", os.devnull], input="int main() {}", capture_output=True,
+                           text=True)
+    if probe.returncode and "san" in probe.stderr:
+        pytest.skip("the compiler has no sanitizer runtime (libasan, libubsan)")
+    return [*_toolchain.cxx(), *SANITIZE, "-O1", "-g", "-fno-omit-frame-pointer", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+
+
+def test_all_kernels_are_clean(compiler):
+    csrc, emulated = _extension.CSRC, ["-DMINIDAMAGE_EMULATED"]
+    objects = [(source, compiler) for source in sorted((csrc / "cpu").glob("*.cpp"))]
+    objects += [(source, [*compiler, *emulated, "-x", "c++"]) for source in sorted((csrc / "cuda").glob("*.cu"))]
+    objects += [(DATA.parent / "sanitize.cpp", [*compiler, *emulated, "-I", str(csrc)])]
+    program = _extension._build_library("sanitize", objects, [*_toolchain.cxx(), *SANITIZE], "kernels under sanitizers (tests)")
+    options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:strict_init_order=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
+    run = subprocess.run([program], capture_output=True, text=True, timeout=300, env={**os.environ, **options})
+    assert run.returncode == 0 and run.stdout.strip() == "clean", run.stdout + run.stderr
+
+
+def test_the_sanitizers_would_see_it(compiler, tmp_path):
+    """A kernel that writes one element past its dynamic shared memory ends the program."""
+    source = tmp_path / "overrun.cpp"
+    source.write_text('#include "common.h"\n'
+                      "__global__ void overrun() { MD_DYNAMIC_SHARED(int, x); x[threadIdx.x + 1] = 1; __syncthreads(); }\n"
+                      "int main() { MD_LAUNCH(overrun, 1, 32, 32 * sizeof(int), nullptr); }\n")
+    program = tmp_path / "overrun"
+    subprocess.run([*compiler, "-DMINIDAMAGE_EMULATED", "-I", str(_extension.CSRC), str(source), "-o", str(program)], check=True)
+    run = subprocess.run([program], capture_output=True, text=True, timeout=60)
+    assert run.returncode and "heap-buffer-overflow" in run.stderr
