@@ -10,13 +10,15 @@ Read first: coco.py (the protocol). Masks stay compressed run lengths from the m
 are kilobytes here, not 1.2 GB.
 """
 import dataclasses
+import time
 
 import numpy as np
+import torch
 
 from minidamage import masks
 from minidamage.metrics import coco, coco_files, diagnosis, operating, voc
 from minidamage.metrics.coco import COCO
-from minidamage.metrics.measure import evaluate_model                            # noqa: F401  (its place in the public names is here)
+from minidamage.metrics.measure import peak_memory, speed, synchronize
 
 IOU_TYPES = ("bbox", "segm")
 
@@ -197,6 +199,10 @@ class DetectionResult:
         rows = operating.at_thresholds(self.scored[self._type(iou_type)], self._threshold_list(thresholds))
         return dict(zip((*self.class_names, "all"), rows))
 
+    def errors_by_picture(self, thresholds=0.5, iou_type=None):
+        """int [I, 2]: false findings and missed truths of each picture (in the order of image_ids), at IoU 0.5."""
+        return operating.errors_by_picture(self.scored[self._type(iou_type)], len(self.image_ids), self._threshold_list(thresholds))
+
     def false_alarms(self, thresholds=0.5):
         """{"pictures": undamaged pictures, "with findings": share of them with one at least, "findings": per such picture}."""
         s = next(iter(self.scored.values()))
@@ -220,6 +226,42 @@ class DetectionResult:
         if np.isscalar(thresholds):
             return np.full(len(self.class_names), float(thresholds))
         return np.array([thresholds.get(name, 0.5) for name in self.class_names], np.float64)
+
+
+@torch.inference_mode()
+def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None):
+    """Runs a detector over pictures: returns (metrics dict, CocoEvaluator).
+
+    samples: iterable of (image [3, H, W], truth dict), or of (list of images, list of truths) as a DataLoader with `collate` gives. A truth has
+    boxes [G, 4] xyxy, labels [G], and where there are any: rles (G RLE dicts) or masks [G, H, W], iscrowd [G], area [G], image_id (default:
+    its place). metrics: the evaluator's stats, "ms per picture" and "pictures per second" of the model alone, "peak memory MB".
+    on_picture(image, truth, detection) is called after each, detection with masks as RLEs. Raises ValueError for a model in training mode.
+    """
+    if model.training:
+        raise ValueError("evaluate_model expects the model in evaluation mode; call model.eval() first")
+    evaluator, seconds, device = CocoEvaluator(class_names, iou_types), [], next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for images, truths in samples:
+        images, truths = (images, truths) if isinstance(images, (list, tuple)) else ([images], [truths])
+        synchronize(device)
+        began = time.perf_counter()
+        detections = model.detect(list(images), mask_form="rle")
+        synchronize(device)
+        seconds += [(time.perf_counter() - began) / len(images)] * len(images)
+        for image, truth, detection in zip(images, truths, detections):
+            _add_picture(evaluator, image, truth, detection)
+            if on_picture is not None:
+                on_picture(image, truth, detection)
+    return {**evaluator.evaluate().stats, **speed(seconds), "peak memory MB": peak_memory(device)}, evaluator
+
+
+def _add_picture(evaluator, image, truth, detection):
+    image_id, rles = truth.get("image_id", len(evaluator._truth)), truth.get("rles")
+    if rles is None and truth.get("masks") is not None:
+        rles = masks.encode(_array(truth["masks"], np.uint8))
+    evaluator.add_truth(image_id, truth["boxes"], truth["labels"], rles, truth.get("iscrowd"), truth.get("area"), *map(int, image.shape[-2:]))
+    evaluator.add_detections(image_id, detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
 
 
 def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):

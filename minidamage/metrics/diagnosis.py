@@ -21,7 +21,8 @@ def explain(result):
             sentences += _about_classes(result, scored, what, counted)
             if result.stats[f"{iou_type}/AP50"] < SUSPICIOUS:
                 sentences += _about_fit(result, scored, what)
-    return list(dict.fromkeys(sentences))
+    both = [s for s in sentences if s.startswith("boxes: ") and s.replace("boxes", "masks", 1) in sentences]
+    return [s.replace("boxes", "boxes and masks", 1) if s in both else s for s in sentences if s.replace("masks", "boxes", 1) not in both or s in both]
 
 
 def _about_classes(result, scored, what, counted):

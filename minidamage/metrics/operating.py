@@ -52,6 +52,16 @@ def _numbers(tp, found, truth, iou):
             "F1": ratio(2 * tp, found + truth), "matched IoU": ratio(iou, tp)}
 
 
+def errors_by_picture(scored, images, thresholds):
+    """[I, 2]: false findings and missed truths of each picture at the thresholds [K]."""
+    kept = _counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
+    match = scored.arrays["dt_match"][AT_IOU]
+    false = np.bincount(scored.detections["image"][kept & (match < 0)], minlength=images)
+    missed = scored.truths["crowd"] == 0
+    missed[match[kept & (match >= 0)]] = False
+    return np.stack([false, np.bincount(scored.truths["image"][missed], minlength=images)], axis=1)
+
+
 def false_alarms(scored, images, thresholds):
     """Findings (score >= their class's threshold [K]) on pictures without any truth, crowd regions included in truth."""
     undamaged = np.ones(images, bool)

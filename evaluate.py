@@ -1,0 +1,319 @@
+"""Scores a trained model, or anybody's COCO results.
+
+    python evaluate.py                                                   the newest run's best.pt on that run's own test part
+    python evaluate.py --checkpoint runs/damagenet-demo-001 --part val
+    python evaluate.py --checkpoint best.pt --data other/                another data set, same class names
+    python evaluate.py --truth gt.json --detections dt.json              two COCO files, no model
+
+With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), detections.json and truth.json (COCO; the third command
+on them gives the same numbers), report.html, and the pictures of the worst predictions.
+"""
+import argparse
+import json
+import os
+import sys
+
+import numpy as np
+import torch
+
+from minidamage import masks, run_folder
+from minidamage.checkpoint import load_checkpoint
+from minidamage.data import DetectionDataset, load_dataset
+from minidamage.data.split import from_names
+from minidamage.metrics import tables
+from minidamage.metrics.coco_files import read_json
+from minidamage.metrics.detection import evaluate_coco_files, evaluate_model
+from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.progress import Progress
+from minidamage.visualize.overlay import draw_detections, draw_truth, grid, save_picture
+from minidamage.visualize.plots import precision_recall_plot
+from minidamage.visualize.report import Picture, Table, write_report
+
+
+def main(argv=None):
+    """Returns the exit code: 0, 1 where the results could not be written, 2 for a mistake in what was asked."""
+    args = parse_arguments(argv)
+    try:
+        if args.truth or args.detections:
+            return score_files(args)
+        return score_model(args)
+    except ValueError as error:
+        print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"evaluate.py: could not write the results: {error}", file=sys.stderr)
+        return 1
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description="Score a trained model on a data set, or two COCO files.")
+    add = parser.add_argument
+    add("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
+    add("--data", metavar="D", help="data set to score on (default: the one the run was trained on)")
+    add("--part", choices=("test", "val", "train", "all"), help="which part of it (default: test; of another data set without parts, all of it)")
+    add("--score", type=float, metavar="S", help="lowest score of a finding for pixel metrics, alarms and pictures, 0 to 1 (default: the checkpoint's "
+        "threshold of each class, chosen on its validation part)")
+    add("--worst", type=int, default=8, metavar="N", help="how many of the worst predictions to draw (default: %(default)s)")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, 4 with a GPU)")
+    add("--out", metavar="DIR", help="folder for the results (default: evaluation-<part>/ beside the checkpoint; with files: nothing is written)")
+    add("--truth", metavar="GT.JSON", help="COCO ground truth: score --detections against it, without a model")
+    add("--detections", metavar="DT.JSON", help="COCO results, a list of detections")
+    add("--iou-type", choices=("bbox", "segm"), help="score only boxes or only masks of the files (default: what they hold)")
+    add("--no-categories", action="store_true", help="files: ignore categories, as for proposals")
+    return parser.parse_args(argv)
+
+
+# ---------------------------------------------------------------------------------------------------------- two files
+
+def score_files(args):
+    """Prints (and with --out writes) the numbers of --truth and --detections."""
+    if not (args.truth and args.detections):
+        raise ValueError("expected both --truth gt.json and --detections dt.json, got only one of them")
+    (truth, truth_name), (found, found_name) = read_json(args.truth), read_json(args.detections)
+    results = {}
+    for iou_type in (args.iou_type,) if args.iou_type else types_in(truth, found):
+        try:
+            results[iou_type] = evaluate_coco_files(truth, found, iou_type, not args.no_categories)
+        except ValueError as error:
+            name = f"{truth_name} / {found_name}"
+            raise ValueError(str(error).replace("the given content", name)) from None
+    numbers = {"truth": truth_name, "detections": found_name, "stats": {}, "per_class": {}, "voc": {}}
+    for iou_type, result in results.items():
+        shown = [*tables.coco_tables(result), tables.class_table(result)]
+        print("\n\n".join(tables.as_text(*table) for table in shown) + "\n")
+        for cause in result.causes:
+            print(f"note: {cause}")
+        numbers["stats"] |= result.stats
+        numbers["voc"][iou_type] = result.voc_ap(iou_type)
+        for name, values in result.per_class.items():
+            numbers["per_class"].setdefault(name, {}).update(values)
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        run_folder.write_json(os.path.join(args.out, "results.json"), without_nan({"command": run_folder.command_line(), **numbers}))
+        print(f"written: {os.path.join(args.out, 'results.json')}")
+    return 0
+
+
+def types_in(truth, found):
+    """("bbox", "segm") where the first detection and the truth have masks, else boxes alone."""
+    first = found[0] if isinstance(found, list) and found else {}
+    annotations = truth.get("annotations") if isinstance(truth, dict) else None
+    with_masks = bool(first.get("segmentation")) if isinstance(first, dict) else False
+    with_masks = with_masks and isinstance(annotations, list) and all(isinstance(a, dict) and a.get("segmentation") for a in annotations)
+    return ("bbox", "segm") if with_masks else ("bbox",)
+
+
+# ---------------------------------------------------------------------------------------------------------- a model
+
+def score_model(args):
+    """Runs the checkpoint over the part, prints the tables and writes the evaluation folder."""
+    device = choose_device(args.device)
+    path = run_folder.find_checkpoint(args.checkpoint, "runs", "best.pt")
+    model, checkpoint = load_checkpoint(path, device)
+    if model.task != "detection":
+        raise ValueError(f"{path}: expected a detection model, got {checkpoint['model']} ({model.task})")
+    names, thresholds = tuple(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
+    dataset, part, records, own = choose_pictures(args, checkpoint, path)
+    with_masks = getattr(model.roi_heads, "mask_predictor", None) is not None and any(m is not None for r in records for m in r.masks)
+    iou_types = ("bbox", "segm") if with_masks else ("bbox",)
+    print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path})")
+
+    samples, pixels, judged = Samples(records, with_masks), PixelEvaluator(names), []
+    progress = Progress(len(samples), device=device)
+
+    def on_picture(image, truth, detection):
+        kept = confident(detection, thresholds, names)
+        if with_masks:
+            pixels.add_instances(truth["labels"][~truth["iscrowd"]], [r for r, c in zip(truth["rles"], truth["iscrowd"]) if not c],
+                                 kept["labels"], kept["masks"], *image.shape[-2:])
+        judged.append((truth["index"], kept))
+        progress.note(f"{len(judged)}/{len(samples)} pictures")
+
+    workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers)
+    metrics, evaluator = evaluate_model(model, loader, names, iou_types, on_picture)
+    progress.clear()
+    result, pixel_result = evaluator.evaluate(), pixels.evaluate() if with_masks else None
+
+    shown = show(result, pixel_result, thresholds, metrics)
+    of_set = "" if own else "-" + os.path.splitext(os.path.basename(os.path.abspath(dataset.path)))[0]
+    folder = args.out or os.path.join(os.path.dirname(os.path.abspath(path)), f"evaluation{of_set}-{part}")
+    os.makedirs(folder, exist_ok=True)
+    numbers = collect(result, pixel_result, thresholds, metrics)
+    about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"], "epoch": checkpoint.get("train", {}).get("epoch"),
+             "data": os.path.abspath(dataset.path), "part": part, "pictures": len(records), **run_folder.environment(device)}
+    run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
+    files = {samples.image_id(i): r.file for i, r in enumerate(records)}
+    for name, content in (("detections.json", evaluator.coco_detections(dataset.category_ids)), ("truth.json", evaluator.coco_truth(dataset.category_ids, files))):
+        with open(os.path.join(folder, name), "w", encoding="utf-8") as stream:
+            json.dump(content, stream)
+    pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, args.worst)
+    report(folder, shown, result, about, pictures)
+    print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, detections.json, truth.json"
+          + f" and {len(pictures)} pictures of the worst predictions" * bool(pictures))
+    return 0
+
+
+class Samples(torch.utils.data.Dataset):
+    """Pictures and their truth in original pixels, masks as run lengths (never dense: a 12-megapixel picture with 20 objects is 240 MB)."""
+
+    def __init__(self, records, with_masks):
+        self.records, self.with_masks, self.pictures = records, with_masks, DetectionDataset(records)
+        self.pictures.with_masks = False
+        ids = [r.image_id for r in records]
+        self.ids = ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))        # parts of two files may share ids
+
+    def __len__(self):
+        return len(self.records)
+
+    def image_id(self, index):
+        return self.ids[index]
+
+    def __getitem__(self, index):
+        record, (image, _) = self.records[index], self.pictures[index]
+        truth = {"boxes": record.boxes, "labels": record.labels, "iscrowd": np.asarray(record.crowd, bool), "area": record.area,
+                 "image_id": self.ids[index], "index": index, "file": record.file}
+        if self.with_masks:
+            outlines = [[box[[0, 1, 2, 1, 2, 3, 0, 3]]] if mask is None else mask for mask, box in zip(record.masks, record.boxes)]
+            truth["rles"] = [masks.segmentation_to_rle(outline, record.height, record.width) for outline in outlines]
+        return image, truth
+
+
+def choose_device(name):
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def score_thresholds(checkpoint, score):
+    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own (chosen on val), else 0.5."""
+    if score is not None and not 0 <= score <= 1:
+        raise ValueError(f"--score {score}: expected a number from 0 to 1")
+    own = checkpoint.get("thresholds") or {}
+    return {name: float(own.get(name, 0.5) if score is None else score) for name in checkpoint["class_names"]}
+
+
+def choose_pictures(args, checkpoint, path):
+    """(Dataset, part's name, records, whether the set is the run's own). The run's split where it is; else the set's own parts."""
+    trained_on = checkpoint.get("run", {}).get("data")
+    where = args.data or trained_on
+    if not where:
+        raise ValueError(f"{path} does not say what it was trained on; name the data set with --data")
+    if not args.data and not os.path.exists(where):
+        raise ValueError(f"{where}: the data set that {path} was trained on is not there any more; name its new place, or another set, with --data")
+    dataset = load_dataset(where, class_names=checkpoint["class_names"])
+    split = checkpoint.get("split") or {}
+    try:
+        parts, own = (from_names(dataset, split), True) if split else (dataset.parts, False)
+    except ValueError:
+        if not args.data:
+            raise
+        parts, own = dataset.parts, False
+    parts = {name: records for name, records in parts.items() if records}
+    part = args.part or ("test" if own or "test" in parts else "val" if "val" in parts else "all")
+    if part == "all":
+        return dataset, part, [r for records in parts.values() for r in records], own
+    if part not in parts:
+        raise ValueError(f"--part {part}: {where} has {', '.join(f'{name} ({len(r)})' for name, r in parts.items())}"
+                         f"{'' if own else '; it is not the set the run was split from'}; take one of these, or --part all")
+    return dataset, part, parts[part], own
+
+
+def confident(detection, thresholds, names):
+    """The detections at or above their class's threshold, as numpy."""
+    scores, labels = detection["scores"].float().cpu().numpy(), detection["labels"].cpu().numpy()
+    kept = np.flatnonzero(scores >= np.array([thresholds[name] for name in names])[labels - 1])
+    return {"boxes": detection["boxes"].float().cpu().numpy()[kept], "scores": scores[kept], "labels": labels[kept],
+            "masks": [detection["masks"][i] for i in kept] if "masks" in detection else None}
+
+
+# ---------------------------------------------------------------------------------------------------------- what comes out
+
+def show(result, pixels, thresholds, metrics):
+    """Prints all tables and returns them for the report: [(heading, [table or text])]."""
+    alarms = result.false_alarms(thresholds)
+    alarm_text = ("no undamaged picture in this part" if not alarms["pictures"] else f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without "
+                  f"damage have a finding, {alarms['findings']:.2f} findings a picture")
+    cost = f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second), peak memory {metrics['peak memory MB']:.0f} MB"
+    shown = [("Accuracy", [*tables.coco_tables(result), tables.class_table(result)]), ("In use", [tables.operating_table(result, thresholds)]),
+             ("False alarms", [alarm_text])]
+    if pixels:
+        shown.append(("Pixels", tables.pixel_tables(pixels)))
+    shown.append(("Speed and memory", [cost]))
+    if result.causes:
+        shown.append(("Notes", result.causes))
+    for heading, blocks in shown:
+        print()
+        print("\n".join(f"{heading}: {b}" for b in blocks) if isinstance(blocks[0], str) else "\n\n".join(tables.as_text(*b) for b in blocks))
+    return shown
+
+
+def collect(result, pixels, thresholds, metrics):
+    """Every number, for results.json."""
+    return {"stats": result.stats, "per_class": result.per_class, "voc": {t: result.voc_ap(t) for t in result.scored}, "thresholds": thresholds,
+            "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(), "false_alarms": result.false_alarms(thresholds),
+            "pixels": pixels.stats if pixels else {}, "pixels_per_class": pixels.per_class if pixels else {},
+            **{name.replace(" ", "_"): metrics[name] for name in ("ms per picture", "pictures per second", "peak memory MB")}, "notes": result.causes}
+
+
+def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):
+    """Writes worst-01.jpg ... (truth beside prediction) and returns their paths and captions: most wrong findings and misses first,
+    among equals the smaller overlap."""
+    wrong = result.errors_by_picture(thresholds)
+    position = {image_id: i for i, image_id in enumerate(result.image_ids)}
+    overlap = np.nan_to_num(pixels.per_image("IoU"), nan=0.0) if pixels else np.zeros(len(judged))
+    order = sorted(range(len(judged)), key=lambda j: (-sum(wrong[position[samples.image_id(judged[j][0])]]), overlap[j], j))
+    drawn = []
+    for rank, j in enumerate(order[:max(count, 0)], 1):
+        index, kept = judged[j]
+        false, missed = wrong[position[samples.image_id(index)]]
+        if false + missed == 0:
+            break
+        image, truth = samples[index]
+        left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"])
+        right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names)
+        caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed"
+        path = os.path.join(folder, f"worst-{rank:02d}.jpg")
+        save_picture(path, grid([left, right], ["truth", "prediction"], columns=2, title=caption))
+        drawn.append((path, caption))
+    return drawn
+
+
+def report(folder, shown, result, about, pictures):
+    """Writes report.html: the printed tables, precision over recall, the worst predictions, how it was made."""
+    blocks = [(heading, [block if isinstance(block, str) else Table(block[1], block[2], block[0]) for block in content]) for heading, content in shown]
+    for iou_type in result.scored:
+        precision = result.arrays[iou_type]["precision"][0, :, :, 0, -1]                     # IoU 0.5, all sizes: [R, K]
+        curves = {name: (result.protocol.recall_thresholds, precision[:, k]) for k, name in enumerate(result.class_names) if precision[0, k] > -1}
+        if curves:
+            title = f"Precision and recall, {tables.KINDS[iou_type]} IoU 0.5"
+            blocks[0][1].append(Picture(precision_recall_plot(curves, title), title))
+    if pictures:
+        blocks.append(("Worst predictions", [Picture(path, caption, wide=True) for path, caption in pictures]))
+    facts = {name: str(value) for name, value in about.items() if not isinstance(value, dict)}
+    blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))
+    write_report(os.path.join(folder, "report.html"), f"{about['model']} on {about['part']} of {os.path.basename(about['data'])}", blocks,
+                 f"{about['pictures']} pictures, `{about['checkpoint']}`")
+
+
+def without_nan(value):
+    """NaN is not JSON: None instead."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("\nevaluate.py: stopped, nothing was written", file=sys.stderr)
+        sys.exit(130)
