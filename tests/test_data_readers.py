@@ -177,11 +177,12 @@ def test_via_class_attribute_is_detected_and_said(tmp_path, key):
 
 def test_via_attribute_of_each_part_and_classes_joined(tmp_path):
     via_set(tmp_path / "train", {"0": via_region("polygon", "name", "Dent", **SQUARE)})
-    via_set(tmp_path / "val", [via_region("polygon", "Class Name", "dent", **SQUARE), via_region("polygon", "Class Name", "hail", **SQUARE)])
+    via_set(tmp_path / "val", [via_region("polygon", "Class Name", name, **SQUARE) for name in ("dent", "hail")])
     picture(tmp_path / "test/c.jpg")
     data = load(tmp_path)
     assert set(data.parts) == {"train", "val"} and data.class_names == ("Dent", "hail")
-    assert any("'Dent', 'dent' are one class" in n for n in data.notes) and any("'hail' occurs in val but not in train" in n for n in data.notes)
+    assert any("'Dent', 'dent' are one class" in n for n in data.notes)
+    assert any("'hail' occurs in val but not in train" in n for n in data.notes)
     assert any("1 pictures in" in n and "no annotation file" in n for n in data.notes)
     ids = [i for records in data.parts.values() for r in records for i in r.annotation_ids]
     assert len(set(ids)) == 3
@@ -320,6 +321,27 @@ def test_coco_orphans_double_ids_and_wrong_sizes(tmp_path):
     assert len(data.parts["all"]) == 1
     for said in ("given twice", "a picture that is not listed", "says 128x96, the picture is 64x48"):
         assert any(said in p for p in data.problems), (said, data.problems)
+
+
+def test_coco_ids_that_are_text(tmp_path):
+    coco_set(tmp_path, [BOX, BOX])
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    content["images"][0]["id"] = "seven"
+    for i, annotation in enumerate(content["annotations"]):
+        annotation.update(id=f"a{i}", image_id="seven")
+    dump(tmp_path / "annotations.json", content)
+    data = load(tmp_path)
+    assert data.parts["all"][0].image_id == 1 and data.parts["all"][0].annotation_ids.tolist() == [1, 2] and len(data.notes) == 3
+
+
+def test_outlines_that_fit_the_unturned_picture_alone_are_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    vehide_set(tmp_path, [("tray_son", [50, 62, 62, 50], [5, 5, 15, 15])])
+    picture(tmp_path / "image/image/a.jpg", 64, 48, exif=exif)
+    data = load(tmp_path)
+    np.testing.assert_allclose(data.parts["train"][0].boxes, [[33, 50, 43, 62]])
+    assert "annotated before its EXIF rotation" in data.problems[0]
 
 
 def test_annotations_made_before_the_exif_rotation_are_turned(tmp_path):

@@ -61,7 +61,8 @@ def test_coco_tiny_crowds_and_gaps(real_data):
     for part, name in (("train", "instances_train2017.json"), ("val", "instances_val2017.json")):
         listed = json.loads((real_data / "coco_tiny/annotations" / name).read_text())["annotations"]
         records = data.parts[part]
-        assert sum(len(r.labels) for r in records) == len(listed) and sum(r.crowd.sum() for r in records) == sum(a["iscrowd"] for a in listed)
+        assert sum(len(r.labels) for r in records) == len(listed)
+        assert sum(r.crowd.sum() for r in records) == sum(a["iscrowd"] for a in listed)
         ids = {int(i): int(r.labels[k]) for r in records for k, i in enumerate(r.annotation_ids)}
         assert all(data.category_ids[ids[a["id"]] - 1] == a["category_id"] for a in listed)
 

@@ -15,7 +15,8 @@ def record(file, objects=1, group="", image_id=0):
 
 
 def vehicles(count, each=3):
-    return [record(f"{i:03d}_{k}.jpg", objects=int(i % 4 > 0), group=f"car {i}", image_id=i * each + k) for i in range(count) for k in range(each)]
+    return [record(f"{i:03d}_{k}.jpg", objects=int(i % 4 > 0), group=f"car {i}", image_id=i * each + k)
+            for i in range(count) for k in range(each)]
 
 
 def dataset_of(**parts):

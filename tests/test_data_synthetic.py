@@ -7,6 +7,7 @@ import pytest
 from minidamage import masks
 from minidamage.data import duplicates, load_dataset, read_image, split
 from minidamage.data import synthetic
+from minidamage.data import synthetic_paint as paint
 from minidamage.data.synthetic import draw_picture, make_demo
 
 
@@ -47,18 +48,48 @@ def test_seed_decides_and_a_finished_set_is_kept(demo, tmp_path):
         make_demo(str(tmp_path / "x"), images=1)
 
 
+def test_another_set_replaces_the_old_and_foreign_folders_are_not_touched(tmp_path):
+    folder = make_demo(str(tmp_path / "demo"), images=4, size=64)
+    make_demo(folder, images=3, size=64, seed=2)
+    assert sum(len(r) for r in load_dataset(folder, quiet=True).parts.values()) == 3
+    assert len(os.listdir(os.path.join(folder, "image/image"))) + len(os.listdir(os.path.join(folder, "validation/validation"))) == 3
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "0Train_via_annos.json").write_text("{}")
+    with pytest.raises(ValueError, match="is not empty and holds no demo set"):
+        make_demo(str(tmp_path / "mine"))
+    assert (tmp_path / "mine" / "0Train_via_annos.json").read_text() == "{}"
+
+
+def test_a_set_that_was_interrupted_is_finished(tmp_path, monkeypatch):
+    folder = str(tmp_path / "demo")
+    real, drawn = synthetic.draw_picture, []
+
+    def stop_at_three(*args, **kwargs):
+        drawn.append(1)
+        if len(drawn) == 3:
+            raise KeyboardInterrupt
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(synthetic, "draw_picture", stop_at_three)
+    with pytest.raises(KeyboardInterrupt):
+        make_demo(folder, images=4, size=64)
+    monkeypatch.undo()
+    make_demo(folder, images=4, size=64)
+    assert sum(len(r) for r in load_dataset(folder, quiet=True).parts.values()) == 4
+
+
 @pytest.mark.parametrize("number", range(12))
 def test_damage_lies_inside_its_outline(number, monkeypatch):
     """The same picture drawn without the damage's paint differs inside the outlines and nowhere else (noise apart)."""
     image, objects = draw_picture(192, [5, number])
-    monkeypatch.setattr(synthetic, "draw_scratch", lambda rng, *a: None)
-    monkeypatch.setattr(synthetic, "draw_glass", lambda rng, *a: None)
-    monkeypatch.setattr(synthetic, "dent_slopes", lambda dent, x, y: (np.zeros_like(x), np.zeros_like(x)))
-    steady = synthetic.photograph
-    monkeypatch.setattr(synthetic, "photograph", lambda rng, *a: steady(np.random.default_rng(0), *a))
+    monkeypatch.setattr(paint, "draw_scratch", lambda rng, *a: None)
+    monkeypatch.setattr(paint, "draw_glass", lambda rng, *a: None)
+    monkeypatch.setattr(paint, "dent_slopes", lambda dent, x, y: (np.zeros_like(x), np.zeros_like(x)))
+    steady = paint.photograph
+    monkeypatch.setattr(paint, "photograph", lambda rng, *a: steady(np.random.default_rng(0), *a))
     bare = np.asarray(draw_picture(192, [5, number])[0]).astype(float)
     monkeypatch.undo()
-    monkeypatch.setattr(synthetic, "photograph", lambda rng, *a: steady(np.random.default_rng(0), *a))
+    monkeypatch.setattr(paint, "photograph", lambda rng, *a: steady(np.random.default_rng(0), *a))
     full, again = draw_picture(192, [5, number])
     differ = np.abs(np.asarray(full).astype(float) - bare).max(-1) > 6
     inside = np.zeros(differ.shape, bool)

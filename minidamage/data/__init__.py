@@ -17,7 +17,8 @@ from minidamage.data.record import Dataset, Record, class_counts, problem_kinds,
 __all__ = ["load_dataset", "read_image", "DetectionDataset", "collate", "limit", "Dataset", "Record", "summary", "class_counts",
            "problem_kinds", "LAYOUTS"]
 
-# Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=) -> Dataset.
+# Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=) -> Dataset; a new format
+# is one file, which turns what its annotations say into objects.RawObject, and one row here.
 LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
            ("COCO JSON", coco),
            ("VGG Image Annotator 1 or 2", via))

@@ -1,7 +1,7 @@
 """The data set doctor: what is wrong with a data set, before a GPU spends a night on it.
 
-`check(dataset)` returns findings; `python -m minidamage.data PATH` prints them. An "error" makes results wrong or training fail (corrupt files,
-one photograph in two parts, a class that is scored but never trained); a "warning" is worth a look; a "note" is a fact.
+`check(dataset)` returns findings; `python -m minidamage.data PATH` prints them. An "error" makes results wrong or training fail
+(corrupt files, one photograph in two parts, a class that is scored but never trained); a "warning" is worth a look; a "note" is a fact.
 """
 import collections
 import dataclasses
@@ -15,8 +15,8 @@ from minidamage.data import duplicates
 from minidamage.data.pictures import picture_header, read_image
 from minidamage.data.record import class_counts
 
-TINY_SIDE = 8                                  # pixels when the picture's longest side is TRAINING_SIDE: half a stride-16 cell, a few mask cells
-TRAINING_SIDE = 1024
+TINY_SIDE = 8                                  # pixels in a picture reduced to TRAINING_SIDE: two cells of the finest map, p2
+TRAINING_SIDE = 1024                           # DamageNet's pictures
 RARE = 20                                      # objects in train; fewer are seldom learned
 BOX_AGREES = 0.5                               # IoU of the file's box with the mask's own
 
@@ -42,21 +42,25 @@ def check(dataset, quick=False):
 def _problems(dataset):
     left_out = [p for p in dataset.problems if "picture left out" in p]
     rest = len(dataset.problems) - len(left_out)
-    out = [Finding("warning", f"{len(left_out)} pictures left out when reading: missing or unreadable", tuple(left_out))] if left_out else []
-    return out + ([Finding("warning", f"{rest} objects or outlines were dropped, clipped or odd (listed above by kind)")] if rest else [])
+    out = []
+    if left_out:
+        out.append(Finding("warning", f"{len(left_out)} pictures left out when reading: missing or unreadable", tuple(left_out)))
+    if rest:
+        out.append(Finding("warning", f"{rest} objects or outlines were dropped, clipped or odd (listed above by kind)"))
+    return out
 
 
 def _sizes(everything):
     widths, heights = (np.array([getattr(r, key) for _, r in everything]) for key in ("width", "height"))
     sizes = collections.Counter(zip(widths.tolist(), heights.tolist()))
     most, count = sizes.most_common(1)[0]
-    text = f"{len(everything)} pictures, {len(sizes)} sizes, {widths.min()}x{heights.min()} to {widths.max()}x{heights.max()}, most often " \
-           f"{most[0]}x{most[1]} ({count})"
+    text = (f"{len(everything)} pictures, {len(sizes)} sizes, {widths.min()}x{heights.min()} to {widths.max()}x{heights.max()}, "
+            f"most often {most[0]}x{most[1]} ({count})")
     turned = [r.file for _, r in everything if picture_header(r.file)[2] != 1]
     out = [Finding("note", text)]
     if turned:
-        out.append(Finding("note", f"{len(turned)} pictures carry an EXIF rotation, which is applied; look at one overlay to see that their "
-                                   "annotations were drawn on the turned picture", tuple(turned)))
+        out.append(Finding("note", f"{len(turned)} pictures carry an EXIF rotation, which is applied; look at one overlay to see that "
+                                   "their annotations were drawn on the turned picture", tuple(turned)))
     return out
 
 
@@ -113,12 +117,13 @@ def _objects(everything):
                 found["thin"].append(where[i])
             elif _iou(tight, r.boxes[i]) < BOX_AGREES and min(tight[2] - tight[0], tight[3] - tight[1]) > 2:
                 found["apart"].append(where[i])
-    out = [Finding("note", f"{tally['objects']} objects: {tally['outline']} with outlines, {tally['rle']} with RLE, {tally['box only']} with a box "
-                           f"only; {tally['crowd']} are crowd regions")]
+    out = [Finding("note", f"{tally['objects']} objects: {tally['outline']} with outlines, {tally['rle']} with RLE, "
+                           f"{tally['box only']} with a box only; {tally['crowd']} are crowd regions")]
     if tally["box only"] and tally["box only"] < tally["objects"]:
-        out.append(Finding("warning", f"{tally['box only']} objects have a box but no outline among others that do: the box becomes their mask"))
+        out.append(Finding("warning", f"{tally['box only']} objects have a box but no outline, among others that do: "
+                                      "the box becomes their mask"))
     for key, level, text in (
-            ("tiny", "warning", f"boxes have a side under {TINY_SIDE} px at {TRAINING_SIDE} px pictures: train at a larger size, or expect misses"),
+            ("tiny", "warning", f"boxes have a side under {TINY_SIDE} px in {TRAINING_SIDE} px pictures: expect misses, or train larger"),
             ("thin", "warning", "outlines are thinner than a pixel: their mask is empty, and training leaves them out"),
             ("apart", "error", "boxes do not fit their own mask (IoU under 0.5): another scale, or xywh read as xyxy?"),
             ("double", "warning", "objects repeat another of the same class and box in the same picture")):
@@ -170,10 +175,11 @@ def _copies(everything):
     within = [line(i, j) for i, j in sorted(pairs) if parts[i] == parts[j]]
     out = []
     if across:
-        out.append(Finding("error", f"{len(across)} pairs of copies or near-duplicates lie in different parts: what is reported was trained on. "
-                                    "--split 70/15/15 keeps them together", tuple(across)))
+        out.append(Finding("error", f"{len(across)} pairs of copies or near-duplicates lie in different parts: what is reported was "
+                                    "trained on. --split 70/15/15 keeps them together", tuple(across)))
     if within:
-        out.append(Finding("note", f"{len(within)} pairs of copies or near-duplicates lie in one part; a split keeps them together", tuple(within)))
+        out.append(Finding("note", f"{len(within)} pairs of copies or near-duplicates lie in one part; a split keeps them together",
+                           tuple(within)))
     if exact:
         out.append(Finding("warning", f"{exact} pairs are the same file, byte by byte"))
     return out
@@ -189,8 +195,8 @@ def _vehicles(everything):
     groups = {r.group for _, r in everything if r.group}
     out = [Finding("note", f"{len(groups)} vehicles known by the time in the file names")] if groups else []
     if straddling:
-        out.append(Finding("error", f"{len(straddling)} vehicles or photographs lie in more than one part; --split 70/15/15 keeps them together",
-                           tuple(straddling)))
+        out.append(Finding("error", f"{len(straddling)} vehicles or photographs lie in more than one part; "
+                                    "--split 70/15/15 keeps them together", tuple(straddling)))
     return out
 
 

@@ -15,7 +15,10 @@ from minidamage.data.via import PARTS, part_of
 
 def recognise(path):
     """Whether `path` is a COCO JSON or a folder in one of the layouts above."""
-    return bool(_find_files(path))
+    found = bool(_find_files(path))
+    if not found:
+        _loaded.clear()
+    return found
 
 
 def read(path, images=None, **_):
@@ -24,7 +27,10 @@ def read(path, images=None, **_):
     loaded = {part: _load(file) for part, file in files.items()}
     for part, content in loaded.items():
         _check_fields(files[part], content)
+    _loaded.clear()
     notes, problems = [], []
+    for part, content in loaded.items():
+        _number_text_ids(content, part, notes)
     names, ids, label_of = _class_map(files, loaded, notes)
     parts = {}
     for part, file in files.items():
@@ -92,10 +98,24 @@ def _load(file):
     return _loaded[key]
 
 
+def _number_text_ids(content, part, notes):
+    """Some exporters write ids as text; pictures and annotations are then counted from 1, in the file's order. Changes `content`."""
+    for key, refers in (("images", "annotations"), ("annotations", None)):
+        if all(isinstance(entry["id"], int) for entry in content[key]):
+            continue
+        number = {}
+        for entry in content[key]:
+            entry["id"] = number.setdefault(str(entry["id"]), len(number) + 1)
+        for entry in content[refers] if refers else ():
+            entry["image_id"] = number.get(str(entry["image_id"]), -1)
+        notes.append(f"{part}: {key} have ids that are text; numbered 1 to {len(number)}")
+
+
 def _check_fields(file, content):
     if not content.get("categories"):
         raise ValueError(f"{file}: no \"categories\"; expected a list of {{'id': ..., 'name': ...}}")
-    for key, fields in (("images", ("id", "file_name")), ("annotations", ("id", "image_id", "category_id")), ("categories", ("id", "name"))):
+    needed = {"images": ("id", "file_name"), "annotations": ("id", "image_id", "category_id"), "categories": ("id", "name")}
+    for key, fields in needed.items():
         for i, entry in enumerate(content[key]):
             absent = [f for f in fields if f not in entry]
             if absent:
@@ -117,7 +137,8 @@ def _class_map(files, loaded, notes):
     objects_of = {(c["name"].lower(), c["id"]) for part, content in loaded.items() for c in content["categories"] if c["id"] in used[part]}
     used_names = {name for name, _ in objects_of}
     # Roboflow lists the project's name as category 0 and as everyone's supercategory, sometimes with a real class's name.
-    parents = {(str(c["supercategory"]).lower(), c["id"]) for content in loaded.values() for c in content["categories"] if c.get("supercategory")}
+    parents = {(str(c["supercategory"]).lower(), c["id"]) for content in loaded.values() for c in content["categories"]
+               if c.get("supercategory")}
     is_parent = lambda c: any(name == c["name"].lower() and child != c["id"] for name, child in parents)
     dropped, spelled, labels, moved = {}, {}, {}, set()
     for part, content in loaded.items():

@@ -27,9 +27,9 @@ class RawObject:
 def make_record(file, image_id, objects, problems, group="", listed_size=None):
     """A Record, or None when the picture itself cannot be used; every loss is written to `problems`.
 
-    listed_size: (width, height) that the annotation file claims, or None. When it is the size *before* the EXIF rotation, the
-    annotations were drawn on the unrotated picture and are turned with it; any other disagreement leaves the picture out,
-    because its boxes would be in another scale.
+    listed_size: (width, height) that the annotation file claims, or None. When it is the size *before* the EXIF rotation, or (where
+    none is claimed) the outlines fit that size alone, the annotations were drawn on the unrotated picture and are turned with
+    it; any other disagreement leaves the picture out, because its boxes would be in another scale.
     """
     name = os.path.basename(file)
     try:
@@ -37,14 +37,14 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
     except ValueError as error:
         problems.append(f"{name}: {str(error).removeprefix(str(file) + ': ')}; picture left out")
         return None
-    if listed_size and listed_size != (width, height):
-        if turn >= 5 and listed_size == (height, width):
-            objects = [turn_object(obj, turn, height, width) for obj in objects]
-            problems.append(f"{name}: annotated before its EXIF rotation ({turn}); annotations turned with the picture")
-        else:
-            problems.append(f"{name}: the annotation file says {listed_size[0]}x{listed_size[1]}, the picture is {width}x{height}; "
-                            "picture left out")
-            return None
+    unturned = (height, width)
+    if turn >= 5 and (listed_size == unturned if listed_size else _fits_only(objects, unturned, (width, height))):
+        objects = [turn_object(obj, turn, height, width) for obj in objects]
+        problems.append(f"{name}: annotated before its EXIF rotation ({turn}); annotations turned with the picture")
+    elif listed_size and listed_size != (width, height):
+        problems.append(f"{name}: the annotation file says {listed_size[0]}x{listed_size[1]}, the picture is {width}x{height}; "
+                        "picture left out")
+        return None
     kept = [k for k in (_clean(obj, width, height, name, problems) for obj in objects) if k is not None]
     return Record(
         file=str(file), image_id=image_id, width=width, height=height, group=group,
@@ -54,6 +54,15 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
         crowd=np.array([k.crowd for k in kept], bool),
         area=np.array([k.area for k in kept], np.float64),
         annotation_ids=np.array([k.annotation_id for k in kept], np.int64))
+
+
+def _fits_only(objects, size, other):
+    """Whether all outlines lie within `size` (width, height) and some leave `other` by more than a pixel."""
+    try:
+        points = np.concatenate([np.asarray(p, np.float64).reshape(-1, 2) for o in objects for p in o.segmentation or ()])
+    except (TypeError, ValueError):                      # no outlines, RLE, or numbers that _clean will name
+        return False
+    return bool((points.max(0) <= np.add(size, 1)).all() and (points.max(0) > np.add(other, 1)).any())
 
 
 def _clean(obj, width, height, name, problems):

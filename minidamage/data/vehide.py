@@ -5,7 +5,8 @@ Class codes are Vietnamese. A code that is not in the table is an error that lis
 `mop` for `mop_lom` and silently lost all 5,681 dents.
 
 Pictures of one vehicle share a moment: names begin with DDMMYYYY_HHMMSS or YYYYMMDD_HHMMSS, and `Thumbnail<name>.jpg` is a small copy
-of `<name>.jpg`. Times at most a minute apart make one group. Some groups lie in both official parts: `python -m minidamage.data` counts them.
+of `<name>.jpg`. Times at most a minute apart make one group. Some groups lie in both official parts:
+`python -m minidamage.data` counts them.
 """
 import datetime
 import difflib

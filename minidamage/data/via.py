@@ -47,7 +47,8 @@ def read(path, images=None, attribute=None, **_):
         parts[part] = _read_part(entries[part], keys[part], label_of, finder, problems, next_id)
         extra = unlisted_pictures(finder.folders[0], parts[part], [name for name, _ in entries[part]]) if finder.folders else 0
         if extra:
-            notes.append(f"{extra} pictures in {finder.folders[0]} are not in {os.path.basename(file)}: left out (not known to be undamaged)")
+            notes.append(f"{extra} pictures in {finder.folders[0]} are not in {os.path.basename(file)}: left out "
+                         "(not known to be undamaged)")
     if os.path.isdir(path):
         notes += _folders_without_file(path, files)
     return Dataset(path=str(path), layout="via", class_names=tuple(names), category_ids=tuple(range(1, len(names) + 1)),
@@ -128,8 +129,8 @@ def _find_files(path):
         for file in here:
             part = part_of(os.path.splitext(os.path.basename(file))[0]) if len(here) > 1 else "all"
             if part is None or part in found:
-                raise ValueError(f"{path}: several VIA files ({', '.join(map(os.path.basename, here))}) and their names do not say which is "
-                                 "train, val or test; give one file, or rename them")
+                raise ValueError(f"{path}: several VIA files ({', '.join(map(os.path.basename, here))}) and their names do not say "
+                                 "which is train, val or test; give one file, or rename them")
             found[part] = file
         return found
     found = {}
