@@ -42,7 +42,8 @@ def main(argv=None):
         checkpoint_path = find_checkpoint(args.checkpoint, "runs", "best.pt")
         model, checkpoint = load_checkpoint(checkpoint_path, device)
         if model.task != "detection":
-            raise ValueError(f"{checkpoint_path}: expected a detection model, got {checkpoint['model']} ({model.task}); name another --checkpoint")
+            raise ValueError(f"{checkpoint_path}: expected a detection model, got {checkpoint['model']} ({model.task}); "
+                             "name another --checkpoint")
         thresholds = score_thresholds(checkpoint, args.score)
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
@@ -67,7 +68,8 @@ def main(argv=None):
         try:
             write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
         except OSError as error:
-            print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole", file=sys.stderr)
+            print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole",
+                  file=sys.stderr)
             return 1
         found.append([about["class_names"][label - 1] for label in detections["labels"]])
         print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {in_words(found[-1], detections['scores'])}"
@@ -78,13 +80,16 @@ def main(argv=None):
 
 def parse_arguments(argv):
     parser = argparse.ArgumentParser(description="Find damage in photographs: an overlay picture and a JSON file for each.")
-    parser.add_argument("photographs", nargs="+", metavar="PHOTO_OR_FOLDER", help="JPEG, PNG, BMP, TIFF or WebP files, or folders of them (searched to any depth)")
-    parser.add_argument("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
-    parser.add_argument("--out", default="predictions", metavar="DIR", help="folder for the results, made when missing (default: %(default)s)")
-    parser.add_argument("--score", type=float, metavar="S", help="lowest score of a finding, 0 to 1 (default: the checkpoint's threshold of each class, chosen on "
-                        "its validation part; 0.5 where it has none)")
-    parser.add_argument("--explain", action="store_true", help="also draw the model's stages (picture, proposals, context map, boxes, raw mask, filled mask, result)")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
+    add = parser.add_argument
+    add("photographs", nargs="+", metavar="PHOTO_OR_FOLDER",
+        help="JPEG, PNG, BMP, TIFF or WebP files, or folders of them (searched to any depth)")
+    add("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
+    add("--out", default="predictions", metavar="DIR", help="folder for the results, made when missing (default: %(default)s)")
+    add("--score", type=float, metavar="S", help="lowest score of a finding, 0 to 1 (default: the checkpoint's threshold of each class, "
+        "chosen on its validation part; 0.5 where it has none)")
+    add("--explain", action="store_true", help="also draw the model's stages: picture, proposals, context map, boxes, raw mask, filled "
+        "mask, result")
+    add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     return parser.parse_args(argv)
 
 
@@ -101,13 +106,15 @@ def find_photographs(paths, out):
             raise ValueError(f"{path}: expected a photograph or a folder, there is no such file")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
         if os.path.realpath(folder) == out:
-            raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example --out {os.path.join(out, 'predictions')}")
+            raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example "
+                             f"--out {os.path.join(out, 'predictions')}")
         if not os.path.isdir(path):
             found.append(path)
             continue
         inside = []
         for parent, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(parent, name)) != out and not name.startswith("."))
+            folders[:] = sorted(name for name in folders
+                                if os.path.realpath(os.path.join(parent, name)) != out and not name.startswith("."))
             inside += [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
         if not inside:
             raise ValueError(f"{path}: expected a folder with photographs (.jpg, .png, .bmp, .tif, .webp), found none in it")

@@ -76,7 +76,8 @@ def rasterised(polygons, height, width):
     return mask_codec.decode(mask_codec.from_polygons(rings, height, width, even_odd=True)).astype(bool)
 
 
-TURNS = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE", 8: "ROTATE_270"}
+TURNS = {1: None, 2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90", 7: "TRANSVERSE",
+         8: "ROTATE_270"}
 
 
 @pytest.mark.parametrize("orientation", TURNS)
@@ -218,8 +219,9 @@ def checkpoint(tmp_path_factory):
     fields = {**demo["config"], "box_detections_per_img": 8}
     model = minidamage.build_model("damagenet", num_classes=3, **fields)
     path = tmp_path_factory.mktemp("run") / "best.pt"
-    save_checkpoint(path, {"model": "damagenet", "config": vars(model.config), "num_classes": 3, "class_names": NAMES, "category_ids": (1, 2),
-                           "thresholds": {}, "weights": model.state_dict(), "train": {}, "run": {}, "split": {}, "metrics": {}})
+    save_checkpoint(path, {"model": "damagenet", "config": vars(model.config), "num_classes": 3, "class_names": NAMES,
+                           "category_ids": (1, 2), "thresholds": {}, "weights": model.state_dict(), "train": {}, "run": {}, "split": {},
+                           "metrics": {}})
     return path
 
 

@@ -273,12 +273,15 @@ def test_report_is_one_valid_file_with_everything_inside(tmp_path):
     parser.feed(page)
     assert not parser.wrong and not parser.open
     assert all(address.startswith(("#", "data:image/")) for address in parser.addresses)
-    assert "&lt;b&gt;not&lt;/b&gt;" in page and "<code>code</code>" in page and "0.612" in page and "1,200" in page and page.count("n/a") == 2
-    assert "prefers-color-scheme: dark" in page and "data:image/png;base64" in page and "data:image/jpeg;base64" in page
+    for part in ("&lt;b&gt;not&lt;/b&gt;", "<code>code</code>", "0.612", "1,200", "prefers-color-scheme: dark", "data:image/png;base64",
+                 "data:image/jpeg;base64"):
+        assert part in page
+    assert page.count("n/a") == 2
 
 
 def test_report_refuses_what_it_cannot_show(tmp_path):
-    for blocks, message in (([report.Table(["a"], [[1, 2]])], "1 cells a row"), ([report.Picture(b"GIF89a")], "PNG or JPEG"), ([3], "got int")):
+    for blocks, message in (([report.Table(["a"], [[1, 2]])], "1 cells a row"), ([report.Picture(b"GIF89a")], "PNG or JPEG"),
+                            ([3], "got int")):
         with pytest.raises(ValueError, match=message):
             report.write_report(tmp_path / "r.html", "t", [("s", blocks)])
     assert not os.listdir(tmp_path)

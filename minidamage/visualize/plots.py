@@ -125,9 +125,10 @@ def precision_recall_plot(curves, title="Precision and recall", colours=None, si
 # ---------------------------------------------------------------------------------------------- a run's curves
 
 def curves_from_csv(csv_path, png_path, title=""):
-    """Draws a run's metrics.csv (one row an epoch) to a PNG: loss, validation metrics, loss terms, learning rate. Returns its path.
+    """Draws a run's metrics.csv (one row an epoch) to a PNG: loss, validation metrics, loss terms, learning rate; returns its path.
 
-    DamageNet, Fig. 4 shows loss and accuracy over epochs; the metrics here are the ones in the file. Epochs whose cell is empty are passed over.
+    DamageNet, Fig. 4 shows loss and accuracy over epochs; the metrics here are the ones in the file. Epochs whose cell is empty
+    are passed over.
     Raises ValueError where the file has no epoch column or no row.
     """
     columns = read_metrics(csv_path)

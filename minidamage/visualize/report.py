@@ -171,7 +171,8 @@ p { max-width: 46rem; margin: .6rem 0; }
 a { color: var(--link); }
 .subtitle { color: var(--soft); }
 nav ul { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; padding: 0; margin: 1rem 0; list-style: none; }
-code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: var(--card); padding: .1em .3em; border-radius: .25em; overflow-wrap: anywhere; }
+code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: var(--card); padding: .1em .3em; border-radius: .25em;
+       overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }

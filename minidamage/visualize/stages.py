@@ -35,31 +35,32 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
     labels = labels.astype(np.int64)
     before = [mask_array(stages["masks_threshold"][i], H, W) for i in kept]
     final = [mask_array(stages["masks_final"][i], H, W) for i in kept]
-    shown, levels = min(PROPOSALS_SHOWN, len(stages["proposals"])), stages["features"]
-    span = next(iter(levels)) if len(levels) == 1 else f"{next(iter(levels))} to {list(levels)[-1]}"
+    scale = cell / max(H, W)                                  # B, C and E are drawn in their final size
+    size = max(1, round(W * scale)), max(1, round(H * scale))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
+    proposals, levels = stages["proposals"], list(stages["features"])
+    shown = min(PROPOSALS_SHOWN, len(proposals))
+    span = levels[0] if len(levels) == 1 else f"{levels[0]} to {levels[-1]}"
     pictures = {
         f"A  picture, {W} x {H}": image,
-        f"B  proposals, the best {shown} of {len(stages['proposals'])}": _draw_proposals(image, stages["proposals"], stages["objectness"], cell),
-        f"C  pyramid {'with' if context else 'without'} dilated context, {span}": _draw_map(image, levels),
+        f"B  proposals, the best {shown} of {len(proposals)}": _draw_proposals(small, proposals * scale, stages["objectness"]),
+        f"C  pyramid {'with' if context else 'without'} dilated context, {span}": _draw_map(small, stages["features"]),
         f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True),
-        "E  raw mask, probability": _draw_probability(image, stages["masks_raw"][kept], stages["boxes"][kept])}
+        "E  raw mask, probability": _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)}
     filled = [old | new for old, new in zip(before, final)]
     added, canvas = _draw_change(image, labels, filled, [new & ~old for old, new in zip(before, final)], FILLED, class_names)
     pictures["F  threshold and filling" + f": {added:,} px filled (yellow)" * bool(added)] = canvas
     removed = sum(int((old & ~new).sum()) for old, new in zip(before, final))
-    pictures["G  final" + f": {removed:,} px of islands removed" * bool(removed)] = draw_detections(image, boxes, labels, scores, final, class_names,
-                                                                                                enlarge=True)
+    pictures["G  final" + f": {removed:,} px of islands removed" * bool(removed)] = draw_detections(
+        image, boxes, labels, scores, final, class_names, enlarge=True)
     return grid(list(pictures.values()), list(pictures), columns=4, cell=cell)
 
 
-def _draw_proposals(image, proposals, objectness, cell):
-    """The best proposals, faint ones below; drawn on the picture in its final size, where a line keeps its width."""
-    H, W, _ = image.shape
-    scale = cell / max(H, W)
-    small = np.asarray(Image.fromarray(image).resize((max(1, round(W * scale)), max(1, round(H * scale))), Image.Resampling.LANCZOS))
-    proposals, objectness = np.asarray(proposals, np.float64) * scale, np.asarray(objectness, np.float64)
-    order = np.argsort(-objectness, kind="stable")[:PROPOSALS_SHOWN]
-    canvas = small.astype(np.float32)
+def _draw_proposals(image, proposals, objectness):
+    """The best proposals, faint ones below, over image: uint8 [H, W, 3]."""
+    proposals = np.asarray(proposals, np.float64)
+    order = np.argsort(-np.asarray(objectness, np.float64), kind="stable")[:PROPOSALS_SHOWN]
+    canvas = image.astype(np.float32)
     for rank, i in reversed(list(enumerate(order))):
         share = 1 - rank / max(len(order), 2)                 # 1: the best
         colour, opacity = heat(np.array(0.35 + 0.6 * share)), 0.25 + 0.7 * share
@@ -86,7 +87,7 @@ def _draw_map(image, levels):
 def _draw_probability(image, masks, boxes):
     """Each pixel's largest mask probability as heat over the grey picture; nothing where it is near 0.
 
-    masks: [D, 1, M, M] float inside boxes: [D, 4]; pasted one at a time, so that twelve megapixels need one map, not D.
+    masks: [D, 1, M, M] float inside boxes: [D, 4]; pasted one at a time, so that one map is needed, not D.
     """
     H, W, _ = image.shape
     largest = np.zeros((H, W), np.float32)
