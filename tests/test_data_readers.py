@@ -114,6 +114,12 @@ def test_empty_unknown_and_broken_sets(tmp_path):
         load(tmp_path)
 
 
+def test_the_summary_gathers_problems_by_kind(tmp_path):
+    outside = [("tray_son", [50 + i, 80, 80], [1, 1, 20]) for i in range(5)]
+    text = summary(load(vehide_set(tmp_path, outside)))
+    assert "5 problems:" in text and "5 x polygon leaves the picture by # px; clipped" in text and "first: a.jpg, annotation 1: " in text
+
+
 def test_unlisted_pictures_are_not_called_undamaged(tmp_path):
     vehide_set(tmp_path, [("tray_son", [1, 9, 9], [1, 1, 9])])
     picture(tmp_path / "image/image/extra.jpg", seed=9)
@@ -199,6 +205,8 @@ def test_via_without_attributes_checkboxes_and_forced_key(tmp_path):
     regions[0]["region_attributes"]["fault"] = "rust"
     via_set(tmp_path / "c", regions)
     assert load(tmp_path / "c", attribute="fault").class_names == ("rust",)
+    with pytest.raises(ValueError, match="no region has an attribute 'colour'; the regions have 'fault', 'name'"):
+        load(tmp_path / "c", attribute="colour")
 
 
 def test_via_listed_twice_and_via3(tmp_path):

@@ -33,6 +33,11 @@ def read(path, images=None, attribute=None, **_):
     several = len(files) > 1
     entries = {part: entries_of(_load(file)) for part, file in files.items()}
     keys, notes, problems = {}, [], []
+    if attribute:
+        found = {key for listed in entries.values() for _, regions in listed for r in regions for key in r.get("region_attributes") or {}}
+        if attribute not in found:
+            raise ValueError(f"{path}: no region has an attribute {attribute!r}; the regions have "
+                             f"{', '.join(sorted(map(repr, found))) or 'none'}")
     for part, listed in entries.items():
         keys[part] = attribute or class_attribute([r for _, regions in listed for r in regions])
     notes.append("class read from region attribute " + ", ".join(
