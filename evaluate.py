@@ -21,10 +21,10 @@ from minidamage.checkpoint import load_checkpoint
 from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.split import from_names
 from minidamage.metrics import tables
-from minidamage.metrics.coco_files import read_json
 from minidamage.metrics.detection import evaluate_coco_files, evaluate_model
 from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress
+from minidamage.training import iou_types
 from minidamage.visualize.overlay import draw_detections, draw_truth, grid, save_picture
 from minidamage.visualize.plots import precision_recall_plot
 from minidamage.visualize.report import Picture, Table, write_report
@@ -70,38 +70,17 @@ def score_files(args):
     """Prints (and with --out writes) the numbers of --truth and --detections."""
     if not (args.truth and args.detections):
         raise ValueError("expected both --truth gt.json and --detections dt.json, got only one of them")
-    (truth, truth_name), (found, found_name) = read_json(args.truth), read_json(args.detections)
-    results = {}
-    for iou_type in (args.iou_type,) if args.iou_type else types_in(truth, found):
-        try:
-            results[iou_type] = evaluate_coco_files(truth, found, iou_type, not args.no_categories)
-        except ValueError as error:
-            name = f"{truth_name} / {found_name}"
-            raise ValueError(str(error).replace("the given content", name)) from None
-    numbers = {"truth": truth_name, "detections": found_name, "stats": {}, "per_class": {}, "voc": {}}
-    for iou_type, result in results.items():
-        shown = [*tables.coco_tables(result), tables.class_table(result)]
-        print("\n\n".join(tables.as_text(*table) for table in shown) + "\n")
-        for cause in result.causes:
-            print(f"note: {cause}")
-        numbers["stats"] |= result.stats
-        numbers["voc"][iou_type] = result.voc_ap(iou_type)
-        for name, values in result.per_class.items():
-            numbers["per_class"].setdefault(name, {}).update(values)
+    result = evaluate_coco_files(args.truth, args.detections, args.iou_type or "auto", not args.no_categories)
+    print("\n\n".join(tables.as_text(*table) for table in (*tables.coco_tables(result), tables.class_table(result))))
+    for cause in result.causes:
+        print(f"note: {cause}")
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        run_folder.write_json(os.path.join(args.out, "results.json"), without_nan({"command": run_folder.command_line(), **numbers}))
+        numbers = {"command": run_folder.command_line(), "truth": args.truth, "detections": args.detections, "stats": result.stats,
+                   "per_class": result.per_class, "voc": {t: result.voc_ap(t) for t in result.scored}, "notes": result.causes}
+        run_folder.write_json(os.path.join(args.out, "results.json"), without_nan(numbers))
         print(f"written: {os.path.join(args.out, 'results.json')}")
     return 0
-
-
-def types_in(truth, found):
-    """("bbox", "segm") where the first detection and the truth have masks, else boxes alone."""
-    first = found[0] if isinstance(found, list) and found else {}
-    annotations = truth.get("annotations") if isinstance(truth, dict) else None
-    with_masks = bool(first.get("segmentation")) if isinstance(first, dict) else False
-    with_masks = with_masks and isinstance(annotations, list) and all(isinstance(a, dict) and a.get("segmentation") for a in annotations)
-    return ("bbox", "segm") if with_masks else ("bbox",)
 
 
 # ---------------------------------------------------------------------------------------------------------- a model
@@ -115,8 +94,7 @@ def score_model(args):
         raise ValueError(f"{path}: expected a detection model, got {checkpoint['model']} ({model.task})")
     names, thresholds = tuple(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)
-    with_masks = getattr(model.roi_heads, "mask_predictor", None) is not None and any(m is not None for r in records for m in r.masks)
-    iou_types = ("bbox", "segm") if with_masks else ("bbox",)
+    with_masks = "segm" in iou_types(model) and (any(m is not None for r in records for m in r.masks) or not any(len(r.masks) for r in records))
     print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path})")
 
     samples, pixels, judged = Samples(records, with_masks), PixelEvaluator(names), []
@@ -132,7 +110,7 @@ def score_model(args):
 
     workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers)
-    metrics, evaluator = evaluate_model(model, loader, names, iou_types, on_picture)
+    metrics, evaluator = evaluate_model(model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
     progress.clear()
     result, pixel_result = evaluator.evaluate(), pixels.evaluate() if with_masks else None
 

@@ -19,9 +19,7 @@ def body(request, monkeypatch):
     if request.param == "numpy":
         monkeypatch.setattr(masks, "native_module", lambda: None)
     elif masks.native_module() is None:
-        if os.environ.get("MINIDAMAGE_KERNELS") == "off":
-            pytest.skip("MINIDAMAGE_KERNELS=off: no C++ to compare")
-        pytest.fail("csrc/evaluation.cpp did not build")
+        pytest.skip("no compiler, or MINIDAMAGE_KERNELS=off: no C++ to compare")        # a broken build raises before (conftest.py)
     return request.param
 
 

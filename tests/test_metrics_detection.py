@@ -26,9 +26,7 @@ def body(request, monkeypatch):
     if request.param == "numpy":
         monkeypatch.setattr(masks, "native_module", lambda: None)
     elif masks.native_module() is None:
-        if os.environ.get("MINIDAMAGE_KERNELS") == "off":
-            pytest.skip("MINIDAMAGE_KERNELS=off: no C++ to compare")
-        pytest.fail("csrc/evaluation.cpp did not build")
+        pytest.skip("no compiler, or MINIDAMAGE_KERNELS=off: no C++ to compare")        # a broken build raises before (conftest.py)
     return request.param
 
 
@@ -51,8 +49,8 @@ def test_matches_equal_pycocotools(body, iou_type, use_cats):
     """Which truth each detection took, at each threshold, in each picture: the same ties, broken by the order in the file."""
     with open(os.path.join(DATA, "cocoeval_matches.json")) as stream:
         stored = json.load(stream)[iou_type + ("" if use_cats else "_nocats") + "_matches_all_area"]
-    truths, image_ids, categories, annotation_ids, images = coco_files.read_truth(TRUTH, iou_type)
-    found = coco_files.read_detections(FOUND, iou_type, image_ids, categories, images)
+    truths, image_ids, categories, annotation_ids, images = coco_files.read_truth(TRUTH_CONTENT, "truth", iou_type)
+    found = coco_files.read_detections(FOUND_CONTENT, "found", iou_type, image_ids, categories, images)
     category_ids = [c["id"] for c in categories]
     if not use_cats:
         order = np.argsort(truths["category"], kind="stable")
@@ -76,7 +74,7 @@ def test_matches_equal_pycocotools(body, iou_type, use_cats):
 def test_numpy_equals_native_on_crowded_pictures(monkeypatch):
     """Many ties, crowds, empty masks and groups over the limits of 1, 10, 100."""
     if masks.native_module() is None:
-        pytest.skip("MINIDAMAGE_KERNELS=off: no C++ to compare")
+        pytest.skip("no compiler, or MINIDAMAGE_KERNELS=off: no C++ to compare")
     rng = np.random.RandomState(0)
     n, m, images, categories = 120, 700, 6, 3
     xy, wh = rng.randint(0, 50, (n + m, 2)), rng.randint(0, 30, (n + m, 2))

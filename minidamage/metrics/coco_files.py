@@ -16,7 +16,7 @@ EXAMPLE = '{"image_id": 7, "category_id": 1, "bbox": [x, y, width, height] or "s
 
 
 def read_json(file):
-    """A JSON file's content; a list or dict is passed through, so that callers may hold the content already."""
+    """(content, name for messages) of a JSON file; a list or dict is passed through, so that callers may hold the content already."""
     if isinstance(file, (dict, list)):
         return file, "the given content"
     file = os.fspath(file)
@@ -29,12 +29,20 @@ def read_json(file):
         raise ValueError(f"{file}: expected JSON, but it breaks off or is something else ({error}); was it written to the end?") from None
 
 
-def read_truth(file, iou_type):
-    """(table, image_ids [I] sorted, categories: dicts sorted by id, annotation ids [n], {image id: image dict}) of an annotation file.
+def types_in(truth, found):
+    """("bbox", "segm") where the first detection and the truth have masks, else boxes alone."""
+    first = found[0] if isinstance(found, list) and found else {}
+    annotations = truth.get("annotations") if isinstance(truth, dict) else None
+    with_masks = bool(first.get("segmentation")) if isinstance(first, dict) else False
+    with_masks = with_masks and isinstance(annotations, list) and all(isinstance(a, dict) and a.get("segmentation") for a in annotations)
+    return ("bbox", "segm") if with_masks else ("bbox",)
+
+
+def read_truth(content, name, iou_type):
+    """(table, image_ids [I] sorted, categories: dicts sorted by id, annotation ids [n], {image id: image dict}) of an annotation file's content.
 
     iou_type "segm" reads polygons and RLEs as masks, "bbox" the boxes. Raises ValueError with what is wrong.
     """
-    content, name = read_json(file)
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations", "categories")):
         got = f"a dict with {', '.join(map(str, list(content)[:6])) or 'nothing'}" if isinstance(content, dict) else f"a {type(content).__name__}"
         raise ValueError(f'{name}: expected COCO ground truth, a dict with the lists "images", "annotations" and "categories", got {got}'
@@ -60,9 +68,8 @@ def read_truth(file, iou_type):
     return table, sorted(images), categories, np.array([a.get("id", i + 1) for i, a in enumerate(annotations)], np.int64), images
 
 
-def read_detections(file, iou_type, image_ids, categories, images, area_from_boxes=False):
-    """The table of a detections file (a list of dicts, or the content of one). Raises ValueError with what is wrong."""
-    content, name = read_json(file)
+def read_detections(content, name, iou_type, image_ids, categories, images, area_from_boxes=False):
+    """The table of a detections file's content (a list of dicts). Raises ValueError with what is wrong."""
     if isinstance(content, dict) and isinstance(content.get("annotations"), list) and not all("score" in a for a in content["annotations"]):
         raise ValueError(f"{name}: expected detections, a list of dicts with scores, got ground truth (a dict with \"annotations\"); "
                          "swapped --truth and --detections?")

@@ -267,19 +267,24 @@ def _add_picture(evaluator, image, truth, detection):
 def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):
     """Returns the DetectionResult of two COCO files (or their parsed content), as pycocotools' COCOeval.
 
-    use_cats=False: categories are ignored, as for proposals; the result then has the one class "all". area_from_boxes: see coco_files.py.
-    Raises ValueError with expected and got for every fault of the files.
+    iou_type: "bbox", "segm", both in a tuple, or "auto" for what the files hold. use_cats=False: categories are ignored, as for proposals; the result then has the one class
+    "all". area_from_boxes: see coco_files.py. Raises ValueError with expected and got for every fault of the files.
     """
-    if iou_type not in IOU_TYPES:
-        raise ValueError(f"evaluate_coco_files expects iou_type bbox or segm, got {iou_type!r}")
-    truths, image_ids, categories, _, images = coco_files.read_truth(truth, iou_type)
-    found = coco_files.read_detections(detections, iou_type, image_ids, categories, images, area_from_boxes)
-    names = [str(c.get("name", c["id"])) for c in categories]
-    names = [name if names.count(name) == 1 else f"{name} ({c['id']})" for name, c in zip(names, categories)]
-    if not use_cats:
-        truths, found, names = _without_categories(truths), _without_categories(found), ["all"]
-    arrays = coco.evaluate(truths, found, len(image_ids), len(names), keep_matches=True)
-    return DetectionResult(names, image_ids, {iou_type: Scored(truths, found, arrays)})
+    iou_types = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
+    if not iou_types or set(iou_types) - {*IOU_TYPES, "auto"}:
+        raise ValueError(f"evaluate_coco_files expects iou_type bbox or segm (or auto), got {iou_type!r}")
+    truth, detections, scored = coco_files.read_json(truth), coco_files.read_json(detections), {}
+    if "auto" in iou_types:
+        iou_types = coco_files.types_in(truth[0], detections[0])
+    for iou_type in iou_types:
+        truths, image_ids, categories, _, images = coco_files.read_truth(*truth, iou_type)
+        found = coco_files.read_detections(*detections, iou_type, image_ids, categories, images, area_from_boxes)
+        names = [str(c.get("name", c["id"])) for c in categories]
+        names = [name if names.count(name) == 1 else f"{name} ({c['id']})" for name, c in zip(names, categories)]
+        if not use_cats:
+            truths, found, names = _without_categories(truths), _without_categories(found), ["all"]
+        scored[iou_type] = Scored(truths, found, coco.evaluate(truths, found, len(image_ids), len(names), keep_matches=True))
+    return DetectionResult(names, image_ids, scored)
 
 
 def _without_categories(table):

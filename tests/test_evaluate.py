@@ -1,0 +1,245 @@
+"""evaluate.py: a finder of red squares whose score is known, an untrained DamageNet end to end, two COCO files, and every mistake."""
+import json
+import os
+import types
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+import minidamage
+from minidamage import masks
+from minidamage.checkpoint import save_checkpoint
+from minidamage.data import DetectionDataset, load_dataset
+from minidamage.data.synthetic import make_demo
+from minidamage.metrics.detection import evaluate_model
+
+DATA = os.path.join(os.path.dirname(__file__), "data")
+TRUTH, FOUND = os.path.join(DATA, "coco_gt.json"), os.path.join(DATA, "coco_dt.json")
+STORED = np.load(os.path.join(DATA, "cocoeval.npz"))
+
+
+def read(path):
+    with open(path, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+# ---- two files ---------------------------------------------------------------------------------------------------------------------
+
+def test_files_alone_give_the_stored_numbers(tmp_path, capsys):
+    assert evaluate.main(["--truth", TRUTH, "--detections", FOUND, "--out", str(tmp_path / "out")]) == 0
+    printed = capsys.readouterr().out
+    results = read(tmp_path / "out" / "results.json")
+    for iou_type in ("bbox", "segm"):
+        ours = [value for name, value in results["stats"].items() if name.startswith(iou_type)]
+        np.testing.assert_allclose(ours, STORED[f"{iou_type}_stats"], rtol=0, atol=1e-9)
+        assert f"{STORED[f'{iou_type}_stats'][0]:.3f}" in printed
+    assert results["per_class"]["no_gt"]["bbox/AP"] is None and "no_gt is NaN" in printed
+
+
+def test_files_with_one_iou_type_and_without_categories(tmp_path):
+    assert evaluate.main(["--truth", TRUTH, "--detections", FOUND, "--iou-type", "segm", "--no-categories", "--out", str(tmp_path)]) == 0
+    np.testing.assert_allclose(list(read(tmp_path / "results.json")["stats"].values()), STORED["segm_nocats_stats"], rtol=0, atol=1e-9)
+
+
+def test_faults_of_files_end_with_2(tmp_path, capsys):
+    (tmp_path / "dict.json").write_text('{"annotations": []}')
+    (tmp_path / "ids.json").write_text(json.dumps([dict(read(FOUND)[0], image_id=-1)]))
+    for arguments, message in ((["--truth", TRUTH], "both --truth"),
+                               (["--truth", FOUND, "--detections", TRUTH], "swapped"),
+                               (["--truth", str(tmp_path / "dict.json"), "--detections", FOUND], '"images"'),
+                               (["--truth", str(tmp_path / "none.json"), "--detections", FOUND], "none.json: expected a COCO JSON file"),
+                               (["--truth", TRUTH, "--detections", str(tmp_path / "dict.json")], "expected a list of detections"),
+                               (["--truth", TRUTH, "--detections", str(tmp_path / "ids.json")], "ids.json: detections of pictures whose id")):
+        assert evaluate.main(arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+# ---- a finder whose score is known -------------------------------------------------------------------------------------------------
+
+NAMES = ("dent", "scratch")
+
+
+class RedFinder(torch.nn.Module):
+    """Every red square of a picture is a dent of score 0.9, every green one a scratch of score 0.3."""
+
+    task, name, roi_heads = "detection", "red", types.SimpleNamespace(mask_predictor=True)
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.eval()
+
+    def detect(self, images, mask_form):
+        assert mask_form == "rle" and images[0].dtype == torch.uint8
+        return [self.find(image.numpy().astype(int)) for image in images]
+
+    def find(self, image):
+        parts = []
+        for label, channel, score in ((1, 0, 0.9), (2, 1, 0.3)):
+            labels, n = masks.connected_components((image[channel] > 180) & (image.sum(0) < 400))
+            parts += [(masks.encode(labels == k + 1), score, label) for k in range(n)]
+        rles = [rle for rle, _, _ in parts]
+        return {"boxes": torch.tensor(masks.to_boxes(rles) if rles else np.zeros((0, 4)), dtype=torch.float32), "masks": rles,
+                "scores": torch.tensor([s for _, s, _ in parts]), "labels": torch.tensor([k for _, _, k in parts], dtype=torch.int64)}
+
+
+def draw_set(folder):
+    """Four pictures in COCO form: two dents found exactly; a scratch that is drawn but has a low score; an undamaged one with a red reflection; an
+    undamaged one with nothing."""
+    squares = [[(20, 20, 40, 1, True), (90, 10, 30, 1, True)], [(30, 30, 50, 2, True)], [(10, 60, 20, 1, False)], []]
+    os.makedirs(folder / "images")
+    content = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "scratch"}, {"id": 3, "name": "dent"}]}
+    for i, objects in enumerate(squares):
+        pixels = np.full((120, 160, 3), 90, np.uint8)
+        content["images"].append({"id": 10 + i, "file_name": f"{i}.png", "height": 120, "width": 160})
+        for x, y, side, label, is_damage in objects:
+            pixels[y:y + side, x:x + side] = (230, 20, 20) if label == 1 else (20, 230, 20)
+            if is_damage:
+                content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": 10 + i, "category_id": {1: 3, 2: 7}[label], "iscrowd": 0,
+                                               "area": side * side, "bbox": [x, y, side, side],
+                                               "segmentation": [[x, y, x + side, y, x + side, y + side, x, y + side]]})
+        Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
+    (folder / "annotations.json").write_text(json.dumps(content))
+    return folder
+
+
+@pytest.fixture
+def red_run(tmp_path, monkeypatch):
+    """A working folder with runs/red-001/best.pt, whose model is RedFinder, trained on the drawn set."""
+    folder = draw_set(tmp_path / "squares")
+    files = [f"images/{i}.png" for i in range(4)]
+    checkpoint = {"model": "red", "class_names": NAMES, "thresholds": {"dent": 0.5, "scratch": 0.5}, "train": {"epoch": 3},
+                  "run": {"data": str(folder)}, "split": {"train": files[:0], "val": [], "test": files}}
+    os.makedirs(tmp_path / "runs" / "red-001")
+    (tmp_path / "runs" / "red-001" / "best.pt").write_bytes(b"")
+    monkeypatch.setattr(evaluate, "load_checkpoint", lambda path, device: (RedFinder(), checkpoint))
+    monkeypatch.chdir(tmp_path)
+    return types.SimpleNamespace(path=tmp_path, data=folder, checkpoint=checkpoint, out=tmp_path / "runs" / "red-001" / "evaluation-test")
+
+
+def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, capsys):
+    assert evaluate.main(["--device", "cpu"]) == 0
+    results, printed = read(red_run.out / "results.json"), capsys.readouterr().out
+    assert results["stats"]["bbox/AP"] == results["stats"]["segm/AP"] == pytest.approx(1)          # a low score lowers no AP
+    assert results["per_class"]["dent"]["segm/AP50"] == pytest.approx(1) and results["voc"]["segm"]["11-point"]["mean"] == 1
+    assert results["at_thresholds"]["dent"]["TP"] == 2 and results["at_thresholds"]["dent"]["FP"] == 1
+    assert results["at_thresholds"]["scratch"]["FN"] == 1 and results["at_thresholds"]["all"]["matched IoU"] == 1
+    assert results["best_f1"]["scratch"] == pytest.approx({"threshold": 0.3, "F1": 1, "precision": 1, "recall": 1})
+    assert results["false_alarms"] == {"pictures": 2, "with findings": 0.5, "findings": 0.5}
+    tp, fp, fn = 40 * 40 + 30 * 30, 20 * 20, 50 * 50                                  # the scratch is below its threshold
+    assert results["pixels"]["pixel/IoU"] == pytest.approx(tp / (tp + fp + fn))
+    assert results["pixels"]["pixel/image/IoU"] == pytest.approx((1 + 0 + 0) / 3)     # the fourth picture has no quotient
+    assert results["pixels_per_class"]["dent"]["pixel/precision"] == pytest.approx(tp / (tp + fp))
+    assert results["ms_per_picture"] > 0 and results["peak_memory_MB"] > 0 and results["pictures"] == 4 and results["part"] == "test"
+    assert "50.0% of the 2 pictures without damage" in printed and "report.html" in printed
+    page = (red_run.out / "report.html").read_text(encoding="utf-8")
+    assert "Worst predictions" in page and "data:image/" in page and "1.000" in page
+    assert sorted(f for f in os.listdir(red_run.out) if f.startswith("worst")) == ["worst-01.jpg", "worst-02.jpg"]
+    with Image.open(red_run.out / "worst-01.jpg") as picture:
+        assert picture.width > 2 * 160
+
+
+def test_what_is_written_scores_the_same(red_run):
+    assert evaluate.main(["--device", "cpu"]) == 0
+    files = [str(red_run.out / "truth.json"), str(red_run.out / "detections.json")]
+    assert {c["id"]: c["name"] for c in read(files[0])["categories"]} == {3: "dent", 7: "scratch"}
+    assert {d["category_id"] for d in read(files[1])} == {3, 7}
+    assert evaluate.main(["--truth", files[0], "--detections", files[1], "--out", str(red_run.path / "again")]) == 0
+    assert read(red_run.path / "again" / "results.json")["stats"] == read(red_run.out / "results.json")["stats"]
+
+
+def test_score_and_another_data_set(red_run, tmp_path, capsys):
+    assert evaluate.main(["--device", "cpu", "--score", "0.2", "--worst", "0"]) == 0
+    assert read(red_run.out / "results.json")["at_thresholds"]["all"]["FN"] == 0
+    assert not [f for f in os.listdir(red_run.out) if f.startswith("worst")]
+    other = draw_set(tmp_path / "other")
+    content = read(other / "annotations.json")
+    content["images"] = content["images"][1:2]                                       # the scratch alone
+    content["annotations"] = [dict(content["annotations"][2], image_id=11)]
+    (other / "annotations.json").write_text(json.dumps(content))
+    for i in (0, 2, 3):
+        os.remove(other / "images" / f"{i}.png")
+    assert evaluate.main(["--device", "cpu", "--data", str(other)]) == 0
+    results = read(tmp_path / "runs" / "red-001" / "evaluation-other-all" / "results.json")
+    assert results["pictures"] == 1 and results["stats"]["segm/AP"] == pytest.approx(1) and results["per_class"]["dent"]["segm/AP"] is None
+    assert "AP of dent is NaN" in capsys.readouterr().out
+
+
+def test_boxes_alone_where_nothing_has_an_outline(red_run):
+    content = read(red_run.data / "annotations.json")
+    for annotation in content["annotations"]:
+        del annotation["segmentation"]
+    (red_run.data / "annotations.json").write_text(json.dumps(content))
+    assert evaluate.main(["--device", "cpu"]) == 0
+    results = read(red_run.out / "results.json")
+    assert results["stats"]["bbox/AP"] == pytest.approx(1) and "segm/AP" not in results["stats"] and results["pixels"] == {}
+
+
+@pytest.mark.parametrize("arguments, change, message", [
+    (["--part", "val"], {}, "--part val: .* has test \\(4\\)"),
+    (["--data", "nowhere"], {}, "nowhere: no such file"),
+    (["--score", "7"], {}, "from 0 to 1"),
+    (["--device", "tpu9"], {}, "--device tpu9"),
+    ([], {"run": {"data": "gone"}}, "gone: the data set that .* was trained on is not there any more"),
+    ([], {"run": {}}, "name the data set with --data"),
+    ([], {"class_names": ("dent",)}, "has objects of 'scratch', which the model does not know"),
+    ([], {"split": {"test": ["images/9.png"]}}, "1 pictures of the saved split"),
+    (["--checkpoint", "runs/none.pt"], {}, "runs/none.pt"),
+])
+def test_mistakes_end_with_2(red_run, arguments, change, message, capsys):
+    import re
+    red_run.checkpoint.update(change)
+    assert evaluate.main(["--device", "cpu", *arguments] if "--device" not in arguments else arguments) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+def test_no_run_is_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert evaluate.main([]) == 2
+    assert "train one first" in capsys.readouterr().err
+
+
+# ---- a real model ------------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def damagenet_run(tmp_path_factory):
+    """An untrained DamageNet at a small size, and four drawn pictures."""
+    folder = tmp_path_factory.mktemp("damagenet")
+    data = make_demo(str(folder / "demo"), images=4, size=96)
+    names = load_dataset(data, quiet=True).class_names
+    torch.manual_seed(0)
+    fields = {**minidamage.MODELS["damagenet"][3]["config"], "box_detections_per_img": 6, "min_size": 96, "max_size": 128}
+    model = minidamage.build_model("damagenet", num_classes=len(names) + 1, **fields)
+    os.makedirs(folder / "runs" / "damagenet-demo-001")
+    path = folder / "runs" / "damagenet-demo-001" / "best.pt"
+    save_checkpoint(path, {"model": "damagenet", "config": vars(model.config), "num_classes": len(names) + 1, "class_names": names,
+                           "category_ids": tuple(range(1, len(names) + 1)), "thresholds": {}, "weights": model.state_dict(), "train": {},
+                           "run": {"data": str(data)}, "split": {}, "metrics": {}})
+    return path, data
+
+
+def test_damagenet_end_to_end(damagenet_run):
+    path, _ = damagenet_run
+    assert evaluate.main(["--checkpoint", str(path.parent), "--part", "all", "--device", "cpu", "--score", "0"]) == 0
+    folder = path.parent / "evaluation-demo-all"
+    results = read(folder / "results.json")
+    assert len(results["stats"]) == 24 and results["pictures"] == 4 and len(read(folder / "detections.json")) == 24
+    sizes = {image["id"]: [image["height"], image["width"]] for image in read(folder / "truth.json")["images"]}
+    assert all(d["segmentation"]["size"] == sizes[d["image_id"]] for d in read(folder / "detections.json"))
+
+
+def test_evaluate_model_takes_batches_of_a_data_set(damagenet_run):
+    path, data = damagenet_run
+    model, checkpoint = minidamage.load_checkpoint(path)
+    records = load_dataset(data, quiet=True).parts["train"]
+    dataset = DetectionDataset(records)
+    batches = (([dataset[i][0]], [dict(dataset[i][1], image_id=i)]) for i in range(len(records)))
+    metrics, evaluator = evaluate_model(model, batches, checkpoint["class_names"])
+    assert metrics["ms per picture"] > 0 and set(evaluator.evaluate().stats) < set(metrics)
+    truth = evaluator.coco_truth()
+    assert len(truth["images"]) == len(records) and len(truth["annotations"]) == sum(len(r.labels) for r in records)
+    with pytest.raises(ValueError, match="model.eval"):
+        evaluate_model(model.train(), [], checkpoint["class_names"])
