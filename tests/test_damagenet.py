@@ -111,7 +111,7 @@ def test_post_processing_reaches_every_thresholded_form_and_leaves_probabilities
     model = small_model("damagenet", box_score_thresh=0.0).eval()
     probability, boolean, rles = (model.detect(images, form) for form in ("probability", "bool", "rle"))
     for p, b, r in zip(probability, boolean, rles):
-        thresholded = rle_masks.encode((p["masks"][:, 0] >= model.config.mask_threshold).numpy())
+        thresholded = rle_masks.encode((p["masks"][:, 0] > model.config.mask_threshold).numpy())
         want = rle_masks.decode(model.refine_masks(thresholded))
         assert np.array_equal(b["masks"].numpy(), want) and np.array_equal(rle_masks.decode(r["masks"]), want)
 

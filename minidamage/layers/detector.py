@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from minidamage import masks as rle_masks
 from minidamage import ops
 
 IMAGE_MEAN = (0.485, 0.456, 0.406)      # ImageNet, RGB, of values in 0..1: what the published bodies were trained with
@@ -153,7 +154,7 @@ def to_original(detections, batch, mask_form, threshold, refine=None):
 
     detections: N x roi_heads.Detections. mask_form: "probability" [D, 1, H, W] float (torchvision's), "bool" [D, H, W],
     "rle" (list of D COCO RLE dicts, never more than one mask in memory), "raw" [D, 1, M, M] as the head gave them.
-    threshold: probability from which a pixel is foreground. refine: takes and returns a list of RLE dicts, or None.
+    threshold: probability above which a pixel is foreground. refine: takes and returns a list of RLE dicts, or None.
     """
     if mask_form not in MASK_FORMS:
         raise ValueError(f"mask_form: expected one of {', '.join(MASK_FORMS)}, got {mask_form!r}")
@@ -183,7 +184,6 @@ def masks_in_form(masks, boxes, size, mask_form, threshold, refine):
 
 def decode_masks(rles, size):
     """D RLE dicts -> bool [D, h, w]."""
-    from minidamage import masks as rle_masks
     if len(rles) == 0:
         return torch.zeros((0, *size), dtype=torch.bool)
     return torch.from_numpy(rle_masks.decode(rles)).bool()

@@ -4,7 +4,7 @@
     C~  = sum_r alpha_r D_r,  sum_r alpha_r = 1                    eq. 10
     p_l = Conv3x3(Conv1x1(c_l) + Upsample(p_{l+1}))                eq. 11
     L   = lambda_1 L_cls + lambda_2 L_reg + lambda_3 L_mask        eq. 13
-    mask = remove islands(fill holes(M >= tau))                    section III.A, figures 6 and 7
+    mask = remove islands(fill holes(M > tau))                    section III.A, figures 6 and 7
 
 Differs from the paper:
 - The block stands on the 256-channel lateral Conv1x1(c_l), not on c_l itself: on c5's 2048 channels four 3x3 convolutions would

@@ -13,6 +13,7 @@ Training: model(images, targets) -> dict of losses. Evaluation: model(images) ->
 Read first: layers/, in the order above. Read next: damagenet.py.
 """
 import dataclasses
+import re
 
 import torch
 from torch import nn
@@ -75,7 +76,7 @@ class MaskRCNNConfig:
     mask_pool_size: int = 14                        # masks come out at twice this size; torchvision
     mask_layers: tuple[int, ...] = (256, 256, 256, 256)         # study: four 3x3 convolutions of 256
     mask_dim_reduced: int = 256                     # torchvision
-    mask_threshold: float = 0.5                     # probability from which a pixel is foreground; not stated
+    mask_threshold: float = 0.5                     # probability above which a pixel is foreground; not stated
     # RoIAlign
     sampling_ratio: int = 2                         # study
     canonical_scale: int = 224                      # a box of this side, in pixels, belongs to level 4 (Lin et al. 2017)
@@ -213,6 +214,18 @@ class MaskRCNN(nn.Module):
                            "masks_raw": detections[i].masks[:, None],
                            "masks_threshold": thresholded[i]["masks"], "masks_final": final[i]["masks"]})
         return stages
+
+
+    def load_state_dict(self, state_dict, strict=True, assign=False):
+        """As in every module; names from before torchvision 0.13, which its published COCO weights still carry, are translated."""
+        return super().load_state_dict({modern_name(key): value for key, value in state_dict.items()}, strict, assign)
+
+
+def modern_name(key):
+    """backbone.fpn.inner_blocks.0.weight -> ...0.0.weight, rpn.head.conv.weight -> ...conv.0.0.weight, mask_fcn1.weight -> 0.0.weight."""
+    key = re.sub(r"(fpn\.(?:inner|layer)_blocks\.\d)\.(weight|bias)$", r"\1.0.\2", key)
+    key = re.sub(r"(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2", key)
+    return re.sub(r"mask_head\.mask_fcn(\d)\.", lambda match: f"mask_head.{int(match[1]) - 1}.0.", key)
 
 
 class LastMapBackbone(Backbone):
