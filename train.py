@@ -138,8 +138,8 @@ def check_losses(values, targets, run):
         f"  files       {', '.join(str(target['file']) for target in targets)}\n"
         f"  weights     {'finite' if whole else 'no longer finite'};  "
         f"{run.path('last.pt')} is {'from just before this step' if saved else 'the one saved before, with finite weights'}\n"
-        f"  try         a lower rate or clipping: python train.py --resume {run.folder} --lr {rate / 4:.3g} --clip {recipe.clip_grad_norm or 10:g}"
-        f"{' --amp off' if run.args.amp != 'off' else ''}\n"
+        f"  try         a lower rate or clipping: python train.py --resume {run.folder} --lr {rate / 4:.3g} "
+        f"--clip {recipe.clip_grad_norm or 10:g}{' --amp off' if run.args.amp != 'off' else ''}\n"
         f"              and if it is always these files: python -m minidamage.data {run.args.data}")
 
 
@@ -187,9 +187,9 @@ def validate_detection(run, model, batches, stop, progress):
 def add_picture(evaluator, target, detection, size):
     """Gives one picture's truth and detections to the evaluator, masks as run lengths."""
     height, width = size
-    evaluator.add_truth(target["index"], target["boxes"], target["labels"], masks.encode(target["masks"].numpy()) if "masks" in target else None,
-                        target["iscrowd"], target["area"], height, width)
-    evaluator.add_detections(target["index"], detection["boxes"].cpu(), detection["scores"].cpu(), detection["labels"].cpu(), detection.get("masks"))
+    rles = masks.encode(target["masks"].numpy()) if "masks" in target else None
+    evaluator.add_truth(target["index"], target["boxes"], target["labels"], rles, target["iscrowd"], target["area"], height, width)
+    evaluator.add_detections(target["index"], detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
 
 
 def pictures_to_show(records):
@@ -226,7 +226,7 @@ def tune_mask_threshold(run, stop):
     checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
     checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
     keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
-    print(f"mask threshold {tau}, chosen on the validation part: segm/AP {'  '.join(f'{tau}: {value:.4f}' for tau, value in found.items())}")
+    print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {', '.join(f'{t} {ap:.4f}' for t, ap in found.items())}")
 
 
 def is_better(metrics, run):
@@ -281,8 +281,8 @@ def keep(run, file, write):
         write(run.path(file))
     except OSError as error:
         run.unsaved.add(file)
-        print(f"\nWARNING: {file}: {error.strerror or error}\n         Free some space: training goes on, the next try is after the next epoch.",
-              file=sys.stderr)
+        print(f"\nWARNING: {file}: {error.strerror or error}\n"
+              "         Free some space: training goes on, the next try is after the next epoch.", file=sys.stderr)
         return False
     run.unsaved.discard(file)
     return True
@@ -316,7 +316,7 @@ def parse_arguments(argv=None):
     add("--data", metavar="PATH", help="data set folder or annotation file, any known layout; 'demo' draws one (default: demo)")
     add("--epochs", type=int, help="passes over the training part (default: the model's recipe; the demo has its own)")
     add("--batch-size", type=int, help="pictures a step (default: recipe)")
-    add("--size", type=int, help="shorter side of the resized picture, pixels; the longer side's limit moves with it (default: model config)")
+    add("--size", type=int, help="shorter side of the resized picture, pixels; the longer side's limit moves with it (default: config)")
     add("--lr", type=float, help="learning rate at this batch size, as it stands (default: the recipe's, scaled linearly with the batch)")
     add("--seed", type=int, help=f"of weights, order, augmentation and split (default: {DEFAULTS['seed']})")
     add("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
@@ -325,11 +325,11 @@ def parse_arguments(argv=None):
     add("--deterministic", action="store_true", help="equal bytes from run to run on a GPU too; slower there")
     add("--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.999; the average is validated and kept (default: recipe)")
     add("--clip", type=float, metavar="NORM", help="largest gradient norm, 0 = off (default: recipe)")
-    add("--patience", type=int, metavar="EPOCHS", help="stop when the chosen metric has not improved for so many epochs, 0 = never (default)")
+    add("--patience", type=int, metavar="EPOCHS", help="stop when the metric has not improved for so many epochs, 0 = never (default)")
     add("--select", metavar="METRIC", help="what chooses best.pt, a val/ column of metrics.csv such as segm/AP50 or loss (default: recipe)")
-    add("--limit", type=float, metavar="SHARE", help="train and validate on a seeded share, e.g. 0.4; the test part stays whole (default: 1)")
-    add("--split", metavar="A/B/C", help="pool all pictures and split train/val/test by vehicle, e.g. 70/15/15 (default: the set's own parts)")
-    add("--pretrained", metavar="FILE", help="start weights: a ResNet body (torchvision, timm), a whole detector, or a checkpoint; lists what does not fit")
+    add("--limit", type=float, metavar="SHARE", help="train and validate on a seeded share, such as 0.4; test stays whole (default: 1)")
+    add("--split", metavar="A/B/C", help="pool all and split train/val/test by vehicle, such as 70/15/15 (default: the set's own parts)")
+    add("--pretrained", metavar="FILE", help="start weights: a ResNet body (torchvision, timm), a detector, a checkpoint; says what did not fit")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run folder or its last.pt (default: the newest run under --out)")
     add("--set", action="append", metavar="FIELD=VALUE", help="change one field of the model config or the recipe; may be repeated")
     add("--out", metavar="FOLDER", help=f"where run folders go (default: {DEFAULTS['out']})")
@@ -346,18 +346,19 @@ def introduce(run):
           f"({record['hardware']['threads']} threads, kernels {record['kernels']['backend']}, amp {run.args.amp})")
     print(f"pictures: {', '.join(f'{name} {len(files)}' for name, files in run.identity['split'].items())} "
           "(train: what trains, val: what chooses, test: kept for evaluate.py)")
-    print(f"config{' of the demo set' if run.args.data == 'demo' else ''}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
-    print(f"recipe{' of the demo set' if run.args.data == 'demo' else ''}: "
-          f"{' '.join(f'{name}={value}' for name, value in dataclasses.asdict(run.recipe).items())}")
+    whose = " of the demo set" if run.args.data == "demo" else ""
+    print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
+    print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in dataclasses.asdict(run.recipe).items())}")
     print(f"run folder: {run.folder}\n", flush=True)
 
 
 def say_goodbye(run, seconds):
     """Says how it went, where the pictures are and what to type next."""
-    state, checkpoint = run.state, run.path("best.pt")
-    print(f"\ndone in {clock(seconds)}, {memory(run.device)}; best {run.recipe.select_by} {state.best:.3f} in epoch {state.best_epoch + 1}: {checkpoint}")
+    checkpoint, best = run.path("best.pt"), f"best {run.recipe.select_by} {run.state.best:.3f} in epoch {run.state.best_epoch + 1}"
+    print(f"\ndone in {clock(seconds)}, {memory(run.device)}; {best}: {checkpoint}")
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
-    print(f"next:     python evaluate.py --checkpoint {checkpoint}\n          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
+    print(f"next:     python evaluate.py --checkpoint {checkpoint}\n"
+          f"          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
     if run.unsaved:
         print(f"WARNING: not written, the disk was full: {', '.join(sorted(run.unsaved))}", file=sys.stderr)
 
@@ -369,8 +370,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
-    if "resume" not in vars(run.args) and not save(run, "last.pt", {}):
-        return 1                                                      # a run killed in its first epoch resumes too, and a full disk shows now
+    if "resume" not in vars(run.args) and not save(run, "last.pt", {}):       # a run killed in its first epoch resumes too,
+        return 1                                                              # and a full disk shows now
     introduce(run)
     start = time.perf_counter()
     with StopSignal() as stop:
@@ -382,7 +383,8 @@ def main(argv=None):
         if not finished:
             exactly = save(run, "last.pt", {})
             print(f"stopped in epoch {run.state.epoch + 1}, step {run.state.step}; go on "
-                  f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n  python train.py --resume {run.folder}")
+                  f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n"
+                  f"  python train.py --resume {run.folder}")
             return stop.exit_code
         tune_mask_threshold(run, stop)
     say_goodbye(run, time.perf_counter() - start)

@@ -27,7 +27,8 @@ def new_run_folder(out, model, data):
     """
     name = re.sub(r"[^A-Za-z0-9_.]+", "_", os.path.basename(os.path.normpath(os.fspath(data)))).strip("_") or "data"
     os.makedirs(out, exist_ok=True)
-    taken = [int(found[1]) for found in (re.fullmatch(rf"{re.escape(f'{model}-{name}')}-(\d+)", entry) for entry in os.listdir(out)) if found]
+    pattern = re.compile(re.escape(f"{model}-{name}-") + r"(\d+)")
+    taken = [int(found[1]) for found in map(pattern.fullmatch, os.listdir(out)) if found]
     number = max(taken, default=0) + 1
     while True:
         folder = os.path.join(out, f"{model}-{name}-{number:03d}")
@@ -54,7 +55,8 @@ def find_checkpoint(run, out, file):
     if os.path.isdir(run):
         path = os.path.join(run, file)
         if not os.path.isfile(path):
-            raise ValueError(f"{run}: expected a run folder with {file}, found {', '.join(sorted(os.listdir(run))[:8]) or 'an empty folder'}")
+            found = ", ".join(sorted(os.listdir(run))[:8]) or "an empty folder"
+            raise ValueError(f"{run}: expected a run folder with {file}, found {found}")
         return path
     if not os.path.isfile(run):
         raise ValueError(f"{run}: expected a run folder or a .pt file, there is neither")

@@ -22,8 +22,8 @@ from minidamage.data.split import from_names, names_of, parse_fractions, three_p
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics.detection import CocoEvaluator
 
-DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "out": "runs", "limit": 1.0, "amp": "off", "deterministic": False, "patience": 0,
-            "set": [], "split": None}
+DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "out": "runs", "limit": 1.0, "amp": "off", "deterministic": False,
+            "patience": 0, "set": [], "split": None}
 CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp"}
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant")
 
@@ -100,7 +100,8 @@ def set_up(given):
     folder = os.path.dirname(path) if checkpoint else run_folder.new_run_folder(args.out, args.model, args.data)
     run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
               optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
-              train_set=DetectionDataset(parts["train"], recipe, seed=args.seed, train=True), val_set=DetectionDataset(parts["val"]),
+              train_set=DetectionDataset(parts["train"], recipe, seed=args.seed, train=True, max_side=max(2 * model.config.max_size, 1600)),
+              val_set=DetectionDataset(parts["val"]),
               ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
               identity=identity(model, dataset, parts, recipe, args, checkpoint))
     if checkpoint:
@@ -151,8 +152,9 @@ def split_parts(dataset, args):
         parts = {name: records if name == "test" else limit(records, args.limit, seed=args.seed) for name, records in parts.items()}
     for name in ("train", "val"):
         if not parts[name]:
-            raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none "
-                             f"({', '.join(f'{key} {len(value)}' for key, value in parts.items())}); more pictures, or another --split or --limit")
+            counts = ", ".join(f"{key} {len(value)}" for key, value in parts.items())
+            raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none ({counts}); add pictures, or give another "
+                             "--split or --limit")
     return parts
 
 
@@ -185,8 +187,8 @@ def settle(args):
 
 def override(recipe, given):
     """The recipe with the flags that were typed. --lr is the rate itself: no scaling with the batch."""
-    names = {"epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "clip": "clip_grad_norm", "ema": "ema_decay", "select": "select_by"}
-    changes = {field: given[flag] for flag, field in names.items() if flag in given}
+    fields = {"epochs": "epochs", "batch_size": "batch_size", "lr": "lr", "clip": "clip_grad_norm", "ema": "ema_decay"}
+    changes = {field: given[flag] for flag, field in fields.items() if flag in given}
     if "select" in given:
         changes["select_by"] = given["select"].removeprefix("val/")   # as the column of metrics.csv is called
     return dataclasses.replace(recipe, **changes, **({"lr_batch_size": 0} if "lr" in given else {}))
@@ -200,9 +202,10 @@ def resumed_arguments(given, checkpoint, path):
     saved = {**DEFAULTS, **checkpoint["run"]["args"]}
     for flag, value in given.items():
         if flag not in CHANGES_ON_RESUME and value != saved.get(flag):
-            raise ValueError(f"--{flag.replace('_', '-')} {value}: {path} was trained with {saved.get(flag, 'the recipe of its model')}, and "
-                             f"a resumed run keeps it (it may change {', '.join(f'--{name}' for name in sorted(CHANGES_ON_RESUME - {'resume'}))}). "
-                             f"For another run, start one from these weights: --pretrained {path}")
+            allowed = ", ".join(f"--{name}" for name in sorted(CHANGES_ON_RESUME - {"resume"}))
+            raise ValueError(f"--{flag.replace('_', '-')} {value}: {path} was trained with {saved.get(flag, 'the recipe of its model')}, "
+                             f"and a resumed run keeps it (it may change {allowed}). For another run, start one from these weights: "
+                             f"--pretrained {path}")
     return argparse.Namespace(**{**saved, **given})
 
 
@@ -219,11 +222,12 @@ def check_arguments(args):
     if args.model not in MODELS:
         near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
-    ranges = {"epochs": (lambda v: v >= 1, "1 or more"), "batch_size": (lambda v: v >= 1, "1 or more"), "size": (lambda v: v >= 32, "32 pixels or more"),
-              "lr": (lambda v: v > 0, "a rate above 0"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
+    ranges = {"epochs": (lambda v: v >= 1, "1 or more"), "batch_size": (lambda v: v >= 1, "1 or more"),
+              "size": (lambda v: v >= 32, "32 pixels or more"), "lr": (lambda v: v > 0, "a rate above 0"),
+              "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
               "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "clip": (lambda v: v >= 0, "0 (off) or a gradient norm"),
-              "workers": (lambda v: v >= 0, "0 or more processes"), "ema": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"),
-              "seed": (lambda v: v >= 0, "0 or more")}
+              "workers": (lambda v: v >= 0, "0 or more processes"),
+              "ema": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"), "seed": (lambda v: v >= 0, "0 or more")}
     for name, (fits, expected) in ranges.items():
         value = getattr(args, name, None)
         if value is not None and not fits(value):
@@ -234,7 +238,7 @@ def check_arguments(args):
     except RuntimeError:
         raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}") from None
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no GPU that torch {torch.__version__} can use; leave --device out, or "
+        raise ValueError(f"--device {args.device}: this machine has no GPU that torch {torch.__version__} can use; type --device cpu, or "
                          "install a CUDA build of torch and the driver")
     if args.amp == "fp16" and kind != "cuda":
         raise ValueError(f"--amp fp16 needs a GPU (its gradient scaler), got --device {args.device}; use --amp bf16 or off")
@@ -248,7 +252,8 @@ def check_recipe(recipe, names):
         value = getattr(recipe, field)
         if value not in known:
             near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"{'--select' if field == 'select_by' else field}: there is no {value!r}; did you mean {near!r}? Known: {', '.join(known)}")
+            flag = "--select" if field == "select_by" else field
+            raise ValueError(f"{flag}: there is no {value!r}; did you mean {near!r}? Known: {', '.join(known)}")
 
 
 def iou_types(model):
@@ -264,7 +269,8 @@ def metric_names(model):
 def print_report(report, path):
     """Says what of a weight file went in and what did not, name by name: a head that starts at random is never a surprise."""
     print(f"{path}: {len(report['loaded'])} tensors loaded into the model")
-    for what, meaning in (("missing", "not in the file; they keep their random start"), ("unexpected", "in the file, not in the model; not used"),
+    for what, meaning in (("missing", "not in the file; they keep their random start"),
+                          ("unexpected", "in the file, not in the model; not used"),
                           ("mismatched", "of another shape; they keep their random start")):
         names = [str(name) for name in report.get(what, [])]
         if names:

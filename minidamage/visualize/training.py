@@ -22,7 +22,8 @@ def draw_predictions(path, shown, class_names, thresholds, title):
     pictures, titles = [], []
     for image, target, detection in shown:
         labels, scores = detection["labels"].cpu(), detection["scores"].cpu()
-        keep = [k for k, (label, score) in enumerate(zip(labels.tolist(), scores.tolist())) if score >= thresholds.get(class_names[label - 1], 0.5)]
+        lowest = [thresholds.get(class_names[label - 1], 0.5) for label in labels.tolist()]
+        keep = [k for k, score in enumerate(scores.tolist()) if score >= lowest[k]]
         masks = [detection["masks"][k] for k in keep] if detection.get("masks") is not None else None
         pictures += [draw_truth(image, target["boxes"], target["labels"], _masks(target), class_names, target.get("iscrowd"),
                                 enlarge=True),
