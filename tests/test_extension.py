@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 
 import pytest
 import torch
@@ -204,11 +205,22 @@ def test_temporary_folder_of_somebody_else_is_not_trusted(monkeypatch, tmp_path)
     assert folder not in _extension._cache_folders()
 
 
+def test_the_doctor_finds_every_op_right(capsys):
+    from minidamage.ops import __main__ as doctor
+    assert set(doctor.examples()) == set(_extension._SCHEMAS)
+    assert doctor.main() == 0
+    text = capsys.readouterr().out
+    for words in ("C++ compiler", "cache folder", "nvcc", "evaluation", "nms_padded", "multiscale_roi_align_backward"):
+        assert words in text
+    assert "WRONG" not in text
+
+
 # ---- CUDA decisions, without CUDA ----------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def no_memory(monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
     _toolchain.cuda_toolkit.cache_clear()
     yield
     _toolchain.cuda_toolkit.cache_clear()
@@ -225,6 +237,14 @@ def fake_nvcc(folder, version="13.0"):
 def test_cpu_torch_wants_no_cuda(no_memory, monkeypatch):
     monkeypatch.setattr(torch.version, "cuda", None)
     with pytest.raises(_toolchain.BuildError, match="was built without CUDA"):
+        _toolchain.cuda_toolkit()
+
+
+def test_no_gpu(no_memory, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
+    with pytest.raises(_toolchain.BuildError, match="torch sees no GPU; .* set TORCH_CUDA_ARCH_LIST"):
         _toolchain.cuda_toolkit()
 
 
@@ -245,6 +265,24 @@ def test_nvcc_is_asked_where_it_lives(no_memory, monkeypatch, tmp_path):
     _toolchain.cuda_toolkit.cache_clear()
     with pytest.raises(_toolchain.BuildError, match="nvcc is CUDA 13.0, torch was built with CUDA 12.8"):
         _toolchain.cuda_toolkit()
+
+
+def test_references_on_another_device_are_announced_once(monkeypatch):
+    monkeypatch.setattr(_extension, "load", lambda: ("cpu",))
+    monkeypatch.setitem(_extension._reasons, "cuda", "no nvcc on PATH")
+    monkeypatch.setenv("MINIDAMAGE_KERNELS", "auto")
+    _extension._announce_reference.cache_clear()
+    with pytest.warns(UserWarning, match="no CUDA kernels: no nvcc on PATH.*references run on cuda"):
+        _extension._announce_reference("cuda")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _extension._announce_reference("cuda")
+    with pytest.warns(UserWarning, match="no kernels for mps"):
+        _extension._announce_reference("mps")
+    _extension._announce_reference.cache_clear()
+    monkeypatch.setenv("MINIDAMAGE_KERNELS", "require")
+    with pytest.raises(_toolchain.BuildError, match="no nvcc on PATH"):
+        _extension._announce_reference("cuda")
 
 
 def test_arch_list(monkeypatch):

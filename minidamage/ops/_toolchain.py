@@ -90,6 +90,8 @@ def cuda_toolkit():
     if not torch.version.cuda:
         raise BuildError(f"torch {torch.__version__} was built without CUDA" +
                          (" (ROCm is not supported)" if torch.version.hip else ""))
+    if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
+        raise BuildError("torch sees no GPU; to build for a GPU elsewhere, set TORCH_CUDA_ARCH_LIST, for example \"8.0;9.0\"")
     toolkit = find_nvcc()
     if toolkit["version"].split(".")[0] != torch.version.cuda.split(".")[0]:
         raise BuildError(f"nvcc is CUDA {toolkit['version']}, torch was built with CUDA {torch.version.cuda}; "
