@@ -10,7 +10,6 @@ writes a folder of its own under runs/ (minidamage/run_folder.py says what is in
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 
@@ -329,7 +328,7 @@ def parse_arguments(argv=None):
     add("--select", metavar="METRIC", help="what chooses best.pt, a val/ column of metrics.csv such as segm/AP50 or loss (default: recipe)")
     add("--limit", type=float, metavar="SHARE", help="train and validate on a seeded share, such as 0.4; test stays whole (default: 1)")
     add("--split", metavar="A/B/C", help="pool all and split train/val/test by vehicle, such as 70/15/15 (default: the set's own parts)")
-    add("--pretrained", metavar="FILE", help="start weights: a ResNet body (torchvision, timm), a detector, a checkpoint; says what did not fit")
+    add("--pretrained", metavar="FILE", help="start weights: a ResNet (torchvision, timm), detector or checkpoint; says what is left out")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run folder or its last.pt (default: the newest run under --out)")
     add("--set", action="append", metavar="FIELD=VALUE", help="change one field of the model config or the recipe; may be repeated")
     add("--out", metavar="FOLDER", help=f"where run folders go (default: {DEFAULTS['out']})")
