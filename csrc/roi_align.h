@@ -63,10 +63,10 @@ MD_HD RoiAxis<A> roi_axis(A low, A high, A spatial_scale, int64_t bins, int64_t 
   return axis;
 }
 
-// False for a box with NaN or Inf in it: it has no samples, and its output is zero.
+// False for a box with NaN or Inf in it, or beyond 2^30 feature pixels: it has no samples, and its output is zero.
 template <typename A>
 MD_HD bool is_finite_axis(const RoiAxis<A>& axis) {
-  const A start = axis.start, bin = axis.bin, limit = A(1e37);
+  const A start = axis.start, bin = axis.bin, limit = A(1 << 30);
   return -limit < start && start < limit && -limit < bin && bin < limit;
 }
 

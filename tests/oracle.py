@@ -44,6 +44,7 @@ def check_op(op, reference, args, *, tolerance=None, gradients=False, gradcheck=
     if opcheck:
         torch.library.opcheck(op.default, args, raise_exception=True)
     if compiled:
+        torch._dynamo.reset()                                                        # the lambda below is one code object for all tests
         same(torch.compile(lambda *a: op(*a), fullgraph=True, backend="aot_eager")(*plain), expected, tolerance, "compiled and reference")
     if emulated:
         check_emulated(op, plain, expected, tolerance)

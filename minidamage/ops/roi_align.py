@@ -6,7 +6,7 @@ A box is cut into PH x PW bins, a bin is the mean of grid_h x grid_w bilinear sa
 over the samples with -1 <= y_k <= H (those outside count as zero); Ax alike. The gradient is the transpose of the same two matrices.
 `multiscale_roi_align` does so over the levels of a feature pyramid in one call; `roi_align` is its single-level case, with torchvision's
 signature and results. Kernels: csrc/bilinear.h, roi_align.h, cpu/roi_align.cpp, cuda/roi_align.cu. channels_last features are read as they
-are; others are converted first. Differs from torchvision: a box with NaN or Inf gives zeros, an inverted box too where the number of
+are; others are converted first. Differs from torchvision: a box with NaN or Inf, or beyond 2^30 feature pixels, gives zeros, an inverted box too where the number of
 samples is adaptive (torchvision reads outside the features, or raises).
 """
 import torch
@@ -15,6 +15,7 @@ from torch import nn
 from . import _extension
 
 MAX_LEVELS = 8  # MAX_FEATURE_LEVELS of csrc/roi_align.h
+FARTHEST = 2 ** 30  # feature pixels; is_finite_axis() of csrc/roi_align.h
 
 
 def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, aligned=False):
@@ -121,7 +122,7 @@ def axis_weights(start, bin, grid, bins, size):
     """Ay (or Ax) of one RoI, [bins, size], without the division by the number of samples."""
     weights = start.new_zeros((bins, size))
     step = bin / grid
-    if not (torch.isfinite(start) and torch.isfinite(bin) and grid >= 1):
+    if not (start.abs() < FARTHEST and bin.abs() < FARTHEST and grid >= 1):
         return weights
     first, last = 0.0, float(grid) * bins
     if step > 0:  # a box far larger than the picture has most of its samples outside: leave them out
