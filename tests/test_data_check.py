@@ -56,7 +56,7 @@ def test_corrupt_pictures_and_copies_across_parts(tmp_path, capsys):
 
 
 def test_classes_that_train_lacks_tiny_thin_and_double_objects(tmp_path):
-    thin = ("tray_son", [10.4, 40.4, 40.4, 10.4], [5.01, 5.01, 5.02, 5.02])
+    thin = ("tray_son", [10.4, 40.4, 40.4, 10.4], [5.01, 5.01, 5.06, 5.06])
     vehide_set(tmp_path, [SQUARE, SQUARE, thin], val=[("vo_kinh", [1, 40, 40], [1, 1, 40])])
     found = findings(tmp_path)
     assert one(found, "error", "train lacks").examples == ("broken glass",)

@@ -114,6 +114,41 @@ def test_empty_unknown_and_broken_sets(tmp_path):
         load(tmp_path)
 
 
+JUNK = [None, "x", -1, 1e9, float("nan"), [], {}, [None], "12", True, [[]], {"a": 1}, 0, [1, 2, 3]]
+
+
+def places(content, path=()):
+    yield path
+    for key in content if isinstance(content, dict) else range(len(content)) if isinstance(content, list) else ():
+        yield from places(content[key], path + (key,))
+
+
+@pytest.mark.parametrize("layout", ["vehide", "via", "coco"])
+def test_any_value_of_a_file_may_be_junk(tmp_path, layout):
+    """Every value in turn becomes every kind of junk: the set loads, with the loss counted, or a ValueError says why not."""
+    if layout == "vehide":
+        file = vehide_set(tmp_path, [("tray_son", [1, 9, 9], [1, 1, 9])]) / "0Train_via_annos.json"
+    elif layout == "via":
+        file = via_set(tmp_path, [via_region("polygon", **SQUARE), via_region("circle", cx=10, cy=10, r=4)])
+    else:
+        crowd = {"segmentation": {"size": [48, 64], "counts": [5, 48 * 64 - 5]}, "iscrowd": 1}
+        file = coco_set(tmp_path, [BOX, crowd]) / "annotations.json"
+    text = file.read_text()
+    for path in list(places(json.loads(text)))[1:]:
+        for junk in JUNK:
+            content = json.loads(text)
+            parent = content
+            for key in path[:-1]:
+                parent = parent[key]
+            parent[path[-1]] = junk
+            file.write_text(json.dumps(content))
+            try:
+                data = load(tmp_path)
+            except ValueError:
+                continue
+            assert all(np.isfinite(r.boxes).all() and (r.boxes[:, 2:] > r.boxes[:, :2]).all() for p in data.parts.values() for r in p)
+
+
 def test_the_summary_gathers_problems_by_kind(tmp_path):
     outside = [("tray_son", [50 + i, 80, 80], [1, 1, 20]) for i in range(5)]
     text = summary(load(vehide_set(tmp_path, outside)))

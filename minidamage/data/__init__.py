@@ -44,7 +44,12 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         known = "; ".join(name for name, _ in LAYOUTS)
         raise ValueError(f"{path}: no known annotation layout found. Known: {known}. Give the folder that holds the annotation "
                          "file, or the file itself")
-    dataset = layout.read(path, images=images, attribute=attribute)
+    try:
+        dataset = layout.read(path, images=images, attribute=attribute)
+    except (TypeError, AttributeError, KeyError, IndexError) as error:
+        name = layout.__name__.rsplit(".", 1)[-1]
+        raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "
+                         f"({type(error).__name__}: {error})") from error
     records = [r for part in dataset.parts.values() for r in part]
     if not records:
         why = f"; first of {len(dataset.problems)} problems: {dataset.problems[0]}" if dataset.problems else ""

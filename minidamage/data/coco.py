@@ -130,7 +130,7 @@ def _class_map(files, loaded, notes):
         known = {c["id"]: c["name"] for c in content["categories"]}
         lost = sorted(used[part] - known.keys(), key=str)
         if lost:
-            first = next(a for a in content["annotations"] if a["category_id"] == lost[0])
+            first = next((a for a in content["annotations"] if a["category_id"] not in known), None)
             raise ValueError(f"{files[part]}: annotation {first['id']} has category_id {lost[0]}, which is no category"
                              + (f" (nor are {lost[1:]})" if lost[1:] else "") + (" (0 is the background)" if lost[0] == 0 else "")
                              + f". Known: {', '.join(f'{i} {n}' for i, n in sorted(known.items()))}")
@@ -202,7 +202,13 @@ def _read_part(content, label_of, finder, problems):
             problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(annotations)} objects)")
             continue
         size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
-        objects = [o for o in (_raw_object(a, label_of, name, problems) for a in annotations) if o is not None]
+        objects = []
+        for annotation in annotations:
+            try:
+                objects.append(_raw_object(annotation, label_of, name, problems))
+            except (TypeError, AttributeError, IndexError) as error:
+                problems.append(f"{name}, annotation {annotation['id']}: cannot be read ({error}); dropped")
+        objects = [o for o in objects if o is not None]
         record = make_record(file, image["id"], objects, problems, listed_size=size)
         if record is not None:
             records.append(record)

@@ -12,6 +12,9 @@ from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Record
 
 
+MIN_SIDE = 0.01                                # pixels; at large coordinates float32 boxes cannot hold less
+
+
 @dataclasses.dataclass
 class RawObject:
     """One object as the file has it, before any check."""
@@ -45,7 +48,14 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
         problems.append(f"{name}: the annotation file says {listed_size[0]}x{listed_size[1]}, the picture is {width}x{height}; "
                         "picture left out")
         return None
-    kept = [k for k in (_clean(obj, width, height, name, problems) for obj in objects) if k is not None]
+    kept = []
+    for obj in objects:
+        try:
+            clean = _clean(obj, width, height, name, problems)
+        except (TypeError, ValueError, IndexError, KeyError) as error:       # what nobody foresaw, once more without losing the rest
+            clean = problems.append(f"{name}, annotation {obj.annotation_id}: cannot be read ({error}); dropped")
+        if clean is not None:
+            kept.append(clean)
     return Record(
         file=str(file), image_id=image_id, width=width, height=height, group=group,
         boxes=np.array([k.box for k in kept], np.float32).reshape(-1, 4),
@@ -95,6 +105,8 @@ def _clean(obj, width, height, name, problems):
         return say(f"box {np.round(box, 1).tolist()} has no size; dropped")
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
         return say(f"box {np.round(box, 1).tolist()} lies outside the {width}x{height} picture; dropped")
+    if min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE:
+        return say(f"box {np.round(inside, 3).tolist()} is thinner than {MIN_SIDE} px inside the picture; dropped")
     if np.abs(inside - box).max() > 0.5:                 # half a pixel is how exporters round, not worth a line
         say(f"box leaves the picture by {np.abs(inside - box).max():.1f} px; clipped")
     area = (inside[2] - inside[0]) * (inside[3] - inside[1]) if area is None else area

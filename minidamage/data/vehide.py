@@ -79,8 +79,14 @@ def _read_json(file):
 
 
 def _regions(entry):
-    regions = entry.get("regions") if isinstance(entry, dict) else None
-    return list(regions.values()) if isinstance(regions, dict) else list(regions or [])
+    regions = entry.get("regions") if isinstance(entry, dict) else 0
+    if not isinstance(regions, (dict, list, type(None))):
+        raise ValueError(f"a VehiDE entry without a list of regions: {str(entry)[:80]}")
+    return list(regions.values()) if isinstance(regions, dict) else regions or []
+
+
+def _is_region(region):
+    return isinstance(region, dict) and all(isinstance(region.get(key) or [], list) for key in ("all_x", "all_y"))
 
 
 def _used_codes(entries, files):
@@ -88,7 +94,7 @@ def _used_codes(entries, files):
     used, unknown = set(), {}
     for part, listed in entries.items():
         for name, entry in listed.items():
-            for region in _regions(entry):
+            for region in filter(_is_region, _regions(entry)):
                 code = class_code(region.get("class", ""))
                 if code is None:
                     unknown.setdefault(str(region.get("class", "")), []).append(f"{files[part]}, {name}")
@@ -110,6 +116,9 @@ def _read_part(listed, finder, label_of, problems, next_id):
         objects = []
         for region in _regions(entry):
             annotation_id, next_id[1] = next_id[1], next_id[1] + 1
+            if not _is_region(region):
+                problems.append(f"{name}, annotation {annotation_id}: not a region with lists all_x and all_y; dropped")
+                continue
             x, y = region.get("all_x") or [], region.get("all_y") or []
             if len(x) != len(y):
                 problems.append(f"{name}, annotation {annotation_id}: {len(x)} x for {len(y)} y coordinates; dropped")

@@ -34,7 +34,7 @@ def read(path, images=None, attribute=None, **_):
     entries = {part: entries_of(_load(file)) for part, file in files.items()}
     keys, notes, problems = {}, [], []
     if attribute:
-        found = {key for listed in entries.values() for _, regions in listed for r in regions for key in r.get("region_attributes") or {}}
+        found = {key for listed in entries.values() for _, regions in listed for r in regions for key in r["region_attributes"]}
         if attribute not in found:
             raise ValueError(f"{path}: no region has an attribute {attribute!r}; the regions have "
                              f"{', '.join(sorted(map(repr, found))) or 'none'}")
@@ -73,14 +73,24 @@ def entries_of(loaded):
     if not isinstance(loaded, dict) or not loaded:
         return None
     values = list(loaded.values())
-    if not all(isinstance(v, dict) and "filename" in v and "regions" in v for v in values):
+    if not all(isinstance(v, dict) and "filename" in v and isinstance(v.get("regions", 0), (dict, list, type(None))) for v in values):
         return None
-    return [(v["filename"], list(v["regions"].values()) if isinstance(v["regions"], dict) else list(v["regions"] or [])) for v in values]
+    return [(str(v["filename"]), [_whole(r) for r in _listed(v["regions"])]) for v in values]
+
+
+def _listed(regions):
+    return list(regions.values()) if isinstance(regions, dict) else regions or []
+
+
+def _whole(region):
+    """The region with both its dicts; one that is no region becomes an empty one, which is counted and dropped later."""
+    region = region if isinstance(region, dict) else {}
+    return {key: region[key] if isinstance(region.get(key), dict) else {} for key in ("shape_attributes", "region_attributes")}
 
 
 def class_attribute(regions):
     """The attribute key that holds the class: a usual name first, else the one that most regions fill; None without any."""
-    filled = collections.Counter(key for region in regions for key, value in (region.get("region_attributes") or {}).items()
+    filled = collections.Counter(key for region in regions for key, value in region["region_attributes"].items()
                                  if _class_value(value) is not None)
     if not filled:
         return None
@@ -118,7 +128,9 @@ def outline(shape):
                              float(shape["cy"]) + u * np.sin(theta) + v * np.cos(theta)], axis=1)
     except KeyError as error:
         raise ValueError(f"{kind} without {error}") from None
-    except TypeError:
+    except (TypeError, ValueError) as error:
+        if "coordinates" in str(error):
+            raise
         raise ValueError(f"{kind} with coordinates that are no numbers") from None
     raise ValueError("a point has no area" if kind == "point" else f"unknown shape {kind!r}")
 
@@ -175,7 +187,7 @@ def _class_names(entries, keys, notes):
     for part, listed in entries.items():
         for _, regions in listed:
             for region in regions:
-                value = _class_value((region.get("region_attributes") or {}).get(keys[part])) if keys[part] else NO_ATTRIBUTE
+                value = _class_value(region["region_attributes"].get(keys[part])) if keys[part] else NO_ATTRIBUTE
                 if value is not None:
                     spelled.setdefault(value.lower(), collections.Counter())[value] += 1
                     where.setdefault(value.lower(), set()).add(part)
@@ -203,12 +215,12 @@ def _read_part(listed, key, label_of, finder, problems, next_id):
         objects = []
         for region in regions:
             annotation_id, next_id[1] = next_id[1], next_id[1] + 1
-            value = _class_value((region.get("region_attributes") or {}).get(key)) if key else NO_ATTRIBUTE
+            value = _class_value(region["region_attributes"].get(key)) if key else NO_ATTRIBUTE
             if value is None:
                 problems.append(f"{name}, annotation {annotation_id}: no single class in attribute {key!r}; dropped")
                 continue
             try:
-                objects.append(RawObject(annotation_id, label_of[value.lower()], [outline(region.get("shape_attributes") or {})]))
+                objects.append(RawObject(annotation_id, label_of[value.lower()], [outline(region["shape_attributes"])]))
             except ValueError as error:
                 problems.append(f"{name}, annotation {annotation_id}: {error}; dropped")
         file = finder.find(name)
