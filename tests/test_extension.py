@@ -40,7 +40,7 @@ case "$*" in *-shared*) cp {built} "$(echo "$*" | sed 's/.* -o //')";; esac
 """)
     compiler.chmod(0o755)
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("MINIDAMAGE", "TORCH", "XDG", "CUDA"))}
-    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(compiler), "PYTHONPATH": str(ROOT),
+    environment |= {"TORCH_EXTENSIONS_DIR": str(tmp_path / "cache"), "CXX": str(compiler), "PYTHONPATH": str(ROOT), "CUDA_HOME": "/nowhere",
                     "TMPDIR": str(tmp_path), "PYTHONWARNINGS": "always", "OMP_NUM_THREADS": "1"}
     processes.environment = environment
     return processes
