@@ -39,7 +39,8 @@ def two_pictures(seed=0):
 
 def no_objects(image):
     """The target of a picture without damage."""
-    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64), "masks": torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)}
+    return {"boxes": torch.zeros(0, 4), "labels": torch.zeros(0, dtype=torch.int64),
+            "masks": torch.zeros(0, *image.shape[-2:], dtype=torch.uint8)}
 
 
 def overfit(model, images, targets, steps=60, lr=2e-3):

@@ -47,8 +47,8 @@ def test_mask_targets_and_mask_loss(stored):
 
 
 def test_mask_targets_of_a_picture_without_objects():
-    targets = project_masks_on_boxes([torch.zeros(0, 8, 8, dtype=torch.uint8)], torch.zeros(1, 2, 4), torch.zeros(1, 2, dtype=torch.int64),
-                                     torch.zeros(1, 2, dtype=torch.bool), 28)
+    objects, valid = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)
+    targets = project_masks_on_boxes([torch.zeros(0, 8, 8, dtype=torch.uint8)], torch.zeros(1, 2, 4), objects, valid, 28)
     assert targets.shape == (0, 28, 28)
 
 
@@ -63,7 +63,8 @@ def test_rpn_loss_by_hand():
 
 def test_no_samples_give_zero_and_finite_gradients():
     logits = torch.randn(2, 4, requires_grad=True)
-    losses = fastrcnn_loss(logits, torch.randn(2, 16), torch.zeros(2, dtype=torch.int64), torch.zeros(2, 4), torch.zeros(2, dtype=torch.bool))
+    labels, valid = torch.zeros(2, dtype=torch.int64), torch.zeros(2, dtype=torch.bool)
+    losses = fastrcnn_loss(logits, torch.randn(2, 16), labels, torch.zeros(2, 4), valid)
     mask_logits = torch.randn(0, 28, 28, requires_grad=True)
     total = sum(losses) + maskrcnn_loss(mask_logits, torch.zeros(0, 28, 28), torch.zeros(0, dtype=torch.bool))
     total.backward()

@@ -122,7 +122,8 @@ def test_pretrained_report_lists_what_does_not_fit(tmp_path):
     torch.save(state, tmp_path / "odd.pth")
     report = load_body(ResNet("resnet18"), tmp_path / "odd.pth")
     assert report["missing"] == ["layer2.0.conv1.weight"] and report["unexpected"] == ["surprise"]
-    assert report["mismatched"] == ["layer1.0.conv1.weight: file [8, 8, 3, 3], model [64, 64, 3, 3]"]
+    assert report["mismatched"] == [
+        "layer1.0.conv1.weight: file [8, 8, 3, 3] torch.float32, model [64, 64, 3, 3] torch.float32"]
 
 
 def test_files_that_are_no_resnet_are_refused(tmp_path):
@@ -132,6 +133,18 @@ def test_files_that_are_no_resnet_are_refused(tmp_path):
         load_body(ResNet("resnet18"), tmp_path / "other.pth")
     with pytest.raises(ValueError, match="does not load"):
         load_body(ResNet("resnet18"), tmp_path / "text.pth")
+
+
+@pytest.mark.parametrize("other", ["another depth", "integers"])
+def test_files_of_another_depth_or_type_change_nothing(tmp_path, other):
+    state = ResNet("resnet50").state_dict() if other == "another depth" else {
+        k: (v * 100).to(torch.int8) if v.dim() == 4 else v for k, v in ResNet("resnet18").state_dict().items()}
+    torch.save(state, tmp_path / "other.pth")
+    body = ResNet("resnet18")
+    before = {k: v.clone() for k, v in body.state_dict().items()}
+    with pytest.raises(ValueError, match="of the same depth"):
+        load_body(body, tmp_path / "other.pth")
+    assert all(torch.equal(v, before[k]) for k, v in body.state_dict().items())
 
 
 def test_unknown_names_are_refused():

@@ -196,25 +196,29 @@ def load_body(model, path):
     {"model_state_dict": ...}, also with the prefixes module., model., backbone., body., backbone.body., encoder..
     Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": ["key: file [..], model [..]", ...]}: what is
     missing or mismatched keeps its initial values, so the caller has to show the report. The file's own classifier (fc.*) and
-    counters (num_batches_tracked) are no surprise and are not listed. Raises ValueError where nothing fits.
+    counters (num_batches_tracked) are no surprise and are not listed. Raises ValueError, and loads nothing, for a file of another depth
+    or kind.
     """
     body = model if isinstance(model, ResNet) else model.backbone.body
     state = _read_state_dict(path)
     own = body.state_dict()
     report = {"loaded": [], "missing": [], "unexpected": [], "mismatched": []}
-    with torch.no_grad():
-        for key, value in state.items():
-            if key in own and own[key].shape == value.shape:
-                own[key].copy_(value)
-                report["loaded"].append(key)
-            elif key in own:
-                report["mismatched"].append(f"{key}: file {list(value.shape)}, model {list(own[key].shape)}")
-            elif not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
-                report["unexpected"].append(key)
+    for key, value in state.items():
+        if key in own and own[key].shape == value.shape and own[key].is_floating_point() == value.is_floating_point():
+            report["loaded"].append(key)
+        elif key in own:
+            report["mismatched"].append(f"{key}: file {list(value.shape)} {value.dtype}, model {list(own[key].shape)} {own[key].dtype}")
+        elif not key.startswith("fc.") and not key.endswith("num_batches_tracked"):
+            report["unexpected"].append(key)
     report["missing"] = [key for key in own if key not in state and not key.endswith("num_batches_tracked")]
-    if not any(key.endswith("conv1.weight") for key in report["loaded"]):
-        raise ValueError(f"{path}: expected a ResNet state_dict with keys such as layer1.0.conv1.weight, got {list(state)[:3]}; "
-                         "none of it fits this body. Give the file of the same depth (see the config field `body`)")
+    convolutions = [key for key in report["loaded"] if own[key].dim() == 4]
+    if len(convolutions) <= len(report["mismatched"]):
+        wrong = report["mismatched"][0] if report["mismatched"] else f"keys such as {', '.join(list(state)[:3])}"
+        raise ValueError(f"{path}: expected a ResNet state_dict that fits this body, got {wrong}: only {len(convolutions)} convolutions "
+                         "fit. Give the file of the same depth (config field `body`), with float weights")
+    with torch.no_grad():
+        for key in report["loaded"]:
+            own[key].copy_(state[key])
     return report
 
 
