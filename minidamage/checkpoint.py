@@ -145,6 +145,7 @@ def load_pretrained(model, path):
     file cannot be read or nothing in it fits.
     """
     from minidamage.layers.resnet import load_body
+    from minidamage.models.mask_rcnn import modern_name
 
     path = os.fspath(path)
     if not os.path.isfile(path):
@@ -157,7 +158,7 @@ def load_pretrained(model, path):
     if not isinstance(weights, dict):
         raise ValueError(f"--pretrained {path}: expected a state_dict, got {type(weights).__name__}")
     weights = next((weights[key] for key in ("weights", "state_dict", "model") if isinstance(weights.get(key), dict)), weights)
-    weights = {key.removeprefix("module."): value for key, value in weights.items() if torch.is_tensor(value)}
+    weights = {modern_name(key.removeprefix("module.")): value for key, value in weights.items() if torch.is_tensor(value)}
     if not any(key.startswith(("rpn.", "roi_heads.", "decoder.")) for key in weights):
         return load_body(model, path)
     own = model.state_dict()

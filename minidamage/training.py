@@ -89,6 +89,8 @@ def set_up(given):
         model = minidamage.build_model(args.model, num_classes=len(dataset.class_names) + 1, **vars(config))
         if "pretrained" in given:
             print_report(load_pretrained(model, args.pretrained), args.pretrained)
+        elif getattr(config, "norm", "") == "frozen":
+            print("note: norm=frozen expects loaded statistics; without --pretrained nothing is normalised, --set norm=batch learns better")
     else:
         check_same_classes(dataset, checkpoint, path)
         recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
