@@ -5,8 +5,8 @@
     python evaluate.py --checkpoint best.pt --data other/                another data set, same class names
     python evaluate.py --truth gt.json --detections dt.json              two COCO files, no model
 
-With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), detections.json and truth.json (COCO; the third command
-on them gives the same numbers), report.html, and the pictures of the worst predictions.
+With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), detections.json and truth.json (COCO; the
+last command on them gives the same numbers), report.html, and the pictures of the worst predictions.
 """
 import argparse
 import json
@@ -50,13 +50,14 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
     add("--data", metavar="D", help="data set to score on (default: the one the run was trained on)")
-    add("--part", choices=("test", "val", "train", "all"), help="which part of it (default: test; of another data set without parts, all of it)")
-    add("--score", type=float, metavar="S", help="lowest score of a finding for pixel metrics, alarms and pictures, 0 to 1 (default: the checkpoint's "
-        "threshold of each class, chosen on its validation part)")
+    add("--part", choices=("test", "val", "train", "all"), 
+        help="which part of it (default: test; of another data set without parts, all of it)")
+    add("--score", type=float, metavar="S", help="lowest score of a finding for pixel metrics, alarms and pictures, 0 to 1 (default: the "
+        "checkpoint's threshold of each class, chosen on its validation part)")
     add("--worst", type=int, default=8, metavar="N", help="how many of the worst predictions to draw (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, 4 with a GPU)")
-    add("--out", metavar="DIR", help="folder for the results (default: evaluation-<part>/ beside the checkpoint; with files: nothing is written)")
+    add("--out", metavar="DIR", help="folder for the results (default: evaluation-<part>/ beside the checkpoint; files: none)")
     add("--truth", metavar="GT.JSON", help="COCO ground truth: score --detections against it, without a model")
     add("--detections", metavar="DT.JSON", help="COCO results, a list of detections")
     add("--iou-type", choices=("bbox", "segm"), help="score only boxes or only masks of the files (default: what they hold)")
@@ -94,7 +95,8 @@ def score_model(args):
         raise ValueError(f"{path}: expected a detection model, got {checkpoint['model']} ({model.task})")
     names, thresholds = tuple(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)
-    with_masks = "segm" in iou_types(model) and (any(m is not None for r in records for m in r.masks) or not any(len(r.masks) for r in records))
+    outlines = [mask is not None for record in records for mask in record.masks]
+    with_masks = "segm" in iou_types(model) and (any(outlines) or not outlines)
     print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path})")
 
     samples, pixels, judged = Samples(records, with_masks), PixelEvaluator(names), []
@@ -119,13 +121,13 @@ def score_model(args):
     folder = args.out or os.path.join(os.path.dirname(os.path.abspath(path)), f"evaluation{of_set}-{part}")
     os.makedirs(folder, exist_ok=True)
     numbers = collect(result, pixel_result, thresholds, metrics)
-    about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"], "epoch": checkpoint.get("train", {}).get("epoch"),
-             "data": os.path.abspath(dataset.path), "part": part, "pictures": len(records), **run_folder.environment(device)}
+    about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"],
+             "epoch": checkpoint.get("train", {}).get("epoch"), "data": os.path.abspath(dataset.path), "part": part,
+             "pictures": len(records), **run_folder.environment(device)}
     run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
-    for name, content in (("detections.json", evaluator.coco_detections(dataset.category_ids)), ("truth.json", evaluator.coco_truth(dataset.category_ids, files))):
-        with open(os.path.join(folder, name), "w", encoding="utf-8") as stream:
-            json.dump(content, stream)
+    write_json(os.path.join(folder, "detections.json"), evaluator.coco_detections(dataset.category_ids))
+    write_json(os.path.join(folder, "truth.json"), evaluator.coco_truth(dataset.category_ids, files))
     pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, args.worst)
     report(folder, shown, result, about, pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, detections.json, truth.json"
@@ -184,7 +186,8 @@ def choose_pictures(args, checkpoint, path):
     if not where:
         raise ValueError(f"{path} does not say what it was trained on; name the data set with --data")
     if not args.data and not os.path.exists(where):
-        raise ValueError(f"{where}: the data set that {path} was trained on is not there any more; name its new place, or another set, with --data")
+        raise ValueError(f"{where}: the data set that {path} was trained on is not there any more; name its new place, or another set, "
+                         "with --data")
     dataset = load_dataset(where, class_names=checkpoint["class_names"])
     split = checkpoint.get("split") or {}
     try:
@@ -216,28 +219,30 @@ def confident(detection, thresholds, names):
 def show(result, pixels, thresholds, metrics):
     """Prints all tables and returns them for the report: [(heading, [table or text])]."""
     alarms = result.false_alarms(thresholds)
-    alarm_text = ("no undamaged picture in this part" if not alarms["pictures"] else f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without "
-                  f"damage have a finding, {alarms['findings']:.2f} findings a picture")
-    cost = f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second), peak memory {metrics['peak memory MB']:.0f} MB"
-    shown = [("Accuracy", [*tables.coco_tables(result), tables.class_table(result)]), ("In use", [tables.operating_table(result, thresholds)]),
-             ("False alarms", [alarm_text])]
+    alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
+                  f"{alarms['findings']:.2f} findings a picture") if alarms["pictures"] else "no undamaged picture in this part"
+    cost = (f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second), peak memory "
+            f"{metrics['peak memory MB']:.0f} MB")
+    shown = [("Accuracy", [*tables.coco_tables(result), tables.class_table(result)]),
+             ("In use", [tables.operating_table(result, thresholds)]), ("False alarms", [alarm_text])]
     if pixels:
         shown.append(("Pixels", tables.pixel_tables(pixels)))
     shown.append(("Speed and memory", [cost]))
     if result.causes:
         shown.append(("Notes", result.causes))
     for heading, blocks in shown:
-        print()
-        print("\n".join(f"{heading}: {b}" for b in blocks) if isinstance(blocks[0], str) else "\n\n".join(tables.as_text(*b) for b in blocks))
+        are_texts = isinstance(blocks[0], str)
+        print("\n" + ("\n" if are_texts else "\n\n").join(f"{heading}: {b}" if are_texts else tables.as_text(*b) for b in blocks))
     return shown
 
 
 def collect(result, pixels, thresholds, metrics):
     """Every number, for results.json."""
-    return {"stats": result.stats, "per_class": result.per_class, "voc": {t: result.voc_ap(t) for t in result.scored}, "thresholds": thresholds,
-            "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(), "false_alarms": result.false_alarms(thresholds),
-            "pixels": pixels.stats if pixels else {}, "pixels_per_class": pixels.per_class if pixels else {},
-            **{name.replace(" ", "_"): metrics[name] for name in ("ms per picture", "pictures per second", "peak memory MB")}, "notes": result.causes}
+    cost = {name.replace(" ", "_"): metrics[name] for name in ("ms per picture", "pictures per second", "peak memory MB")}
+    return {"stats": result.stats, "per_class": result.per_class, "voc": {t: result.voc_ap(t) for t in result.scored},
+            "thresholds": thresholds, "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(),
+            "false_alarms": result.false_alarms(thresholds), "pixels": pixels.stats if pixels else {},
+            "pixels_per_class": pixels.per_class if pixels else {}, **cost, "notes": result.causes}
 
 
 def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):
@@ -265,10 +270,12 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
 
 def report(folder, shown, result, about, pictures):
     """Writes report.html: the printed tables, precision over recall, the worst predictions, how it was made."""
-    blocks = [(heading, [block if isinstance(block, str) else Table(block[1], block[2], block[0]) for block in content]) for heading, content in shown]
+    as_block = lambda block: block if isinstance(block, str) else Table(block[1], block[2], block[0])
+    blocks = [(heading, [as_block(block) for block in content]) for heading, content in shown]
     for iou_type in result.scored:
         precision = result.arrays[iou_type]["precision"][0, :, :, 0, -1]                     # IoU 0.5, all sizes: [R, K]
-        curves = {name: (result.protocol.recall_thresholds, precision[:, k]) for k, name in enumerate(result.class_names) if precision[0, k] > -1}
+        recall = result.protocol.recall_thresholds
+        curves = {name: (recall, precision[:, k]) for k, name in enumerate(result.class_names) if precision[0, k] > -1}
         if curves:
             title = f"Precision and recall, {tables.KINDS[iou_type]} IoU 0.5"
             blocks[0][1].append(Picture(precision_recall_plot(curves, title), title))
@@ -278,6 +285,11 @@ def report(folder, shown, result, about, pictures):
     blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))
     write_report(os.path.join(folder, "report.html"), f"{about['model']} on {about['part']} of {os.path.basename(about['data'])}", blocks,
                  f"{about['pictures']} pictures, `{about['checkpoint']}`")
+
+
+def write_json(path, content):
+    with open(path, "w", encoding="utf-8") as stream:
+        json.dump(content, stream)
 
 
 def without_nan(value):

@@ -1,9 +1,9 @@
 // COCO's detection protocol: matching of detections with truths, and precision over recall. The C++ twin of minidamage/metrics/coco.py
 // (read that first). Results equal pycocotools' COCOeval to the last digit: same order, same ties, same additions.
 //
-// What makes it fast: everything lies in flat arrays, sorted once by (category, image, decreasing score); masks are parsed in the thread that
-// compares them and dropped again; pairs whose boxes or areas cannot reach the lowest threshold are never walked; the outcome of one detection
-// at all thresholds is one machine word; precision is computed at true positives only, the one place where its envelope can change.
+// What makes it fast: everything lies in flat arrays, sorted once by (category, image, decreasing score); masks are parsed in the thread
+// that compares them and dropped again; pairs whose boxes or areas cannot reach the lowest threshold are never walked; the outcome of one
+// detection at all thresholds is one machine word; precision is computed at true positives only, where alone its envelope can change.
 #pragma once
 
 #include <limits>
@@ -126,7 +126,7 @@ private:
         s.dt_area.resize(dets);
         if (!dt_.box) {
             s.gt_shapes.resize(dets ? truths : 0);
-            for (int64_t g = 0; g < static_cast<int64_t>(s.gt_shapes.size()); g++) read_shape(gt_, gt_order_[group.gt_begin + g], s, s.gt_shapes[g]);
+            for (size_t g = 0; g < s.gt_shapes.size(); g++) read_shape(gt_, gt_order_[group.gt_begin + g], s, s.gt_shapes[g]);
         }
         for (int64_t d = 0; d < dets; d++) {
             const int32_t i = dt_order_[group.dt_begin + d];
@@ -138,7 +138,8 @@ private:
                 if (dt_.box) {
                     iou = box_iou_xywh(dt_.box + 4 * int64_t(i), gt_.box + 4 * int64_t(j), gt_.crowd[j]);
                 } else {
-                    if (dt_.size[2 * i] != gt_.size[2 * j] || dt_.size[2 * i + 1] != gt_.size[2 * j + 1]) size_mismatch(i, j);
+                    const int32_t* size = dt_.size + 2 * int64_t(i);
+                    if (!std::equal(size, size + 2, gt_.size + 2 * int64_t(j))) size_mismatch(i, j);
                     iou = mask_iou(s.dt_shape, s.gt_shapes[g], gt_.crowd[j], lowest);
                 }
                 if (iou >= lowest) s.candidates.push_back({static_cast<int32_t>(g), iou});
@@ -156,8 +157,9 @@ private:
 
     [[noreturn]] void size_mismatch(int32_t i, int32_t j) {
         auto text = [](const int32_t* size) { return "[" + std::to_string(size[0]) + ", " + std::to_string(size[1]) + "]"; };
-        throw std::invalid_argument("detection " + std::to_string(i) + " has a mask of size " + text(dt_.size + 2 * i) + ", its picture's truth " +
-                                    std::to_string(j) + " one of " + text(gt_.size + 2 * j) + " (height, width); write masks in the pixels of the original picture");
+        throw std::invalid_argument("detection " + std::to_string(i) + " has a mask of size " + text(dt_.size + 2 * int64_t(i)) +
+                                    ", its picture's truth " + std::to_string(j) + " one of " + text(gt_.size + 2 * int64_t(j)) +
+                                    " (height, width); write masks in the pixels of the original picture");
     }
 
     void match_group(const Group& group, Scratch& s) {
@@ -267,7 +269,7 @@ private:
                 const int64_t out = (((t * R + r) * K + k) * A + a) * M + m;
                 const bool reached = double(i) / double(positives) >= p_.recall_thresholds[r] && !kept.empty();
                 if (!reached) { result_.precision[out] = result_.scores[out] = 0; continue; }
-                // Recall 0 is reached at the very first detection, whatever it is; from there the best precision to the right is that of the first
+                // Recall 0 is reached at the very first detection, whatever it is; from there on the best precision is that from the first
                 // true positive on.
                 result_.precision[out] = tp == 0 ? 0 : precision[i ? i - 1 : 0];
                 result_.scores[out] = dt_.key[dt_order_[i ? at[i - 1] : kept[0]]];

@@ -98,7 +98,8 @@ static py::bytes from_polygons(const std::vector<Array<double>>& rings, int64_t 
     Bounds bounds;
     for (const Array<double>& ring : rings) {
         expect(ring.ndim() == 2 && ring.shape(1) == 2, "ring: expected [P, 2]");
-        for (py::ssize_t i = 0; i < ring.size(); i++) expect(std::abs(ring.data()[i]) <= 1e9, "ring: expected finite points within 1e9 pixels");
+        const double* xy = ring.data();
+        expect(std::all_of(xy, xy + ring.size(), [](double c) { return std::abs(c) <= 1e9; }), "ring: expected points within 1e9 pixels");
         column_crossings(ring.data(), ring.shape(0), H, W, toggles);
         if (even_odd) continue;                            // all rings' crossings in one list: even-odd
         Bounds one = bounds_of_toggles(toggles, total);
@@ -260,7 +261,8 @@ struct Side {
         if (!objects.box) {
             counts = py::cast<py::list>(fields["counts"]);
             objects.text = texts_of(counts);
-            expect(static_cast<int64_t>(objects.text.size()) == objects.n && (objects.size || objects.n == 0), "evaluate: one mask for each object");
+            const bool one_each = static_cast<int64_t>(objects.text.size()) == objects.n && (objects.size || objects.n == 0);
+            expect(one_each, "evaluate: one mask for each object");
         }
         expect(objects.n == 0 || (is_truth ? objects.area && objects.crowd : objects.key != nullptr), "evaluate: an array is missing");
         expect(objects.n < INT32_MAX, "evaluate: too many objects");
@@ -270,11 +272,12 @@ struct Side {
     }
 };
 
-static py::dict evaluate(const py::dict& truths, const py::dict& detections, int64_t images, int64_t categories, const std::vector<double>& area_ranges,
-                         const std::vector<double>& iou_thresholds, const std::vector<double>& recall_thresholds,
-                         const std::vector<int64_t>& max_dets, bool keep_matches) {
+static py::dict evaluate(const py::dict& truths, const py::dict& detections, int64_t images, int64_t categories,
+                         const std::vector<double>& area_ranges, const std::vector<double>& iou_thresholds,
+                         const std::vector<double>& recall_thresholds, const std::vector<int64_t>& max_dets, bool keep_matches) {
     Side gt(truths, images, categories, true), dt(detections, images, categories, false);
-    expect((gt.objects.box != nullptr) == (dt.objects.box != nullptr) || !gt.objects.n || !dt.objects.n, "evaluate: boxes on both sides or masks on both");
+    const bool same_form = (gt.objects.box != nullptr) == (dt.objects.box != nullptr);
+    expect(same_form || !gt.objects.n || !dt.objects.n, "evaluate: boxes on both sides or masks on both");
     expect(iou_thresholds.size() <= kMaxThresholds && !iou_thresholds.empty(), "evaluate: expected 1 to 32 IoU thresholds");
     expect(!max_dets.empty() && std::is_sorted(max_dets.begin(), max_dets.end()), "evaluate: max_dets in ascending order");
     Protocol protocol{images, categories, area_ranges, iou_thresholds, recall_thresholds, max_dets};

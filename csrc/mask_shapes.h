@@ -25,7 +25,7 @@ inline int32_t label_segments(const std::vector<Segment>& segments, int connecti
         }
     }
     int32_t count = 0;
-    for (int32_t i = 0; i < n; i++) labels[i] = labels[i] == i ? count++ : labels[labels[i]];     // a parent comes first: it holds its label already
+    for (int32_t i = 0; i < n; i++) labels[i] = labels[i] == i ? count++ : labels[labels[i]];     // a parent comes first: it is done
     return count;
 }
 

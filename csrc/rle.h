@@ -99,10 +99,12 @@ inline void parse(Text text, int64_t height, int64_t width, int64_t index, Bound
         runs.push_back(value);
         sum += value;
     }
-    if (sum != total || negative)
-        throw std::invalid_argument("RLE " + std::to_string(index) + ": its runs add up to " + (negative ? "no valid number of" : std::to_string(sum)) +
-                                    " pixels, expected height * width = " + std::to_string(height) + " * " + std::to_string(width) + " = " +
-                                    std::to_string(total) + "; the size or the counts belong to another picture");
+    if (sum != total || negative) {
+        const std::string got = negative ? "no valid number of" : std::to_string(sum);
+        throw std::invalid_argument("RLE " + std::to_string(index) + ": its runs add up to " + got + " pixels, expected height * width = " +
+                                    std::to_string(height) + " * " + std::to_string(width) + " = " + std::to_string(total) +
+                                    "; the size or the counts belong to another picture");
+    }
     bounds.clear();
     int64_t position = 0;
     for (size_t j = 0; j + 1 < runs.size(); j++) {
@@ -197,8 +199,8 @@ void for_each_segment(const Bounds& bounds, int64_t height, Visit visit) {
     for (size_t i = 0; i + 1 < bounds.size(); i += 2) {
         int64_t start = bounds[i], end = bounds[i + 1];
         for (int64_t column = start / height; start < end; column++) {
-            int64_t stop = std::min(end, (column + 1) * height);
-            visit(Segment{static_cast<int32_t>(column), static_cast<int32_t>(start - column * height), static_cast<int32_t>(stop - column * height)});
+            int64_t top = column * height, stop = std::min(end, top + height);
+            visit(Segment{static_cast<int32_t>(column), static_cast<int32_t>(start - top), static_cast<int32_t>(stop - top)});
             start = stop;
         }
     }
@@ -279,7 +281,8 @@ inline void column_crossings(const double* xy, int64_t P, int64_t height, int64_
             int64_t before = u_of(0);
             for (int64_t t = 1; t <= dy; t++) {
                 int64_t u = u_of(t), column = std::min(u, before);
-                if (u != before && column >= 2 && column % kUpsample == 2 && column <= (width - 1) * kUpsample + 2) cross(column, ys + t - 1);
+                bool at_centre = column >= 2 && column % kUpsample == 2 && column <= (width - 1) * kUpsample + 2;
+                if (u != before && at_centre) cross(column, ys + t - 1);
                 before = u;
             }
         }

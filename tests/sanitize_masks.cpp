@@ -1,5 +1,5 @@
-// Random masks, polygons and detections through csrc/rle.h, mask_shapes.h and coco_match.h, built with ASan and UBSan by test_sanitizers.py.
-// Results are checked against the plainest definition; what the sanitizers look for is what a wrong index would touch.
+// Random masks, polygons and detections through csrc/rle.h, mask_shapes.h and coco_match.h, built with ASan and UBSan by
+// test_sanitizers.py. Results are checked against the plainest definition; the sanitizers look for what a wrong index would touch.
 #include <cstdio>
 #include <random>
 

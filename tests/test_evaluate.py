@@ -52,7 +52,7 @@ def test_faults_of_files_end_with_2(tmp_path, capsys):
                                (["--truth", str(tmp_path / "dict.json"), "--detections", FOUND], '"images"'),
                                (["--truth", str(tmp_path / "none.json"), "--detections", FOUND], "none.json: expected a COCO JSON file"),
                                (["--truth", TRUTH, "--detections", str(tmp_path / "dict.json")], "expected a list of detections"),
-                               (["--truth", TRUTH, "--detections", str(tmp_path / "ids.json")], "ids.json: detections of pictures whose id")):
+                               (["--truth", TRUTH, "--detections", str(tmp_path / "ids.json")], "json: detections of pictures whose id")):
         assert evaluate.main(arguments) == 2
         assert message in capsys.readouterr().err
 
@@ -87,8 +87,8 @@ class RedFinder(torch.nn.Module):
 
 
 def draw_set(folder):
-    """Four pictures in COCO form: two dents found exactly; a scratch that is drawn but has a low score; an undamaged one with a red reflection; an
-    undamaged one with nothing."""
+    """Four pictures in COCO form: two dents found exactly; a scratch that is drawn but has a low score; an undamaged one with a red
+    reflection; an undamaged one with nothing."""
     squares = [[(20, 20, 40, 1, True), (90, 10, 30, 1, True)], [(30, 30, 50, 2, True)], [(10, 60, 20, 1, False)], []]
     os.makedirs(folder / "images")
     content = {"images": [], "annotations": [], "categories": [{"id": 7, "name": "scratch"}, {"id": 3, "name": "dent"}]}
@@ -98,9 +98,9 @@ def draw_set(folder):
         for x, y, side, label, is_damage in objects:
             pixels[y:y + side, x:x + side] = (230, 20, 20) if label == 1 else (20, 230, 20)
             if is_damage:
-                content["annotations"].append({"id": len(content["annotations"]) + 1, "image_id": 10 + i, "category_id": {1: 3, 2: 7}[label], "iscrowd": 0,
-                                               "area": side * side, "bbox": [x, y, side, side],
-                                               "segmentation": [[x, y, x + side, y, x + side, y + side, x, y + side]]})
+                outline = [x, y, x + side, y, x + side, y + side, x, y + side]
+                annotation = {"id": len(content["annotations"]) + 1, "image_id": 10 + i, "category_id": {1: 3, 2: 7}[label], "iscrowd": 0}
+                content["annotations"].append({**annotation, "area": side * side, "bbox": [x, y, side, side], "segmentation": [outline]})
         Image.fromarray(pixels).save(folder / "images" / f"{i}.png")
     (folder / "annotations.json").write_text(json.dumps(content))
     return folder

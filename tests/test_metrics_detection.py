@@ -81,7 +81,8 @@ def test_numpy_equals_native_on_crowded_pictures(monkeypatch):
     box = np.concatenate([xy, wh], 1).astype(float)
     rles = [masks.from_polygons([[x, y, x + w, y, x + w, y + h, x, y + h]], 80, 90) for x, y, w, h in box]
     table = {"image": rng.randint(0, images, n + m).astype(np.int32), "category": rng.randint(0, categories, n + m).astype(np.int32),
-             "score": rng.randint(0, 12, n + m) / 12.0, "crowd": (rng.rand(n + m) < 0.15).astype(np.uint8), "area": masks.area(rles).astype(float) * 3}
+             "score": rng.randint(0, 12, n + m) / 12.0, "crowd": (rng.rand(n + m) < 0.15).astype(np.uint8),
+             "area": masks.area(rles).astype(float) * 3}
     table["image"][n:][rng.rand(m) < 0.5] = 2                                        # one picture gets half of them: over 100 of a class
     forms = {"bbox": {"box": box}, "segm": {"counts": [r["counts"] for r in rles], "size": np.tile(np.int32([80, 90]), (n + m, 1))}}
     protocol = coco.Protocol(area_ranges=((0, 1e10), (0, 500), (500, 1500), (1500, 1e10)))
@@ -109,9 +110,10 @@ def streamed(content_truth, content_found, names, iou_types=("bbox", "segm")):
         truth, found = pick(content_truth["annotations"]), pick(content_found)
         corners = lambda objects: np.array([o["bbox"] for o in objects], np.float64).reshape(-1, 4) @ CORNERS
         rles = lambda objects: [masks.segmentation_to_rle(o["segmentation"], image["height"], image["width"]) for o in objects]
-        evaluator.add_truth(image["id"], corners(truth), [ids.index(o["category_id"]) + 1 for o in truth], rles(truth),
-                            [o["iscrowd"] for o in truth], [o["area"] for o in truth], image["height"], image["width"])
-        evaluator.add_detections(image["id"], corners(found), [o["score"] for o in found], [ids.index(o["category_id"]) + 1 for o in found], rles(found))
+        labels = lambda objects: [ids.index(o["category_id"]) + 1 for o in objects]
+        evaluator.add_truth(image["id"], corners(truth), labels(truth), rles(truth), [o["iscrowd"] for o in truth],
+                            [o["area"] for o in truth], image["height"], image["width"])
+        evaluator.add_detections(image["id"], corners(found), [o["score"] for o in found], labels(found), rles(found))
     return evaluator
 
 
@@ -140,14 +142,14 @@ def square(x, y, side, size=200):
 
 
 def by_hand(found, truth=((10, 10, 50, 1), (100, 100, 50, 1)), undamaged=2):
-    """Evaluator with one damaged picture (squares x, y, side, label) and some undamaged ones. found: {picture: [(x, y, side, label, score)]}"""
+    """The result of a damaged picture (squares x, y, side, label) and some undamaged ones. found: {picture: [(x, y, side, label, score)]}"""
     evaluator = CocoEvaluator(["dent", "scratch"])
     for picture in range(undamaged + 1):
-        shapes = [square(*t[:3]) for t in truth] if picture == 0 else []
-        evaluator.add_truth(picture, [b for b, _ in shapes], [t[3] for t in truth][:len(shapes)], [r for _, r in shapes], height=200, width=200)
-        shapes = [square(*f[:3]) for f in found.get(picture, [])]
-        evaluator.add_detections(picture, [b for b, _ in shapes], [f[4] for f in found.get(picture, [])], [f[3] for f in found.get(picture, [])],
-                                 [r for _, r in shapes])
+        objects, findings = truth if picture == 0 else (), found.get(picture, [])
+        shapes = [square(*o[:3]) for o in objects]
+        evaluator.add_truth(picture, [b for b, _ in shapes], [o[3] for o in objects], [r for _, r in shapes], height=200, width=200)
+        shapes, scores = [square(*f[:3]) for f in findings], [f[4] for f in findings]
+        evaluator.add_detections(picture, [b for b, _ in shapes], scores, [f[3] for f in findings], [r for _, r in shapes])
     return evaluator.evaluate()
 
 
@@ -157,7 +159,8 @@ def test_ap_by_hand(body):
     for iou_type in ("bbox", "segm"):
         assert result.stats[f"{iou_type}/AP50"] == pytest.approx(expected)
         assert result.stats[f"{iou_type}/AR1"] == 0.5 and result.stats[f"{iou_type}/AR100"] == 1
-        assert np.isnan(result.stats[f"{iou_type}/APs"]) and result.stats[f"{iou_type}/ARm"] == 1 and np.isnan(result.stats[f"{iou_type}/ARl"])
+        assert np.isnan(result.stats[f"{iou_type}/APs"]) and np.isnan(result.stats[f"{iou_type}/ARl"])
+        assert result.stats[f"{iou_type}/ARm"] == 1
         voc = result.voc_ap(iou_type)
         assert voc["all-point"]["dent"] == pytest.approx(0.5 + 0.5 * 2 / 3)
         assert voc["11-point"]["mean"] == pytest.approx((6 + 5 * 2 / 3) / 11)
@@ -167,7 +170,7 @@ def test_ap_by_hand(body):
 
 
 def test_voc_counts_a_second_box_on_a_taken_truth_as_false(body):
-    """Two truths side by side; both detections lie nearest to the first. COCO gives the second truth to the second detection, VOC does not."""
+    """Two truths side by side, both detections nearest to the first: COCO gives the second truth to the second detection, VOC does not."""
     truth = ((10, 10, 50, 1), (20, 10, 50, 1))
     result = by_hand({0: [(10, 10, 50, 1, 0.9), (14, 10, 50, 1, 0.8)]}, truth)
     assert result.stats["bbox/AR100"] > 0.5
@@ -184,7 +187,8 @@ def test_average_precision_methods():
 
 
 def test_thresholds_findings_and_alarms(body):
-    result = by_hand({0: [(10, 10, 50, 1, 0.9), (150, 10, 40, 1, 0.5), (100, 100, 48, 1, 0.5)], 1: [(0, 0, 50, 1, 0.6), (9, 9, 30, 2, 0.2)]})
+    result = by_hand({0: [(10, 10, 50, 1, 0.9), (150, 10, 40, 1, 0.5), (100, 100, 48, 1, 0.5)],
+                      1: [(0, 0, 50, 1, 0.6), (9, 9, 30, 2, 0.2)]})
     best = result.best_f1()["dent"]                          # at 0.9: 2 / 3; at 0.6: 2 / 4; at 0.5 (two at once): 4 / 6
     assert best == pytest.approx({"threshold": 0.9, "F1": 2 / 3, "precision": 1, "recall": 0.5})
     assert result.best_thresholds() == {"dent": 0.9, "scratch": 0.5}

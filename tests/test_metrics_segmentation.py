@@ -20,7 +20,8 @@ def test_by_hand():
     image = {"IoU": (3 / 4 + 0) / 2, "Dice": 6 / 7 / 2, "F1": 6 / 7 / 2, "precision": 3 / 4, "recall": 1 / 2,
              "accuracy": (5 / 6 + 1 / 2 + 1) / 3, "two-class IoU": ((3 / 4 + 2 / 3) / 2 + (0 + 1 / 2) / 2) / 2,
              "two-class Dice": ((6 / 7 + 4 / 5) / 2 + (0 + 2 / 3) / 2) / 2}
-    assert result.stats == pytest.approx({**{f"pixel/{k}": v for k, v in pooled.items()}, **{f"pixel/image/{k}": v for k, v in image.items()}})
+    expected = {**{f"pixel/{k}": v for k, v in pooled.items()}, **{f"pixel/image/{k}": v for k, v in image.items()}}
+    assert result.stats == pytest.approx(expected)
     assert result.per_class["dent"]["pixel/IoU"] == pytest.approx(1 / 3)             # TP 1, FN 1 + 1
     assert result.per_class["scratch"]["pixel/IoU"] == pytest.approx(1 / 3)          # TP 1, FP 2
     assert result.per_image("IoU").tolist() == pytest.approx([0.75, 0, NAN], nan_ok=True)

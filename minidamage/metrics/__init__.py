@@ -1,1 +1,1 @@
-"""Scores: detection (COCO, VOC), pixels (pooled, per image), intervals. Reading order: coco, detection, operating, voc, segmentation, statistics."""
+"""Scores: detection (COCO, VOC), pixels (pooled, per image), intervals. Read coco, detection, operating, voc."""

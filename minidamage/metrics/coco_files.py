@@ -12,7 +12,8 @@ import numpy as np
 
 from minidamage import masks
 
-EXAMPLE = '{"image_id": 7, "category_id": 1, "bbox": [x, y, width, height] or "segmentation": {"size": [h, w], "counts": "..."}, "score": 0.9}'
+EXAMPLE = ('{"image_id": 7, "category_id": 1, "score": 0.9, "bbox": [x, y, width, height] and / or "segmentation": {"size": [h, w], '
+           '"counts": "..."}}')
 
 
 def read_json(file):
@@ -39,14 +40,15 @@ def types_in(truth, found):
 
 
 def read_truth(content, name, iou_type):
-    """(table, image_ids [I] sorted, categories: dicts sorted by id, annotation ids [n], {image id: image dict}) of an annotation file's content.
+    """(table, image_ids [I] sorted, categories: dicts sorted by id, annotation ids [n], {image id: image dict}) of a truth file's content.
 
     iou_type "segm" reads polygons and RLEs as masks, "bbox" the boxes. Raises ValueError with what is wrong.
     """
     if not isinstance(content, dict) or not all(isinstance(content.get(key), list) for key in ("images", "annotations", "categories")):
-        got = f"a dict with {', '.join(map(str, list(content)[:6])) or 'nothing'}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        got = f"a dict with {_listed(list(content)) or 'nothing'}" if isinstance(content, dict) else f"a {type(content).__name__}"
+        hint = "; a list is what a detections file holds: swapped --truth and --detections?" if isinstance(content, list) else ""
         raise ValueError(f'{name}: expected COCO ground truth, a dict with the lists "images", "annotations" and "categories", got {got}'
-                         f'{"; a list is what a detections file holds: swapped --truth and --detections?" if isinstance(content, list) else ""}')
+                         f'{hint}')
     if not content["images"]:
         raise ValueError(f"{name}: expected at least one picture in \"images\", got none")
     for key in ("images", "categories"):
@@ -116,9 +118,9 @@ def _common(objects, image_ids, category_ids, name, kind, plural):
     if (image < 0).any():
         unknown = list(dict.fromkeys(o["image_id"] for o, i in zip(objects, image) if i < 0))
         how_many = "none of them is" if (image < 0).all() else f"{int((image < 0).sum())} of {len(objects)} are not"
-        raise ValueError(f"{name}: {plural} of pictures whose id is not in the truth: {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; {how_many} "
-                         f"among the truth's {len(image_ids)} ids ({', '.join(map(repr, image_ids[:5]))}{', ...' if len(image_ids) > 5 else ''}). "
-                         "Detections must carry the ids of the truth file (same number, same type)")
+        raise ValueError(f"{name}: {plural} of pictures whose id is not in the truth: {_listed(unknown)}; {how_many} among the truth's "
+                         f"{len(image_ids)} ids ({_listed(image_ids)}). Detections must carry the ids of the truth file (same number and "
+                         "type)")
     if (category < 0).any():
         unknown = sorted({o["category_id"] for o, k in zip(objects, category) if k < 0}, key=str)
         raise ValueError(f"{name}: {plural} of unknown category_id {unknown[:8]}; the truth has {category_ids[:20]}"
@@ -126,16 +128,22 @@ def _common(objects, image_ids, category_ids, name, kind, plural):
     return {"image": image, "category": category}
 
 
+def _listed(values, most=6):
+    return ", ".join(map(repr, values[:most])) + (", ..." if len(values) > most else "")
+
+
 def _boxes(objects, name, kind):
     try:
         box = np.array([o["bbox"] for o in objects], np.float64).reshape(len(objects), 4)
     except (KeyError, ValueError, TypeError):
         row = next(i for i, o in enumerate(objects) if np.shape(o.get("bbox")) != (4,))
-        raise ValueError(f'{name}: expected "bbox": [x, y, width, height] in {kind} {row}, got {objects[row].get("bbox")!r:.80}'
-                         f'{"; it has a segmentation: score it with masks only (--iou-type segm)" if "segmentation" in objects[row] else ""}') from None
+        hint = "; it has a segmentation: score masks only (--iou-type segm)" if "segmentation" in objects[row] else ""
+        got = objects[row].get("bbox")
+        raise ValueError(f'{name}: expected "bbox": [x, y, width, height] in {kind} {row}, got {got!r:.80}{hint}') from None
     if not np.isfinite(box).all() or (box[:, 2:] < 0).any():
         row = int(np.flatnonzero(~np.isfinite(box).all(1) | (box[:, 2:] < 0).any(1))[0])
-        raise ValueError(f"{name}: {kind} {row} has box {box[row].tolist()}; expected x, y, width, height, finite, sides >= 0. Is it x1, y1, x2, y2?")
+        raise ValueError(f"{name}: {kind} {row} has box {box[row].tolist()}; expected x, y, width, height, finite, sides >= 0. Is it "
+                         "x1, y1, x2, y2?")
     return box
 
 

@@ -54,7 +54,8 @@ class CocoEvaluator:
         else:
             row["area"] = _array(area, np.float64)
         if len(row["crowd"]) != n or len(row["area"]) != n:
-            raise ValueError(f"add_truth, picture {image_id!r}: {n} boxes, but {len(row['crowd'])} crowd flags and {len(row['area'])} areas")
+            raise ValueError(f"add_truth, picture {image_id!r}: expected a crowd flag and an area for each of {n} boxes, got "
+                             f"{len(row['crowd'])} and {len(row['area'])}")
         row["size"] = (height, width)
         self._truth[image_id] = row
 
@@ -66,9 +67,11 @@ class CocoEvaluator:
         row = self._row(image_id, "add_detections", boxes, labels, rles)
         row["scores"] = _array(scores, np.float64)
         if row["scores"].shape != row["labels"].shape:
-            raise ValueError(f"add_detections, picture {image_id!r}: {len(row['labels'])} boxes, but scores of shape {list(row['scores'].shape)}")
+            raise ValueError(f"add_detections, picture {image_id!r}: {len(row['labels'])} boxes, but scores of shape "
+                             f"{list(row['scores'].shape)}; expected one each")
         if not np.isfinite(row["scores"]).all():
-            raise ValueError(f"add_detections, picture {image_id!r}: scores are not finite ({row['scores'].min()}); did the training diverge?")
+            raise ValueError(f"add_detections, picture {image_id!r}: expected finite scores, got {row['scores'].min()}; did the training "
+                             "diverge?")
         self._detections.setdefault(image_id, []).append(row)
 
     def _row(self, image_id, name, boxes, labels, rles):
@@ -76,8 +79,9 @@ class CocoEvaluator:
         if labels.shape != (len(boxes),):
             raise ValueError(f"{name}, picture {image_id!r}: {len(boxes)} boxes, but labels of shape {list(labels.shape)}")
         if len(labels) and not (1 <= labels.min() and labels.max() <= len(self.class_names)):
-            raise ValueError(f"{name}, picture {image_id!r}: expected labels 1..{len(self.class_names)} ({', '.join(self.class_names[:8])}), got "
-                             f"{sorted(set(labels.tolist()))[:10]}; 0 is background, and category ids of a file must be mapped to labels first")
+            known = f"1..{len(self.class_names)} ({', '.join(self.class_names[:8])})"
+            raise ValueError(f"{name}, picture {image_id!r}: expected labels {known}, got {sorted(set(labels.tolist()))[:10]}; 0 is "
+                             "background, and category ids of a file must be mapped to labels first")
         if rles is None and len(boxes) == 0:
             rles = []
         if "segm" in self.iou_types and (rles is None or len(rles) != len(boxes) or any(r is None for r in rles)):
@@ -91,8 +95,8 @@ class CocoEvaluator:
         image_ids = sorted(self._truth)
         unknown = [i for i in self._detections if i not in self._truth]
         if unknown:
-            raise ValueError(f"detections of pictures without truth: {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; expected ids among the "
-                             f"{len(image_ids)} added by add_truth ({', '.join(map(repr, image_ids[:5]))}{', ...' if len(image_ids) > 5 else ''})")
+            raise ValueError(f"detections of pictures without truth: {unknown[:5]}{' ...' if len(unknown) > 5 else ''}; expected ids among "
+                             f"the {len(image_ids)} added by add_truth: {image_ids[:5]}{' ...' if len(image_ids) > 5 else ''}")
         truth_rows = [(i, self._truth[image_id]) for i, image_id in enumerate(image_ids)]
         dt_rows = [(i, row) for i, image_id in enumerate(image_ids) for row in self._detections.get(image_id, ())]
         truths, detections = _table(truth_rows, iou_type), _table(dt_rows, iou_type)
@@ -112,8 +116,7 @@ class CocoEvaluator:
         return DetectionResult(self.class_names, image_ids, scored, self.protocol)
 
     def coco_detections(self, category_ids=None):
-        """The detections as COCO's list of dicts, in the numbering of `category_ids` (default 1..K); `evaluate_coco_files` on them scores the
-        same."""
+        """The detections as COCO's list of dicts, in the numbering of `category_ids` (default 1..K); they score the same as files."""
         category_ids = category_ids or range(1, len(self.class_names) + 1)
         out = []
         for image_id, rows in self._detections.items():
@@ -137,7 +140,8 @@ class CocoEvaluator:
                 if row["rles"] is not None:
                     entry["segmentation"] = _json_rle(row["rles"][k])
                 annotations.append(entry)
-        images = [{"id": i, "file_name": str((files or {}).get(i, i)), "height": row["size"][0], "width": row["size"][1]} for i, row in self._truth.items()]
+        images = [{"id": i, "file_name": str((files or {}).get(i, i)), "height": row["size"][0], "width": row["size"][1]}
+                  for i, row in self._truth.items()]
         return {"images": images, "annotations": annotations,
                 "categories": [{"id": int(c), "name": n} for c, n in zip(category_ids, self.class_names)]}
 
@@ -155,9 +159,9 @@ class Scored:
 class DetectionResult:
     """Numbers of one evaluation.
 
-    stats: {"bbox/AP": ..., "segm/ARl": ...}, COCO's 12 for each IoU type; NaN where there is no truth. per_class: {name: {"truths", "detections",
-    "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AR100", ...}}. arrays: {"bbox": {"precision" [T, R, K, A, M], "recall", "scores"}, ...} as in
-    pycocotools, -1 where there is no truth. causes: why a number is NaN or 0, in words.
+    stats: {"bbox/AP": ..., "segm/ARl": ...}, COCO's 12 for each IoU type; NaN where there is no truth. per_class: {name: {"truths",
+    "detections", "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AR100", ...}}. arrays: {"bbox": {"precision" [T, R, K, A, M], "recall",
+    "scores"}, ...} as in pycocotools, -1 where there is no truth. causes: why a number is NaN or 0, in words.
     """
 
     def __init__(self, class_names, image_ids, scored, protocol=COCO):
@@ -186,12 +190,13 @@ class DetectionResult:
         return diagnosis.explain(self)
 
     def best_f1(self, iou_type=None):
-        """{name: {"threshold", "F1", "precision", "recall"}} where F1 at IoU 0.5 is best; threshold NaN where a class has no true positive."""
+        """{name: {"threshold", "F1", "precision", "recall"}} where F1 at IoU 0.5 is best; threshold NaN for a class never found."""
         return dict(zip(self.class_names, operating.best_f1(self.scored[self._type(iou_type)], len(self.class_names))))
 
     def best_thresholds(self, iou_type=None, default=0.5):
         """{name: score} of the best F1, `default` where there is none: what to ship. Masks decide if there are masks."""
-        return {name: best["threshold"] if best["threshold"] == best["threshold"] else default for name, best in self.best_f1(iou_type).items()}
+        best = {name: numbers["threshold"] for name, numbers in self.best_f1(iou_type).items()}
+        return {name: default if np.isnan(threshold) else threshold for name, threshold in best.items()}
 
     def at_thresholds(self, thresholds, iou_type=None):
         """{name: {"precision", "recall", "F1", "TP", "FP", "FN", "matched IoU"}} and the same under "all", for detections whose score is at
@@ -232,9 +237,9 @@ class DetectionResult:
 def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None):
     """Runs a detector over pictures: returns (metrics dict, CocoEvaluator).
 
-    samples: iterable of (image [3, H, W], truth dict), or of (list of images, list of truths) as a DataLoader with `collate` gives. A truth has
-    boxes [G, 4] xyxy, labels [G], and where there are any: rles (G RLE dicts) or masks [G, H, W], iscrowd [G], area [G], image_id (default:
-    its place). metrics: the evaluator's stats, "ms per picture" and "pictures per second" of the model alone, "peak memory MB".
+    samples: iterable of (image [3, H, W], truth dict), or of (list of images, list of truths) as a DataLoader with `collate` gives. A truth
+    has boxes [G, 4] xyxy, labels [G], and where there are any: rles (G RLE dicts) or masks [G, H, W], iscrowd [G], area [G], image_id
+    (default: its place). metrics: the evaluator's stats, "ms per picture", "pictures per second" (the model alone), "peak memory MB".
     on_picture(image, truth, detection) is called after each, detection with masks as RLEs. Raises ValueError for a model in training mode.
     """
     if model.training:
@@ -260,15 +265,17 @@ def _add_picture(evaluator, image, truth, detection):
     image_id, rles = truth.get("image_id", len(evaluator._truth)), truth.get("rles")
     if rles is None and truth.get("masks") is not None:
         rles = masks.encode(_array(truth["masks"], np.uint8))
-    evaluator.add_truth(image_id, truth["boxes"], truth["labels"], rles, truth.get("iscrowd"), truth.get("area"), *map(int, image.shape[-2:]))
+    height, width = map(int, image.shape[-2:])
+    evaluator.add_truth(image_id, truth["boxes"], truth["labels"], rles, truth.get("iscrowd"), truth.get("area"), height, width)
     evaluator.add_detections(image_id, detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
 
 
 def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):
     """Returns the DetectionResult of two COCO files (or their parsed content), as pycocotools' COCOeval.
 
-    iou_type: "bbox", "segm", both in a tuple, or "auto" for what the files hold. use_cats=False: categories are ignored, as for proposals; the result then has the one class
-    "all". area_from_boxes: see coco_files.py. Raises ValueError with expected and got for every fault of the files.
+    iou_type: "bbox", "segm", both in a tuple, or "auto" for what the files hold. use_cats=False: categories are ignored, as for
+    proposals; the result then has the one class "all". area_from_boxes: see coco_files.py. Raises ValueError with expected and got for
+    every fault of the files.
     """
     iou_types = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
     if not iou_types or set(iou_types) - {*IOU_TYPES, "auto"}:
@@ -290,9 +297,9 @@ def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_
 def _without_categories(table):
     """One category; objects in order of their old one, which is how COCOeval lines them up (it matters for ties)."""
     order = np.argsort(table["category"], kind="stable")
-    new = {key: value if value is None else [value[i] for i in order] if isinstance(value, list) else value[order] for key, value in table.items()}
-    new["category"] = np.zeros(len(order), np.int32)
-    return new
+    pick = lambda value: [value[i] for i in order] if isinstance(value, list) else value[order]
+    new = {key: None if value is None else pick(value) for key, value in table.items()}
+    return {**new, "category": np.zeros(len(order), np.int32)}
 
 
 def _table(rows, iou_type):

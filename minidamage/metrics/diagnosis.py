@@ -14,15 +14,20 @@ def explain(result):
         truths, detections = scored.truths, scored.detections
         counted = truths["category"][truths["crowd"] == 0]
         if len(counted) == 0:
-            sentences.append(f"{what}: every AP is NaN, because no picture has a truth object that counts ({len(truths['image'])} crowd regions)")
+            sentences.append(f"{what}: every AP is NaN, because no picture has a truth object that counts ({len(truths['image'])} crowd "
+                             "regions)")
         elif len(detections["image"]) == 0:
-            sentences.append(f"{what}: every AP is 0, because there is not one detection: nothing scored above the model's lowest score, or an empty file")
+            sentences.append(f"{what}: every AP is 0, because there is not one detection: nothing scored above the model's lowest score, "
+                             "or an empty file")
         else:
             sentences += _about_classes(result, scored, what, counted)
             if result.stats[f"{iou_type}/AP50"] < SUSPICIOUS:
                 sentences += _about_fit(result, scored, what)
-    both = [s for s in sentences if s.startswith("boxes: ") and s.replace("boxes", "masks", 1) in sentences]
-    return [s.replace("boxes", "boxes and masks", 1) if s in both else s for s in sentences if s.replace("masks", "boxes", 1) not in both or s in both]
+    about = {}                                                # what is said of boxes and of masks alike is said once
+    for sentence in sentences:
+        what, _, text = sentence.partition(": ")
+        about.setdefault(text, []).append(what)
+    return [f"{' and '.join(what)}: {text}" for text, what in about.items()]
 
 
 def _about_classes(result, scored, what, counted):
@@ -34,10 +39,9 @@ def _about_classes(result, scored, what, counted):
         out.append(f"{what}: AP of {_listed(without)} is NaN and left out of the mean, because these pictures have no truth of the class")
     if silent:
         out.append(f"{what}: AP of {_listed(silent)} is 0, because there is no detection of the class at any score")
-    missing = [(letter, name) for letter, name in (("s", "small (under 32 x 32 pixels)"), ("m", "medium"), ("l", "large (over 96 x 96 pixels)"))
-               if np.isnan(result.stats[("bbox/AP" if what == "boxes" else "segm/AP") + letter])]
-    for letter, name in missing:
-        out.append(f"{what}: AP{letter} and AR{letter} are NaN, because no truth object is {name}")
+    for letter, name in (("s", "small (under 32 x 32 pixels)"), ("m", "medium"), ("l", "large (over 96 x 96 pixels)")):
+        if np.isnan(result.stats[("bbox/AP" if what == "boxes" else "segm/AP") + letter]):
+            out.append(f"{what}: AP{letter} and AR{letter} are NaN, because no truth object is {name}")
     return out
 
 
@@ -55,8 +59,8 @@ def _about_fit(result, scored, what):
             return [f"{what}: they fit when read as x1, y1, x2, y2; COCO files hold x, y, width, height"]
         reach_found, reach_truth = (np.max(table["box"][:, :2] + table["box"][:, 2:]) for table in (detections, truths))
         if recall < 0.1 and not 0.5 < reach_found / max(reach_truth, 1e-9) < 2:
-            return [f"{what}: detections reach to {reach_found:.4g}, the truth to {reach_truth:.4g} pixels: boxes in another scale (normalised, or of "
-                    "the resized picture)?"]
+            return [f"{what}: detections reach to {reach_found:.4g}, the truth to {reach_truth:.4g} pixels: boxes in another scale "
+                    "(normalised, or of the resized picture)?"]
     match = blind["dt_match"][0]
     found = match >= 0
     off = detections["category"][found] - truths["category"][match[found]]
@@ -64,11 +68,11 @@ def _about_fit(result, scored, what):
         values, counts = np.unique(off, return_counts=True)
         common = int(values[counts.argmax()])
         by = f", most often off by {common:+d}" if common and counts.max() > 0.7 * len(off) else ""
-        return [f"{what}: they lie on the truth (recall {recall:.2f} when classes are ignored) but carry the wrong class in {(off != 0).mean():.0%} of "
-                f"the cases{by}; check the label map (0 is background, category ids may have gaps)"]
+        return [f"{what}: they lie on the truth (recall {recall:.2f} when classes are ignored) but carry the wrong class in "
+                f"{(off != 0).mean():.0%} of the cases{by}; check the label map (0 is background, category ids may have gaps)"]
     ap50 = result.stats[("bbox" if what == "boxes" else "segm") + "/AP50"]
-    return [f"{what}: AP50 is {ap50:.3f} with ids, scale and classes in order (recall {recall:.2f} at IoU 0.5 when classes are ignored): the model "
-            "has not learned enough yet"]
+    return [f"{what}: AP50 is {ap50:.3f} with ids, scale and classes in order (recall {recall:.2f} at IoU 0.5 when classes are ignored): "
+            "the model has not learned enough yet"]
 
 
 def _without_classes(result, truths, detections):

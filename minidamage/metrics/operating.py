@@ -1,7 +1,7 @@
 """What a model does at one score threshold: its best F1, its true and false findings, its alarms on undamaged pictures.
 
-Matches are COCO's at IoU 0.5 (the first IoU threshold, so at most 100 detections of a class in a picture). They are found once, without a threshold,
-and hold at every one: detections choose by decreasing score, so those below a threshold never took a truth from those above.
+Matches are COCO's at IoU 0.5 (the first IoU threshold; at most 100 detections of a class in a picture). They are found once, without a
+threshold, and hold at every one: detections choose by decreasing score, so those below a threshold never took a truth from those above.
 """
 import numpy as np
 
@@ -34,7 +34,7 @@ def best_f1(scored, categories):
 
 
 def at_thresholds(scored, thresholds):
-    """K + 1 dicts (classes, then all together): TP, FP, FN, precision, recall, F1, matched IoU of detections with score >= threshold [K]."""
+    """K + 1 dicts (classes, then all together): TP, FP, FN, precision, recall, F1, matched IoU of detections at or above thresholds [K]."""
     categories = len(thresholds)
     kept = _counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
     true = kept & (scored.arrays["dt_match"][AT_IOU] >= 0)

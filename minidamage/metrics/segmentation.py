@@ -51,18 +51,18 @@ class PixelEvaluator:
         """truth, prediction: [H, W] integers 0..K. ignore: [H, W] bool, pixels that count nowhere."""
         truth, prediction = np.asarray(truth), np.asarray(prediction)
         if truth.shape != prediction.shape or truth.ndim != 2:
-            raise ValueError(f"add_label_maps expects two maps [H, W] of one size, got {list(truth.shape)} and {list(prediction.shape)}; resize the "
-                             "prediction to the truth, not the truth to the prediction")
+            raise ValueError(f"add_label_maps expects two maps [H, W] of one size, got {list(truth.shape)} and {list(prediction.shape)}; "
+                             "resize the prediction to the truth, not the truth to the prediction")
         if ignore is not None:
             truth, prediction = truth[~ignore], prediction[~ignore]
         K = len(self.class_names)
         largest = max(truth.max(initial=0), prediction.max(initial=0))
         if largest > K or min(truth.min(initial=0), prediction.min(initial=0)) < 0:
-            raise ValueError(f"add_label_maps expects labels 0..{K} (0 background, {', '.join(self.class_names)}), got up to {largest}; is the "
-                             "map a picture with 0 and 255?")
+            raise ValueError(f"add_label_maps expects labels 0..{K} (0 background, {', '.join(self.class_names)}), got up to {largest}; is "
+                             "the map a picture with 0 and 255?")
         confusion = np.bincount(truth.ravel().astype(np.int64) * (K + 1) + prediction.ravel(), minlength=(K + 1) ** 2).reshape(K + 1, K + 1)
         same, in_truth, in_prediction, total = np.diag(confusion), confusion.sum(1), confusion.sum(0), confusion.sum()
-        counts = np.stack([same, in_prediction - same, in_truth - same, total - in_truth - in_prediction + same], axis=1)        # [K + 1, 4]
+        counts = np.stack([same, in_prediction - same, in_truth - same, total - in_truth - in_prediction + same], axis=1)    # [K + 1, 4]
         tn = confusion[0, 0]                                  # as a whole: damage of one class taken for another is damage found
         fp, fn = in_truth[0] - tn, in_prediction[0] - tn
         counts[0] = total - tn - fp - fn, fp, fn, tn
@@ -94,7 +94,7 @@ class PixelEvaluator:
 
 @dataclasses.dataclass
 class PixelResult:
-    """stats: damage as a whole; per_class: {name: the same numbers}; counts int64 [N, K + 1, 4]: TP, FP, FN, TN a picture, row 0 as a whole."""
+    """stats: damage as a whole; per_class: {name: the same numbers}; counts int64 [N, K + 1, 4]: TP, FP, FN, TN a picture, row 0 whole."""
 
     stats: dict
     per_class: dict

@@ -19,8 +19,9 @@ def bootstrap(values, statistic=np.nanmean, other=None, level=0.95, samples=2000
     """The Interval of statistic(values), pictures drawn again with replacement; with `other`, of the paired difference.
 
     values: [N, ...], one row a picture (per-image IoU, or counts to be pooled by `statistic`). statistic: function of [N, ...] -> number.
-    other: [N, ...] of a second model on the *same pictures in the same order*; the interval is that of statistic(values) - statistic(other) with
-    the same pictures drawn for both, so that what makes a picture hard cancels. An interval without 0 is a difference at this level.
+    other: [N, ...] of a second model on the *same pictures in the same order*; the interval is that of statistic(values) -
+    statistic(other) with the same pictures drawn for both, so that what makes a picture hard cancels. An interval without 0 is a
+    difference at this level.
     Raises ValueError without rows, for two models of different length, and for a level outside (0, 1).
     """
     values = np.asarray(values)

@@ -9,7 +9,8 @@ def coco_tables(result):
     """The 12 COCO numbers for boxes and masks: one table of AP, one of AR."""
     rows = lambda names: [[KINDS[t], *(result.stats[f"{t}/{name}"] for name in names)] for t in result.scored]
     precision, recall = ("AP", "AP50", "AP75", "APs", "APm", "APl"), ("AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
-    return [("COCO average precision (mean over IoU .50:.95, 101 points, 100 detections; s < 32², l > 96² pixels)", ["", *precision], rows(precision)),
+    return [("COCO average precision (mean over IoU .50:.95, 101 points, 100 detections; s < 32², l > 96² pixels)",
+             ["", *precision], rows(precision)),
             ("COCO average recall (1, 10, 100 detections a class in a picture; small, medium, large objects)", ["", *recall], rows(recall))]
 
 
@@ -33,8 +34,10 @@ def operating_table(result, thresholds):
     """What is found at the thresholds in use, and what the best ones would be on these pictures."""
     found, best = result.at_thresholds(thresholds), result.best_f1()
     columns = ["class", "threshold", "true", "false", "missed", "precision", "recall", "F1", "matched IoU", "best F1 here", "at score"]
-    rows = [[name, thresholds.get(name, 0.5) if name != "all" else None, n["TP"], n["FP"], n["FN"], n["precision"], n["recall"], n["F1"], n["matched IoU"],
-             best[name]["F1"] if name in best else None, best[name]["threshold"] if name in best else None] for name, n in found.items()]
+    counts = ("TP", "FP", "FN", "precision", "recall", "F1", "matched IoU")
+    in_use, none = {**{name: 0.5 for name in best}, **thresholds}, {"F1": None, "threshold": None}
+    rows = [[name, in_use.get(name), *(numbers[c] for c in counts), best.get(name, none)["F1"], best.get(name, none)["threshold"]]
+            for name, numbers in found.items()]
     kind = KINDS["segm" if "segm" in result.scored else "bbox"]
     return f"At the thresholds in use ({kind} IoU 0.5; matched IoU: mean over the true ones)", columns, rows
 
@@ -44,15 +47,16 @@ def pixel_tables(pixels):
     whole = [[name, pixels.stats[f"pixel/{name}"], pixels.stats[f"pixel/image/{name}"]] for name in PIXEL_ROWS]
     shown = ("IoU", "Dice", "precision", "recall")
     classes = [[name, *(numbers[f"pixel/{m}"] for m in shown), numbers["pixel/image/IoU"]] for name, numbers in pixels.per_class.items()]
-    return [("Pixels, damage against background (per picture: mean over pictures where the quotient exists)", ["", "pooled", "per picture"], whole),
+    return [("Pixels, damage against background (per picture: mean over pictures where the quotient exists)",
+             ["", "pooled", "per picture"], whole),
             ("Pixels by class", ["class", *(f"{m}, pooled" for m in shown), "IoU per picture"], classes)]
 
 
 def as_text(caption, columns, rows, digits=3):
     """The table for a terminal: names left, numbers right."""
-    cells = [[_cell(value, digits) for value in row] for row in rows]
-    widths = [max(len(line[c]) for line in [list(columns), *cells]) for c in range(len(columns))]
-    lines = ["  ".join(text.ljust(w) if c == 0 else text.rjust(w) for c, (text, w) in enumerate(zip(line, widths))).rstrip() for line in [list(columns), *cells]]
+    cells = [list(columns), *([_cell(value, digits) for value in row] for row in rows)]
+    widths = [max(len(line[c]) for line in cells) for c in range(len(columns))]
+    lines = ["  ".join([line[0].ljust(widths[0]), *(text.rjust(w) for text, w in zip(line[1:], widths[1:]))]).rstrip() for line in cells]
     return "\n".join([caption, *(f"  {line}" for line in lines)])
 
 

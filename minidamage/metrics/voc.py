@@ -1,8 +1,8 @@
 """Average precision as Pascal VOC counts it. Source: M. Everingham et al., IJCV 2010; the VOC development kit's VOCevaldet.
 
-The rule, where it differs from COCO's: a detection looks at the truth of *highest* IoU in its picture, taken or not. IoU >= 0.5 and not taken yet: true
-positive; taken: false (a second box on one object is an error, even if another object lies near); a crowd ("difficult") truth: ignored.
-There is no limit of detections. Boxes are continuous here; the VOC kit counts a box's last pixel in (+ 1).
+The rule, where it differs from COCO's: a detection looks at the truth of *highest* IoU in its picture, taken or not. IoU >= 0.5 and not
+taken yet: true positive; taken: false (a second box on one object is an error, even if another object lies near); a crowd ("difficult")
+truth: ignored. There is no limit of detections. Boxes are continuous here; the VOC kit counts a box's last pixel in (+ 1).
 """
 import numpy as np
 
