@@ -143,10 +143,10 @@ std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& sc
   const OptionalTensor usable = valid.has_value() ? OptionalTensor(valid->index_select(0, order)) : valid;
   const int64_t words = ceil_div(n, NMS_WORD);
   Tensor mask = at::empty({std::min(n, NMS_ROWS), words}, keep.options()), removed = at::empty({words}, keep.options());
+  const auto words_of = [](Tensor& t) { return reinterpret_cast<uint64_t*>(t.mutable_data_ptr<int64_t>()); };
   const auto launch = [&](const auto* data) {
-    nms_cuda(data, pointer_or_null<int64_t>(group), pointer_or_null<bool>(usable), order.const_data_ptr<int64_t>(), n, iou_threshold, max_keep,
-             reinterpret_cast<uint64_t*>(mask.mutable_data_ptr<int64_t>()), reinterpret_cast<uint64_t*>(removed.mutable_data_ptr<int64_t>()),
-             keep.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(), device.stream());
+    nms_cuda(data, pointer_or_null<int64_t>(group), pointer_or_null<bool>(usable), order.const_data_ptr<int64_t>(), n, iou_threshold,
+             max_keep, words_of(mask), words_of(removed), keep.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(), device.stream());
   };
   if (sorted.scalar_type() == at::kDouble) launch(sorted.const_data_ptr<double>());
   else launch(sorted.const_data_ptr<float>());
@@ -186,6 +186,13 @@ Tensor to_rows(const Tensor& t) { return t.permute({0, 2, 3, 1}).contiguous(); }
 Tensor from_rows(const Tensor& t, bool channels_last) {
   const Tensor view = t.permute({0, 3, 1, 2});
   return channels_last ? view : view.contiguous();
+}
+
+// run(double()) for float64, run(float()) for everything else: the type that a kernel computes in.
+template <typename Run>
+void in_compute_type(const Tensor& t, const Run& run) {
+  if (t.scalar_type() == at::kDouble) run(double());
+  else run(float());
 }
 
 // Holds the tensors that a RoiAlign problem points into.
@@ -279,12 +286,11 @@ Tensor roi_align_on_cpu(at::TensorList features, const Tensor& rois, const Tenso
   TORCH_CHECK_VALUE(maps[0].scalar_type() == at::kFloat || maps[0].scalar_type() == at::kDouble,
                     "roi_align: float32 or float64 on a CPU, got ", maps[0].scalar_type());
   Tensor output = empty_large({rois.size(0), output_size[0], output_size[1], maps[0].size(3)}, maps[0].options());
-  if (output.numel() > 0) {
-    if (maps[0].scalar_type() == at::kDouble)
-      run_roi_align_cpu<double>(RoiAlignArguments<double>(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned).problem, output);
-    else
-      run_roi_align_cpu<float>(RoiAlignArguments<float>(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned).problem, output);
-  }
+  in_compute_type(output, [&](auto zero) {
+    using T = decltype(zero);
+    const RoiAlignArguments<T> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
+    if (output.numel() > 0) run_roi_align_cpu<T>(arguments.problem, output);
+  });
   return from_rows(output, is_channels_last(features[0]));
 }
 
@@ -305,10 +311,11 @@ std::vector<Tensor> roi_align_backward_on_cpu(const Tensor& grad, const Tensor& 
   const int64_t output_size[2] = {grad.size(2), grad.size(3)};
   std::vector<Tensor> maps;
   for (size_t l = 0; l < heights.size(); l++) maps.push_back(empty_large({N, heights[l], widths[l], grad.size(1)}, grad.options()));
-  if (grad.scalar_type() == at::kDouble)
-    run_roi_align_backward_cpu<double>(RoiAlignArguments<double>(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned).problem, rows);
-  else
-    run_roi_align_backward_cpu<float>(RoiAlignArguments<float>(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned).problem, rows);
+  in_compute_type(grad, [&](auto zero) {
+    using T = decltype(zero);
+    const RoiAlignArguments<T> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
+    run_roi_align_backward_cpu<T>(arguments.problem, rows);
+  });
   for (Tensor& map : maps) map = from_rows(map, channels_last);
   return maps;
 }
@@ -329,13 +336,10 @@ Tensor roi_align_on_cuda(at::TensorList features, const Tensor& rois, const Tens
   const std::vector<Tensor> maps = feature_rows(features);
   Tensor output = at::empty({rois.size(0), output_size[0], output_size[1], maps[0].size(3)}, maps[0].options());
   if (output.numel() > 0) {
-    if (maps[0].scalar_type() == at::kDouble) {
-      const RoiAlignArguments<double> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
+    in_compute_type(output, [&](auto zero) {
+      const RoiAlignArguments<decltype(zero)> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
       roi_align_cuda(arguments.problem, dtype_of(output), output.data_ptr(), device.stream());
-    } else {
-      const RoiAlignArguments<float> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
-      roi_align_cuda(arguments.problem, dtype_of(output), output.data_ptr(), device.stream());
-    }
+    });
     MD_LAUNCH_CHECK();
   }
   return from_rows(output, is_channels_last(features[0]));
@@ -350,24 +354,22 @@ std::vector<Tensor> roi_align_backward_on_cuda(const Tensor& grad, const Tensor&
   const Tensor rows = to_rows(grad);  // [R, PH, PW, C]
   const int64_t output_size[2] = {grad.size(2), grad.size(3)};
   // Atomic sums are kept in float32; each tile of the deterministic form is added up before it is rounded.
-  const at::TensorOptions options = grad.options().dtype(deterministic || grad.scalar_type() == at::kDouble ? grad.scalar_type() : at::kFloat);
+  const bool as_grad = deterministic || grad.scalar_type() == at::kDouble;
+  const at::TensorOptions options = grad.options().dtype(as_grad ? grad.scalar_type() : at::kFloat);
   std::vector<Tensor> maps;
   for (size_t l = 0; l < heights.size(); l++) {
     const int64_t sizes[4] = {N, heights[l], widths[l], grad.size(1)};
     maps.push_back(deterministic ? at::empty(sizes, options) : at::zeros(sizes, options));
   }
-  const auto launch = [&](const auto& arguments) {
-    const auto run = deterministic ? roi_align_backward_deterministic_cuda<std::remove_cv_t<std::remove_pointer_t<decltype(arguments.problem.rois)>>>
-                                   : roi_align_backward_cuda<std::remove_cv_t<std::remove_pointer_t<decltype(arguments.problem.rois)>>>;
-    run(arguments.problem, dtype_of(rows), rows.const_data_ptr(), device.stream());
-    MD_LAUNCH_CHECK();
-  };
   const bool nothing_to_add = rows.numel() == 0 && !deterministic, nothing_to_write = N == 0 || grad.size(1) == 0;
   if (!nothing_to_add && !nothing_to_write) {
-    if (grad.scalar_type() == at::kDouble)
-      launch(RoiAlignArguments<double>(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned));
-    else
-      launch(RoiAlignArguments<float>(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned));
+    in_compute_type(grad, [&](auto zero) {
+      using A = decltype(zero);
+      const RoiAlignArguments<A> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
+      const auto run = deterministic ? roi_align_backward_deterministic_cuda<A> : roi_align_backward_cuda<A>;
+      run(arguments.problem, dtype_of(rows), rows.const_data_ptr(), device.stream());
+    });
+    MD_LAUNCH_CHECK();
   }
   for (Tensor& map : maps) map = from_rows(map.to(grad.scalar_type()), channels_last);
   return maps;
@@ -387,8 +389,8 @@ PasteMasks<A> paste_problem(const Tensor& masks, const Tensor& boxes, int64_t he
 }
 
 void check_paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding) {
-  TORCH_CHECK(masks.dim() == 4 && masks.size(1) == 1 && masks.size(2) > 0 && masks.size(3) > 0, "paste_masks: masks must be [N, 1, M, M], got ",
-              masks.sizes());
+  TORCH_CHECK(masks.dim() == 4 && masks.size(1) == 1 && masks.size(2) > 0 && masks.size(3) > 0,
+              "paste_masks: masks must be [N, 1, M, M], got ", masks.sizes());
   TORCH_CHECK(boxes.dim() == 2 && boxes.size(0) == masks.size(0) && boxes.size(1) == 4 && boxes.scalar_type() == at::kLong &&
                   boxes.device() == masks.device(),
               "paste_masks: boxes must be [", masks.size(0), ", 4] int64 on ", masks.device(), ", got ", boxes.sizes(), " ",
@@ -411,11 +413,10 @@ Tensor zeros_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
 // Calls run(problem, T()) with T the dtype of the masks.
 template <typename Run>
 void with_paste_problem(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding, const Run& run) {
-  TORCH_CHECK_VALUE(masks.scalar_type() == at::kFloat || masks.scalar_type() == at::kDouble, "paste_masks: float32 or float64 on a CPU, got ",
-                    masks.scalar_type());
+  TORCH_CHECK_VALUE(masks.scalar_type() == at::kFloat || masks.scalar_type() == at::kDouble,
+                    "paste_masks: float32 or float64 on a CPU, got ", masks.scalar_type());
   const Tensor m = masks.contiguous(), b = boxes.contiguous();
-  if (m.scalar_type() == at::kDouble) run(paste_problem<double>(m, b, height, width, padding), double());
-  else run(paste_problem<float>(m, b, height, width, padding), float());
+  in_compute_type(m, [&](auto zero) { run(paste_problem<decltype(zero)>(m, b, height, width, padding), zero); });
 }
 
 Tensor paste_masks_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding) {
@@ -424,12 +425,14 @@ Tensor paste_masks_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t heig
   if (output.numel() == 0) return output;
   with_paste_problem(masks, boxes, height, width, padding, [&](const auto& problem, auto zero) {
     auto* data = output.mutable_data_ptr<decltype(zero)>();
-    parallel_chunks(masks.size(0) * paste_bands(height), 4, [&](int64_t begin, int64_t end) { paste_masks_cpu(problem, data, begin, end); });
+    parallel_chunks(masks.size(0) * paste_bands(height), 4,
+                    [&](int64_t begin, int64_t end) { paste_masks_cpu(problem, data, begin, end); });
   });
   return output;
 }
 
-Tensor paste_masks_bool_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding, double threshold) {
+Tensor paste_masks_bool_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding,
+                               double threshold) {
   check_paste(masks, boxes, height, width, padding);
   Tensor output = zeros_large({masks.size(0), height, width}, masks.options().dtype(at::kBool));
   if (output.numel() == 0) return output;
@@ -481,27 +484,26 @@ Tensor paste_masks_on_cuda(const Tensor& masks, const Tensor& boxes, int64_t hei
   Tensor output = at::empty({masks.size(0), 1, height, width}, masks.options());
   if (output.numel() == 0) return output;
   const Tensor m = masks.contiguous(), b = boxes.contiguous();
-  if (m.scalar_type() == at::kDouble)
-    paste_masks_cuda(paste_problem<double>(m, b, height, width, padding), dtype_of(m), output.data_ptr(), device.stream());
-  else
-    paste_masks_cuda(paste_problem<float>(m, b, height, width, padding), dtype_of(m), output.data_ptr(), device.stream());
+  in_compute_type(m, [&](auto zero) {
+    paste_masks_cuda(paste_problem<decltype(zero)>(m, b, height, width, padding), dtype_of(m), output.data_ptr(), device.stream());
+  });
   MD_LAUNCH_CHECK();
   return output;
 }
 
-Tensor paste_masks_bool_on_cuda(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding, double threshold) {
+Tensor paste_masks_bool_on_cuda(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding,
+                                double threshold) {
   check_paste(masks, boxes, height, width, padding);
   const OnDevice device(masks);
   Tensor output = at::empty({masks.size(0), height, width}, masks.options().dtype(at::kBool));
   if (output.numel() == 0) return output;
-  TORCH_CHECK_VALUE(masks.scalar_type() == at::kFloat || masks.scalar_type() == at::kDouble, "paste_masks_bool: float32 or float64, got ",
-                    masks.scalar_type());
+  TORCH_CHECK_VALUE(masks.scalar_type() == at::kFloat || masks.scalar_type() == at::kDouble,
+                    "paste_masks_bool: float32 or float64, got ", masks.scalar_type());
   const Tensor m = masks.contiguous(), b = boxes.contiguous();
   bool* data = output.mutable_data_ptr<bool>();
-  if (m.scalar_type() == at::kDouble)
-    paste_masks_bool_cuda(paste_problem<double>(m, b, height, width, padding), threshold, data, device.stream());
-  else
-    paste_masks_bool_cuda(paste_problem<float>(m, b, height, width, padding), threshold, data, device.stream());
+  in_compute_type(m, [&](auto zero) {
+    paste_masks_bool_cuda(paste_problem<decltype(zero)>(m, b, height, width, padding), threshold, data, device.stream());
+  });
   MD_LAUNCH_CHECK();
   return output;
 }

@@ -265,7 +265,8 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
   std::lock_guard<std::mutex> guard(engine.mutex);
   const size_t count = static_cast<size_t>(block.x) * block.y * block.z;
   const std::string name = std::string("emulated kernel ") + kernel + ": ";
-  if (count == 0 || count > 1024) throw std::runtime_error(name + "invalid configuration: a block of " + std::to_string(count) + " threads");
+  if (count == 0 || count > 1024)
+    throw std::runtime_error(name + "invalid configuration: a block of " + std::to_string(count) + " threads");
   if (!grid.x || !grid.y || !grid.z || grid.y > 65535 || grid.z > 65535 || grid.x > 2147483647u)
     throw std::runtime_error(name + "invalid configuration: a grid of " + Engine::place(grid) + " blocks");
   if (shared_bytes > SHARED_LIMIT) throw std::runtime_error(name + "more than 48 KiB of dynamic shared memory");

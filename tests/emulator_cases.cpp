@@ -39,7 +39,8 @@ __global__ void ballots(unsigned* out) {
   const int third = __shfl_sync(0xffffffffu, t * 10, 2, 8);  // within groups of eight
   const int before = __shfl_up_sync(0xffffffffu, t, 1);
   const int count = __syncthreads_count(t < 5), some = __syncthreads_or(t == 9), every = __syncthreads_and(t != 9);
-  if (t == 12) out[0] = odd, out[1] = half, out[2] = any, out[3] = all, out[4] = third, out[5] = before, out[6] = count * 100 + some * 10 + every;
+  if (t == 12) out[0] = odd, out[1] = half, out[2] = any, out[3] = all, out[4] = third, out[5] = before;
+  if (t == 12) out[6] = count * 100 + some * 10 + every;
   if (t == 1) out[1] = half;
 }
 
@@ -75,9 +76,11 @@ static void halves() {
     const float x = __half2float(h);
     if (x == x && __float2half_rn(x).bits != bits) worst = 1;
   }
-  std::printf("%g %x %x %x %x %x\n", worst, __float2half_rn(65519.f).bits, __float2half_rn(65520.f).bits, __float2half_rn(1.00048828125f).bits,
-              __float2half_rn(2.98e-8f).bits, __float2half_rn(-3e-8f).bits);
-  std::printf("%x %x %x\n", __float2bfloat16_rn(1.00390625f).bits, __float2bfloat16_rn(1.01171875f).bits, __float2bfloat16_rn(3.4e38f).bits);
+  std::printf("%g", worst);
+  for (float x : {65519.f, 65520.f, 1.00048828125f, 2.98e-8f, -3e-8f}) std::printf(" %x", __float2half_rn(x).bits);
+  std::printf("\n");
+  for (float x : {1.00390625f, 1.01171875f, 3.4e38f}) std::printf("%x ", __float2bfloat16_rn(x).bits);
+  std::printf("\n");
 }
 
 static void run(const char* name) {

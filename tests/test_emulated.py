@@ -34,7 +34,7 @@ def test_half_types_round_to_nearest_even(cases):
 @pytest.mark.parametrize("case, words", [
     ("no_barrier", ["wrong"]),
     ("uninitialised", ["nan"]),
-    ("divergent_barrier", ["error: emulated kernel divergent_barrier", "__syncthreads at line 47", "__syncthreads at line 48"]),
+    ("divergent_barrier", ["error: emulated kernel divergent_barrier", "__syncthreads at line 48", "__syncthreads at line 49"]),
     ("missing_lane", ["divergent barrier or deadlock", "thread (5,0,0) waits in __syncthreads", "__shfl_sync"]),
     ("foreign_mask", ["the calling lane is not in the mask"]),
     ("dead_lane", ["reads lane 3, which is not there"]),

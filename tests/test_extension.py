@@ -80,7 +80,8 @@ for line in sys.stdin:
 
     def __init__(self, folder):
         self.folder, self.count = folder, 0
-        self.server = subprocess.Popen([sys.executable, "-c", self.FORKS], cwd="/", text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        self.server = subprocess.Popen([sys.executable, "-c", self.FORKS], cwd="/", text=True, stdin=subprocess.PIPE,
+                                       stdout=subprocess.PIPE,
                                        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "always", "OMP_NUM_THREADS": "1"})
 
     def ask(self, **request):
@@ -118,7 +119,8 @@ def compilations(tmp_path):
 
 
 def test_importing_builds_and_prints_nothing(place, tmp_path):
-    run = subprocess.run([sys.executable, "-c", "import minidamage, minidamage.ops"], env=place.environment, cwd="/", capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", "import minidamage, minidamage.ops"], env=place.environment, cwd="/", text=True,
+                         capture_output=True)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "") and not (tmp_path / "cache").exists() and not compilations(tmp_path)
 
 

@@ -103,7 +103,8 @@ def test_many_rows_of_the_mask():
 def test_groups_on_several_threads_are_the_groups_one_by_one():
     boxes, scores = random_boxes(12000)
     idxs = torch.arange(12000) % 4
-    expected = torch.cat([members[ops.nms(boxes[members], scores[members], 0.5)] for members in (torch.where(idxs == k)[0] for k in range(4))])
+    groups = [torch.where(idxs == k)[0] for k in range(4)]
+    expected = torch.cat([members[ops.nms(boxes[members], scores[members], 0.5)] for members in groups])
     kept = ops.batched_nms(boxes, scores, idxs, 0.5)
     assert torch.equal(kept.sort().values, expected.sort().values)
     assert torch.equal(kept, kept[scores[kept].sort(stable=True, descending=True).indices])

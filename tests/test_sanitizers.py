@@ -17,7 +17,8 @@ def compiler():
                            text=True)
     if probe.returncode and "san" in probe.stderr:
         pytest.skip("the compiler has no sanitizer runtime (libasan, libubsan)")
-    return [*_toolchain.cxx(), *SANITIZE, "-O0", "-g1", "-fno-omit-frame-pointer", "-std=c++17", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+    return [*_toolchain.cxx(), *SANITIZE, "-O0", "-g1", "-fno-omit-frame-pointer", "-std=c++17", "-ffp-contract=off",
+            "-Wno-unknown-pragmas"]
 
 
 def test_all_kernels_are_clean(compiler):

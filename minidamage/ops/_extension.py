@@ -4,10 +4,11 @@
     MINIDAMAGE_KERNELS=require   build; on failure raise
     MINIDAMAGE_KERNELS=off       the readable PyTorch references, no compiler needed
 
-Reading order: `define` (how an op meets its kernel), `load`, `_build_library`; the tools are found in _toolchain.py. Every product of the compiler is one
-file whose name ends in a hash of all that went into it (source, headers, flags, compiler, torch, processor), written beside
-and renamed: a product that exists is whole, a killed build leaves nothing in the way. The lock is the operating system's
-(flock), so it dies with its process. Also respected: CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS, TORCH_EXTENSIONS_DIR.
+Reading order: `define` (how an op meets its kernel), `load`, `_build_library`; the tools are found in _toolchain.py. Every
+product of the compiler is one file whose name ends in a hash of all that went into it (source, headers, flags, compiler, torch,
+processor), written beside and renamed: a product that exists is whole, a killed build leaves nothing in the way. The lock is the
+operating system's (flock), so it dies with its process. Also respected: CXX, CUDA_HOME, TORCH_CUDA_ARCH_LIST, MAX_JOBS,
+TORCH_EXTENSIONS_DIR.
 """
 import concurrent.futures
 import contextlib
@@ -28,7 +29,7 @@ import warnings
 
 import torch
 
-from . import _toolchain
+from . import _toolchain as tools
 from ._toolchain import BuildError
 
 MODES = ("auto", "require", "off")
@@ -182,19 +183,19 @@ def _load_evaluation():
 
 def build_ops():
     """Returns (path of the torch library, the devices that it serves)."""
-    compiler, native = _toolchain.cxx(), _toolchain.native_flags()
+    compiler, native = tools.cxx(), tools.native_flags()
     cuda = None
     try:
-        cuda = _toolchain.cuda_toolkit()
+        cuda = tools.cuda_toolkit()
         _reasons.pop("cuda", None)
     except BuildError as error:
         _reasons["cuda"] = str(error)
     include = ["-I", str(CSRC)] + (["-I" + str(cuda["include"]), "-DMINIDAMAGE_CUDA"] if cuda else [])
-    objects = [(CSRC / "bindings.cpp", [*compiler, *_toolchain.OPTIMISE, *_toolchain.torch_flags(), *_toolchain.openmp_flags()[0], *include])]
-    objects += [(source, [*compiler, "-std=c++17", *_toolchain.OPTIMISE, *native]) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
-    link = [*compiler, "-shared", *_toolchain.torch_libraries(), *_toolchain.openmp_flags()[1]]
+    objects = [(CSRC / "bindings.cpp", [*compiler, *tools.OPTIMISE, *tools.torch_flags(), *tools.openmp_flags()[0], *include])]
+    objects += [(source, [*compiler, "-std=c++17", *tools.OPTIMISE, *native]) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
+    link = [*compiler, "-shared", *tools.torch_libraries(), *tools.openmp_flags()[1]]
     if cuda:
-        objects += [(source, _toolchain.nvcc_command(cuda)) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+        objects += [(source, tools.nvcc_command(cuda)) for source in sorted((CSRC / "cuda").glob("*.cu"))]
         link += ["-lc10_cuda", "-ltorch_cuda", *[f"-L{folder}" for folder in cuda["libraries"]], "-lcudart"]
     path = _build_library("minidamage_ops", objects, link, "CPU and CUDA kernels" if cuda else "CPU kernels")
     return path, ("cpu", "cuda") if cuda else ("cpu",)
@@ -206,18 +207,18 @@ def build_evaluation():
         import pybind11
     except ImportError:
         raise BuildError("pybind11 is not installed; `python -m pip install pybind11`") from None
-    flags = ["-std=c++17", *_toolchain.OPTIMISE, *_toolchain.native_flags(), f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
-    objects = [(CSRC / "evaluation.cpp", [*_toolchain.cxx(), *flags])]
-    return _build_library("evaluation", objects, [*_toolchain.cxx(), "-shared", "-pthread", *_toolchain.undefined_symbols()], "evaluation functions")
+    flags = ["-std=c++17", *tools.OPTIMISE, *tools.native_flags(), f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
+    objects = [(CSRC / "evaluation.cpp", [*tools.cxx(), *flags])]
+    return _build_library("evaluation", objects, [*tools.cxx(), "-shared", "-pthread", *tools.undefined_symbols()], "evaluation functions")
 
 
 def build_emulated():
     """Returns the path of the torch library in which the .cu files run on the CPU (csrc/cuda_on_cpu.h)."""
     flags = ["-O2", "-fPIC", "-ffp-contract=off", "-DMINIDAMAGE_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
-    objects = [(CSRC / "bindings.cpp", [*_toolchain.cxx(), *flags, *_toolchain.torch_flags(), *_toolchain.openmp_flags()[0], "-I", str(CSRC)])]
-    objects += [(source, [*_toolchain.cxx(), "-std=c++17", *flags, "-x", "c++"]) for source in sorted((CSRC / "cuda").glob("*.cu"))]
-    return _build_library("minidamage_emulated", objects, [*_toolchain.cxx(), "-shared", *_toolchain.torch_libraries(), *_toolchain.openmp_flags()[1]],
-                          "CUDA kernels for the CPU (tests)")
+    objects = [(CSRC / "bindings.cpp", [*tools.cxx(), *flags, *tools.torch_flags(), *tools.openmp_flags()[0], "-I", str(CSRC)])]
+    objects += [(source, [*tools.cxx(), "-std=c++17", *flags, "-x", "c++"]) for source in sorted((CSRC / "cuda").glob("*.cu"))]
+    link = [*tools.cxx(), "-shared", *tools.torch_libraries(), *tools.openmp_flags()[1]]
+    return _build_library("minidamage_emulated", objects, link, "CUDA kernels for the CPU (tests)")
 
 
 def _build_library(name, objects, link, what):
@@ -241,7 +242,7 @@ def _build_library(name, objects, link, what):
             return folder / library_name
         missing = [product for product in products if not (folder / product[2]).exists()]
         with _progress(f"minidamage: building the {what} ({len(missing)} files, once) in {folder} ..."):
-            with concurrent.futures.ThreadPoolExecutor(_toolchain.jobs()) as pool:
+            with concurrent.futures.ThreadPoolExecutor(tools.jobs()) as pool:
                 for future in [pool.submit(_produce, [*command, "-c", str(source)], folder / product, source.name)
                                for command, source, product in missing]:
                     future.result()
@@ -276,10 +277,10 @@ def _produce(command, path, what):
 
 def _key(content, command):
     """20 hex digits over everything that decides a product. The command has paths of this machine in it, and should."""
-    parts = [content, " ".join(command).encode(), _toolchain.version_of(command[0]).encode(), torch.__version__.encode(),
+    parts = [content, " ".join(command).encode(), tools.version_of(command[0]).encode(), torch.__version__.encode(),
              str(torch.version.git_version).encode(), sys.version.encode()]
     if any(flag.endswith("=native") for flag in command):
-        parts.append(_toolchain.cpu_features().encode())
+        parts.append(tools.cpu_features().encode())
     return hashlib.sha256(b"\0".join(parts)).hexdigest()[:20]
 
 
