@@ -254,8 +254,9 @@ inline Bounds bounds_of_toggles(std::vector<uint32_t>& toggles, uint32_t total) 
 
 constexpr int kUpsample = 5;                               // COCO's fine grid
 
-// Appends the positions where the outline of a ring xy [P, 2] crosses pixel-centre columns: mask_reference.column_crossings. Of an edge
-// along x only the two fine points around each centre are computed (every fifth step); an edge along y is walked.
+// Appends the positions where the outline of a ring xy [P, 2] crosses pixel-centre columns: mask_reference.column_crossings, without
+// drawing the outline. An edge is visited once for each centre that it crosses, so a far point costs nothing. Edges along x: the fine
+// points around the centre. Edges along y: the step that crosses it, solved for, then corrected for rounding by testing its neighbours.
 inline void column_crossings(const double* xy, int64_t P, int64_t height, int64_t width, std::vector<uint32_t>& toggles) {
     auto fine = [](double c) { return static_cast<int64_t>(kUpsample * c + 0.5); };
     auto cross = [&](int64_t column, int64_t row) {        // column = 5 x + 2
@@ -265,25 +266,26 @@ inline void column_crossings(const double* xy, int64_t P, int64_t height, int64_
     for (int64_t i = 0; i < P; i++) {
         int64_t n = i + 1 < P ? i + 1 : 0;
         int64_t xs = fine(xy[2 * i]), ys = fine(xy[2 * i + 1]), xe = fine(xy[2 * n]), ye = fine(xy[2 * n + 1]);
-        int64_t dx = std::abs(xe - xs), dy = std::abs(ye - ys);
-        if (dx == 0) continue;
+        const int64_t dx = std::abs(xe - xs), dy = std::abs(ye - ys), left = std::min(xs, xe), right = std::max(xs, xe);
+        const int64_t first = left <= 2 ? 2 : (left - 2 + kUpsample - 1) / kUpsample * kUpsample + 2;
+        const int64_t last = std::min(right - 1, (width - 1) * kUpsample + 2);
         if (dx >= dy) {
             if (xs > xe) { std::swap(xs, xe); std::swap(ys, ye); }
-            double slope = double(ye - ys) / double(dx);
+            const double slope = double(ye - ys) / double(dx);
             auto v = [&](int64_t u) { return static_cast<int64_t>(ys + slope * (u - xs) + 0.5); };
-            int64_t first = xs <= 2 ? 2 : (xs - 2 + kUpsample - 1) / kUpsample * kUpsample + 2;
-            int64_t last = std::min(xe - 1, (width - 1) * kUpsample + 2);
             for (int64_t u = first; u <= last; u += kUpsample) cross(u, std::min(v(u), v(u + 1)));
         } else {
             if (ys > ye) { std::swap(xs, xe); std::swap(ys, ye); }
-            double slope = double(xe - xs) / double(dy);
-            auto u_of = [&](int64_t t) { return static_cast<int64_t>(xs + slope * t + 0.5); };
-            int64_t before = u_of(0);
-            for (int64_t t = 1; t <= dy; t++) {
-                int64_t u = u_of(t), column = std::min(u, before);
-                bool at_centre = column >= 2 && column % kUpsample == 2 && column <= (width - 1) * kUpsample + 2;
-                if (u != before && at_centre) cross(column, ys + t - 1);
-                before = u;
+            const double slope = double(xe - xs) / double(dy);
+            auto is_past = [&](int64_t t, int64_t u) {     // after t steps the edge has crossed from u to u + 1, or back
+                int64_t at = static_cast<int64_t>(xs + slope * t + 0.5);
+                return slope > 0 ? at > u : at <= u;
+            };
+            for (int64_t u = first; u <= last; u += kUpsample) {
+                int64_t t = std::min(std::max<int64_t>(static_cast<int64_t>((u + 0.5 - xs) / slope), 1), dy);
+                while (t > 1 && is_past(t - 1, u)) t--;
+                while (!is_past(t, u)) t++;
+                cross(u, ys + t - 1);
             }
         }
     }

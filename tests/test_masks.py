@@ -214,11 +214,13 @@ def test_polygons_numpy_equals_native(body, monkeypatch):
     if body == "numpy":
         return                                                       # compares the two bodies: once is enough
     rng = np.random.RandomState(6)
-    for case in range(200):
+    for case in range(400):
         h, w = rng.randint(1, 60, 2)
         rings = [rng.uniform(-40, 100, (rng.randint(1, 9), 2)) for _ in range(rng.randint(1, 4))]
         if case % 3 == 0:
             rings = [np.round(r * 2) / 2 for r in rings]
+        if case % 11 == 0:
+            rings = [r * 30 for r in rings]                          # most of it far outside
         if case % 7 == 0:
             rings[0] = np.repeat(rings[0], 2, axis=0)
         for even_odd in (False, True):
