@@ -144,7 +144,8 @@ def test_loop_definition(sampling_ratio, aligned):
 @pytest.mark.parametrize("aligned", [True, False])
 def test_kernels_equal_the_reference(channels, sampling_ratio, aligned):
     features, rois = problem(channels)
-    check_op(OP, roi_align_reference, arguments(features.requires_grad_(), rois, (3, 5), sampling_ratio, aligned), gradients=True, opcheck=False)
+    check_op(OP, roi_align_reference, arguments(features.requires_grad_(), rois, (3, 5), sampling_ratio, aligned), gradients=True,
+             opcheck=False)
     grad = torch.randn(len(rois), channels, 3, 5)
     backward = (grad, rois, torch.zeros(len(rois), dtype=torch.int64), 2, [20], [24], [0.5], sampling_ratio, aligned, channels > 1)
     expected = roi_align_backward_reference(*backward)

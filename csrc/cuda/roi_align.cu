@@ -81,8 +81,8 @@ MD_DEVICE int fill_taps(const RoiAxis<A>& axis, int64_t p, int64_t size, Tap<A>*
 
 // All threads of a block: fills the table for row p of RoI r. Barriers: one, at the end.
 template <typename A>
-MD_DEVICE void fill_table(const TapTable<A>& table, const RoiAxis<A>& axis_y, const RoiAxis<A>& axis_x, const FeatureLevel& level, int64_t p,
-                          int64_t PW) {
+MD_DEVICE void fill_table(const TapTable<A>& table, const RoiAxis<A>& axis_y, const RoiAxis<A>& axis_x, const FeatureLevel& level,
+                          int64_t p, int64_t PW) {
   for (int64_t b = threadIdx.x; b <= PW; b += blockDim.x) {
     Tap<A>* taps = table.taps + b * table.capacity;
     table.counts[b] = b == 0 ? fill_taps(axis_y, p, level.height, taps, table.capacity)

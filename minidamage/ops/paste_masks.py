@@ -55,11 +55,13 @@ def _prepare(masks, boxes, img_shape, padding):
         raise ValueError(f"paste_masks: expected masks [N, 1, M, M] float, got {list(masks.shape)} {masks.dtype}; "
                          "select one class and keep its dimension: masks[:, c, None]")
     if boxes.shape != (masks.shape[0], 4) or not boxes.is_floating_point():
-        raise ValueError(f"paste_masks: expected boxes [{masks.shape[0]}, 4] float, one for each mask, got {list(boxes.shape)} {boxes.dtype}")
+        raise ValueError(f"paste_masks: expected boxes [{masks.shape[0]}, 4] float, one for each mask, "
+                         f"got {list(boxes.shape)} {boxes.dtype}")
     if boxes.device != masks.device:
         raise ValueError(f"paste_masks: masks are on {masks.device}, boxes on {boxes.device}; move them to one device")
     if len(img_shape) != 2 or min(img_shape) < 1 or padding < 0:
-        raise ValueError(f"paste_masks: expected img_shape (H, W) of at least one pixel and padding >= 0, got {tuple(img_shape)}, {padding}")
+        raise ValueError(f"paste_masks: expected img_shape (H, W) of at least one pixel and padding >= 0, "
+                         f"got {tuple(img_shape)}, {padding}")
     return masks, expand_boxes(boxes.detach(), masks.shape[3], padding), int(img_shape[0]), int(img_shape[1])
 
 

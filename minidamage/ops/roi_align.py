@@ -6,8 +6,9 @@ A box is cut into PH x PW bins, a bin is the mean of grid_h x grid_w bilinear sa
 over the samples with -1 <= y_k <= H (those outside count as zero); Ax alike. The gradient is the transpose of the same two matrices.
 `multiscale_roi_align` does so over the levels of a feature pyramid in one call; `roi_align` is its single-level case, with torchvision's
 signature and results. Kernels: csrc/bilinear.h, roi_align.h, cpu/roi_align.cpp, cuda/roi_align.cu. channels_last features are read as they
-are; others are converted first. Differs from torchvision: a box with NaN or Inf, or beyond 2^30 feature pixels, gives zeros, an inverted box too where the number of
-samples is adaptive (torchvision reads outside the features, or raises).
+are; others are converted first. Differs from torchvision: a box with NaN or Inf, or beyond 2^30 feature pixels, gives zeros, and so does
+an inverted box where the number of samples is adaptive (torchvision reads outside the features, or raises); on a CPU a batch index that
+does not exist raises (torchvision reads outside the features).
 """
 import torch
 from torch import nn
