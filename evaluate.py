@@ -54,6 +54,8 @@ def parse_arguments(argv):
         help="which part of it (default: test; of another data set without parts, all of it)")
     add("--score", type=float, metavar="S", help="lowest score of a finding for pixel metrics, alarms and pictures, 0 to 1 (default: the "
         "checkpoint's threshold of each class, chosen on its validation part)")
+    add("--draws", type=int, default=500, metavar="N", 
+        help="bootstrap draws of pictures for the intervals of AP, 0 = none (default: %(default)s)")
     add("--worst", type=int, default=8, metavar="N", help="how many of the worst predictions to draw (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, 4 with a GPU)")
@@ -116,11 +118,14 @@ def score_model(args):
     progress.clear()
     result, pixel_result = evaluator.evaluate(), pixels.evaluate() if with_masks else None
 
-    shown = show(result, pixel_result, thresholds, metrics)
+    wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if args.draws else []
+    intervals = {name: result.interval(name, samples=args.draws) for name in wanted}
+
+    shown = show(result, pixel_result, thresholds, metrics, intervals)
     of_set = "" if own else "-" + os.path.splitext(os.path.basename(os.path.abspath(dataset.path)))[0]
     folder = args.out or os.path.join(os.path.dirname(os.path.abspath(path)), f"evaluation{of_set}-{part}")
     os.makedirs(folder, exist_ok=True)
-    numbers = collect(result, pixel_result, thresholds, metrics)
+    numbers = collect(result, pixel_result, thresholds, metrics, intervals)
     about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"],
              "epoch": checkpoint.get("train", {}).get("epoch"), "data": os.path.abspath(dataset.path), "part": part,
              "pictures": len(records), **run_folder.environment(device)}
@@ -216,15 +221,17 @@ def confident(detection, thresholds, names):
 
 # ---------------------------------------------------------------------------------------------------------- what comes out
 
-def show(result, pixels, thresholds, metrics):
+def show(result, pixels, thresholds, metrics, intervals):
     """Prints all tables and returns them for the report: [(heading, [table or text])]."""
     alarms = result.false_alarms(thresholds)
     alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
                   f"{alarms['findings']:.2f} findings a picture") if alarms["pictures"] else "no undamaged picture in this part"
     cost = (f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second), peak memory "
             f"{metrics['peak memory MB']:.0f} MB")
-    shown = [("Accuracy", [*tables.coco_tables(result), tables.class_table(result)]),
-             ("In use", [tables.operating_table(result, thresholds)]), ("False alarms", [alarm_text])]
+    accuracy = [*tables.coco_tables(result), tables.class_table(result)]
+    if intervals:
+        accuracy.insert(2, tables.interval_table(intervals, len(result.image_ids)))
+    shown = [("Accuracy", accuracy), ("In use", [tables.operating_table(result, thresholds)]), ("False alarms", [alarm_text])]
     if pixels:
         shown.append(("Pixels", tables.pixel_tables(pixels)))
     shown.append(("Speed and memory", [cost]))
@@ -236,13 +243,13 @@ def show(result, pixels, thresholds, metrics):
     return shown
 
 
-def collect(result, pixels, thresholds, metrics):
+def collect(result, pixels, thresholds, metrics, intervals):
     """Every number, for results.json."""
     cost = {name.replace(" ", "_"): metrics[name] for name in ("ms per picture", "pictures per second", "peak memory MB")}
-    return {"stats": result.stats, "per_class": result.per_class, "voc": {t: result.voc_ap(t) for t in result.scored},
-            "thresholds": thresholds, "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(),
-            "false_alarms": result.false_alarms(thresholds), "pixels": pixels.stats if pixels else {},
-            "pixels_per_class": pixels.per_class if pixels else {}, **cost, "notes": result.causes}
+    return {"stats": result.stats, "intervals": {name: (i.low, i.high) for name, i in intervals.items()}, "per_class": result.per_class,
+            "voc": {t: result.voc_ap(t) for t in result.scored}, "thresholds": thresholds,
+            "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(), "false_alarms": result.false_alarms(thresholds),
+            "pixels": pixels.stats if pixels else {}, "pixels_per_class": pixels.per_class if pixels else {}, **cost, "notes": result.causes}
 
 
 def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):

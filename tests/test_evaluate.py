@@ -134,6 +134,7 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, capsys):
     assert results["pixels"]["pixel/image/IoU"] == pytest.approx((1 + 0 + 0) / 3)     # the fourth picture has no quotient
     assert results["pixels_per_class"]["dent"]["pixel/precision"] == pytest.approx(tp / (tp + fp))
     assert results["ms_per_picture"] > 0 and results["peak_memory_MB"] > 0 and results["pictures"] == 4 and results["part"] == "test"
+    assert results["intervals"]["segm/AP50"] == pytest.approx([1, 1]) and "95 % intervals (500" in printed
     assert "50.0% of the 2 pictures without damage" in printed and "report.html" in printed
     page = (red_run.out / "report.html").read_text(encoding="utf-8")
     assert "Worst predictions" in page and "data:image/" in page and "1.000" in page

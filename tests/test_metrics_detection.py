@@ -142,7 +142,7 @@ def square(x, y, side, size=200):
 
 
 def by_hand(found, truth=((10, 10, 50, 1), (100, 100, 50, 1)), undamaged=2):
-    """The result of a damaged picture (squares x, y, side, label) and some undamaged ones. found: {picture: [(x, y, side, label, score)]}"""
+    """The result of a damaged picture (squares x, y, side, label) and undamaged ones. found: {picture: [(x, y, side, label, score)]}"""
     evaluator = CocoEvaluator(["dent", "scratch"])
     for picture in range(undamaged + 1):
         objects, findings = truth if picture == 0 else (), found.get(picture, [])
@@ -199,6 +199,34 @@ def test_thresholds_findings_and_alarms(body):
     assert result.false_alarms(0.5) == {"pictures": 2, "with findings": 0.5, "findings": 0.5}
     assert result.false_alarms({"dent": 0.1, "scratch": 0.1}) == {"pictures": 2, "with findings": 0.5, "findings": 1.0}
     assert result.false_alarms(0.7)["with findings"] == 0
+
+
+def test_interval_of_ap():
+    result = evaluate_coco_files(TRUTH, FOUND, ("bbox", "segm"))
+    for name in ("bbox/AP", "segm/AP", "bbox/AP50", "segm/AP75"):
+        interval = result.interval(name, samples=60)
+        assert interval.value == pytest.approx(result.stats[name], abs=1e-12)        # weights of 1 are the data as they are
+        assert interval.low < interval.value < interval.high and interval.high - interval.low < 0.5
+        assert result.interval(name, samples=60) == interval                         # seeded
+    sure = by_hand({0: [(10, 10, 50, 1, 0.9), (100, 100, 50, 1, 0.8)]}, undamaged=0).interval("segm/AP50", samples=20)
+    assert sure.low == pytest.approx(1) and sure.high == pytest.approx(1)
+    assert np.isnan(by_hand({}, truth=()).interval("bbox/AP", samples=5).value)
+    with pytest.raises(ValueError, match="AP50"):
+        result.interval("bbox/AR100")
+
+
+def test_interval_weights_are_copies_of_pictures():
+    """A draw with every picture twice is the evaluation of a set that holds every picture twice."""
+    from minidamage.metrics.intervals import _ap, _class_curve
+    names = [c["name"] for c in TRUTH_CONTENT["categories"]]
+    twice = copy.deepcopy(TRUTH_CONTENT)
+    copies = lambda objects, key: objects + [dict(o, **{key: o[key] + 10 ** 6}) for o in objects]
+    twice["images"], twice["annotations"] = copies(twice["images"], "id"), copies(twice["annotations"], "image_id")
+    found = [dict(d, score=d["score"] + 1e-6 * i / len(FOUND_CONTENT)) for i, d in enumerate(FOUND_CONTENT)]     # no ties between pictures
+    once, both = streamed(TRUTH_CONTENT, found, names).evaluate(), streamed(twice, copies(found, "image_id"), names).evaluate()
+    curves = [c for k in range(3) if (c := _class_curve(once.scored["bbox"], k)) is not None]
+    weighted = _ap(curves, np.full(len(once.image_ids), 2), once.protocol, np.ones(10, bool))
+    assert weighted == pytest.approx(both.stats["bbox/AP"], abs=0.01)                # copies count at once, not one after the other
 
 
 # ---- nothing there -----------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from minidamage import masks
-from minidamage.metrics import coco, coco_files, diagnosis, operating, voc
+from minidamage.metrics import coco, coco_files, diagnosis, intervals, operating, voc
 from minidamage.metrics.coco import COCO
 from minidamage.metrics.measure import peak_memory, speed, synchronize
 
@@ -188,6 +188,15 @@ class DetectionResult:
     def causes(self):
         """Why numbers are NaN or 0: a list of sentences, empty when there is nothing to explain."""
         return diagnosis.explain(self)
+
+    def interval(self, name="segm/AP", level=0.95, samples=500, seed=0):
+        """The bootstrap Interval over pictures of "bbox/AP", "segm/AP50" and the like (intervals.py)."""
+        iou_type, _, number = name.partition("/")
+        if number[:2] != "AP" or (number[2:] and not number[2:].isdigit()):
+            raise ValueError(f"interval expects bbox/AP, segm/AP50 and the like, got {name!r}")
+        threshold = float(number[2:]) / 100 if number[2:] else None
+        scored = self.scored[self._type(iou_type)]
+        return intervals.ap_interval(scored, len(self.image_ids), len(self.class_names), self.protocol, threshold, level, samples, seed)
 
     def best_f1(self, iou_type=None):
         """{name: {"threshold", "F1", "precision", "recall"}} where F1 at IoU 0.5 is best; threshold NaN for a class never found."""

@@ -14,6 +14,13 @@ def coco_tables(result):
             ("COCO average recall (1, 10, 100 detections a class in a picture; small, medium, large objects)", ["", *recall], rows(recall))]
 
 
+def interval_table(intervals, pictures):
+    """intervals: {"bbox/AP50": Interval, ...} over so many pictures."""
+    rows = [[f"{KINDS[name.split('/')[0]]} {name.split('/')[1]}", i.value, i.low, i.high] for name, i in intervals.items()]
+    draws = len(next(iter(intervals.values())).samples)
+    return f"95 % intervals ({draws} bootstrap draws of the {pictures} pictures)", ["", "value", "low", "high"], rows
+
+
 def class_table(result):
     """AP and AP50 of each class, COCO and VOC."""
     types = list(result.scored)
