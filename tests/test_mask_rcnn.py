@@ -14,7 +14,9 @@ from detection_cases import SMALL, no_objects, overfit, small_model, two_picture
 from minidamage import masks as rle_masks
 from minidamage.layers import detector, roi_heads
 from minidamage.layers.fpn import Backbone, FeaturePyramidNetwork
+from minidamage.layers.matching import gather_rows
 from minidamage.layers.roi_heads import MultiScaleRoIAlign
+from minidamage.layers.rpn import RPNHead
 from test_resnet import generated_weights
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -117,6 +119,25 @@ def test_losses_and_every_gradient_equal_torchvisions(tiny, stored):
     assert set(gradients) == {k[5:] for k in stored if k.startswith("grad/")}
     for name, gradient in gradients.items():
         close(gradient, stored[f"grad/{name}"], tolerance=5e-5)
+
+
+def test_the_heads_sparse_form_equals_its_dense_form():
+    """Values and gradients at chosen anchors, corners and borders of every level among them."""
+    head = RPNHead(4, num_anchors=3, conv_channels=5).double()
+    for p in head.parameters():
+        torch.nn.init.normal_(p)
+    features = [torch.randn(2, 4, h, w, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+                for h, w in ((5, 7), (3, 4), (1, 1))]
+    total = 3 * (35 + 12 + 1)
+    anchors = torch.stack([torch.randperm(total), torch.arange(total)])            # every anchor, one row shuffled
+    dense = [gather_rows(torch.cat(parts, dim=1), anchors) for parts in head(features)]
+    sparse = head.at(features, anchors)
+    leaves = [*features, *head.parameters()]
+    go = [torch.randn_like(out) for out in dense]
+    for a, b in zip(sparse, dense):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(torch.autograd.grad(sparse, leaves, go), torch.autograd.grad(dense, leaves, go)):
+        torch.testing.assert_close(a, b)
 
 
 # ---- names, counts and published weights ----------------------------------------------------------------------------------------

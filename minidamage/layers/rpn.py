@@ -52,6 +52,39 @@ class RPNHead(nn.Module):
             bbox_deltas.append(self.bbox_pred(hidden).permute(0, 2, 3, 1).reshape(len(feature), -1, 4))
         return objectness, bbox_deltas
 
+    def at(self, features, anchors):
+        """The same outputs for some anchors only: anchors [N, S] int64, counted over all levels. Returns logits [N, S], deltas [N, S, 4].
+
+        The losses see a few hundred of some hundred thousand anchors. Run on the 3x3 windows below those, with gradients, and over the
+        whole maps without, the head needs no dense backward: an eighth of a ResNet-50's training step, and its largest map.
+        """
+        conv, A = self.conv[0][0], self.cls_logits.out_channels
+        N, C = features[0].shape[:2]
+        cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(N, -1, C) for feature in features], dim=1)      # [N, cells of all levels, C]
+        cell, shape = anchors // A, anchors % A                                                                # [N, S]
+        y, x, h, w = cell_places(features)[cell][..., None, None].unbind(2)                                    # [N, S, 1, 1]
+        step = torch.arange(-1, 2, device=cells.device)
+        near_y, near_x = y + step[:, None], x + step                                                           # [N, S, 3, 1], [N, S, 1, 3]
+        inside = (near_y >= 0) & (near_y < h) & (near_x >= 0) & (near_x < w)                                   # [N, S, 3, 3]
+        near = (cell[..., None, None] + (near_y - y) * w + (near_x - x)).masked_fill(~inside, 0)
+        windows = gather_rows(cells, near.flatten(1)) * inside.flatten(1)[..., None]                           # [N, S * 9, C]
+        weight = conv.weight.permute(2, 3, 1, 0).reshape(9 * C, -1)
+        hidden = (windows.view(N, -1, 9 * C) @ weight + conv.bias).relu_()                                     # [N, S, channels]
+        objectness = F.linear(hidden, self.cls_logits.weight.flatten(1), self.cls_logits.bias)                 # [N, S, A]
+        bbox_deltas = F.linear(hidden, self.bbox_pred.weight.flatten(1), self.bbox_pred.bias).unflatten(2, (A, 4))
+        own = shape[..., None]
+        return objectness.gather(2, own).squeeze(2), bbox_deltas.gather(2, own[..., None].expand(-1, -1, 1, 4)).squeeze(2)
+
+
+def cell_places(features):
+    """Where every cell of every level stands: [cells, 4] int64, row and column, height and width of its level."""
+    places = []
+    for feature in features:
+        h, w = feature.shape[-2:]
+        cell = torch.arange(h * w, device=feature.device)
+        places.append(torch.stack([cell // w, cell % w, torch.full_like(cell, h), torch.full_like(cell, w)], dim=1))
+    return torch.cat(places)
+
 
 class RegionProposalNetwork(nn.Module):
     """Proposes boxes and learns to. The thresholds' meaning is in the model's config, which holds a line for each."""
@@ -76,14 +109,12 @@ class RegionProposalNetwork(nn.Module):
         targets: per picture a dict with boxes [G, 4] in resized pixels, or None. Returns (Proposals, losses); losses is {} without
         targets, else {"loss_objectness", "loss_rpn_box_reg"}. The proposals carry no gradient.
         """
-        objectness, bbox_deltas = self.head(features)
         anchors = self.anchor_generator([f.shape[-2:] for f in features], batch_size_px, features[0].device)
         with torch.no_grad():
-            proposals = self.propose(objectness, bbox_deltas, anchors, image_sizes)
+            proposals = self.propose(*self.head(features), anchors, image_sizes)
         if targets is None:
             return proposals, {}
-        return proposals, self.losses(torch.cat(objectness, dim=1), torch.cat(bbox_deltas, dim=1), torch.cat(anchors),
-                                      [target["boxes"] for target in targets], generator)
+        return proposals, self.losses(features, torch.cat(anchors), [target["boxes"] for target in targets], generator)
 
     def propose(self, objectness, bbox_deltas, anchors, image_sizes):
         mode = "training" if self.training else "testing"
@@ -120,8 +151,8 @@ class RegionProposalNetwork(nn.Module):
         keep = rank.topk(len(keep)).indices
         return keep, torch.maximum(count, usable.sum().clamp(max=min(self.min_proposals, len(keep))))
 
-    def losses(self, objectness, bbox_deltas, anchors, gt_boxes, generator):
-        """objectness: [N, A], bbox_deltas: [N, A, 4], anchors: [A, 4], gt_boxes: N x [G_i, 4]. Only sampled anchors are touched."""
+    def losses(self, features, anchors, gt_boxes, generator):
+        """anchors: [A, 4], gt_boxes: N x [G_i, 4]. Only sampled anchors are touched."""
         with torch.no_grad():
             matches = torch.stack([self.proposal_matcher(ops.box_iou(boxes, anchors)) for boxes in gt_boxes])      # [N, A]
             labels = (matches >= 0).to(torch.int8) - (matches == -2).to(torch.int8)       # 1 object, 0 background, -1 in between
@@ -130,7 +161,7 @@ class RegionProposalNetwork(nn.Module):
             own_object = gather_rows(pad_boxes(gt_boxes), matches.gather(1, positives).clamp(min=0))
             own_object = torch.where(positive_valid[..., None], own_object, own_anchors)    # empty slots: any box with a size
             bbox_targets = self.box_coder.encode(own_object, own_anchors)
-        sampled = torch.cat([positives, negatives], dim=1)
-        loss_objectness, loss_box = rpn_loss(objectness.gather(1, sampled).float(), gather_rows(bbox_deltas, positives).float(),
-                                             bbox_targets, positive_valid, torch.cat([positive_valid, negative_valid], dim=1))
+        objectness, bbox_deltas = self.head.at(features, torch.cat([positives, negatives], dim=1))
+        loss_objectness, loss_box = rpn_loss(objectness.float(), bbox_deltas[:, :positives.shape[1]].float(), bbox_targets, positive_valid,
+                                             torch.cat([positive_valid, negative_valid], dim=1))
         return {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}
