@@ -108,7 +108,7 @@ def _check(features, rois, levels, output_size, spatial_scales):
 
 
 def roi_axis(low, high, spatial_scale, bins, sampling_ratio, aligned):
-    """One axis of one RoI: (start, bin, grid), feature pixels and samples a bin. roi_axis() of csrc/roi_align.h."""
+    """One axis of all RoIs: start, bin, grid, [R] each: feature pixels, and samples a bin. roi_axis() of csrc/roi_align.h."""
     offset = 0.5 if aligned else 0.0
     start = low * spatial_scale - offset
     size = (high * spatial_scale - offset) - start
@@ -120,47 +120,65 @@ def roi_axis(low, high, spatial_scale, bins, sampling_ratio, aligned):
 
 
 def axis_weights(start, bin, grid, bins, size):
-    """Ay (or Ax) of one RoI, [bins, size], without the division by the number of samples."""
-    weights = start.new_zeros((bins, size))
-    step = bin / grid
-    if not (start.abs() < FARTHEST and bin.abs() < FARTHEST and grid >= 1):
-        return weights
-    first, last = 0.0, float(grid) * bins
-    if step > 0:  # a box far larger than the picture has most of its samples outside: leave them out
-        first = max(first, float((-1 - start) / step) - 2)
-        last = min(last, float((size - start) / step) + 2)
-    k = torch.arange(int(first), max(int(first), int(last)), device=start.device)
-    p, i = k // int(grid), (k % int(grid)).to(start.dtype)                # [K] bin, sample in it
-    y = start + p.to(start.dtype) * bin + (i + 0.5) * bin / grid          # [K]
-    inside = (y >= -1) & (y <= size)
-    pixels = torch.arange(size, dtype=start.dtype, device=start.device)
-    tent = (1 - (y.clamp(0, size - 1)[:, None] - pixels).abs()).clamp(min=0)    # [K, size]
-    return weights.index_add_(0, p[inside], tent[inside])
+    """Ay (or Ax) of all RoIs, [R, bins, size], without the division by the number of samples."""
+    R, step = len(start), bin / grid
+    sane = (start.abs() < FARTHEST) & (bin.abs() < FARTHEST) & (grid >= 1)
+    # Samples are numbered through all bins, k = 0 ... bins grid - 1. A box far larger than the picture has most of them outside.
+    first, last = torch.zeros_like(start, dtype=torch.float64), grid.double() * bins
+    forward = sane & (step > 0)
+    enter, leave = (-1 - start.double()) / step.double() - 2, (size - start.double()) / step.double() + 2
+    first, last = torch.where(forward, enter.clamp(min=0), first), torch.where(forward, torch.minimum(leave, last), last)
+    first, last = (torch.where(sane, end, 0).ceil().long() for end in (first - 1, last))
+    first = first.clamp(min=0)
+    K = max(0, int((last - first).max())) if R else 0
+    k = first[:, None] + torch.arange(K, device=start.device)                                 # [R, K]
+    start, bin, grid = start[:, None], bin[:, None], torch.where(sane, grid, 1)[:, None]
+    p, i = k // grid.long(), (k % grid.long()).to(start.dtype)                                # bin, and sample in it
+    y = start + p.to(start.dtype) * bin + (i + 0.5) * bin / grid
+    inside = (y >= -1) & (y <= size) & (k < last[:, None])
+    y = torch.where(inside, y, 0).clamp(0, size - 1)
+    low = y.long()
+    weight_high = y - low.to(y.dtype)
+    weights = start.new_zeros((R, bins * size))
+    for pixel, weight in ((low, 1 - weight_high), ((low + 1).clamp(max=size - 1), weight_high)):
+        weights.scatter_add_(1, torch.where(inside, p * size + pixel, 0), torch.where(inside, weight, 0))
+    return weights.view(R, bins, size)
 
 
-def _roi_weights(features_shape, roi, output_size, spatial_scale, sampling_ratio, aligned):
-    """The slices (rows, columns) of the features that a RoI touches, and Ay [PH, rows], Ax [PW, columns]; None if it touches none."""
-    (PH, PW), (H, W) = output_size, features_shape
-    axis_y = roi_axis(roi[2], roi[4], spatial_scale, PH, sampling_ratio, aligned)
-    axis_x = roi_axis(roi[1], roi[3], spatial_scale, PW, sampling_ratio, aligned)
-    count = (axis_y[2] * axis_x[2]).clamp(min=1)
-    Ay, Ax = axis_weights(*axis_y, PH, H) / count, axis_weights(*axis_x, PW, W)
-    i, j = Ay.sum(0).nonzero(), Ax.sum(0).nonzero()
-    if len(i) == 0 or len(j) == 0:
-        return None
-    rows, columns = slice(int(i.min()), int(i.max()) + 1), slice(int(j.min()), int(j.max()) + 1)
-    return rows, columns, Ay[:, rows], Ax[:, columns]
+def _windows(rois, levels, N, sizes, output_size, spatial_scales, sampling_ratio, aligned):
+    """Yields (r, level, picture, rows, columns, Ay [PH, rows], Ax [PW, columns]) for every RoI that touches its picture, r increasing
+    within a level. rows and columns are the slices of the features with a weight."""
+    pictures = _pictures(rois, levels, N, len(sizes))
+    for level, (H, W) in enumerate(sizes):
+        members = (levels == level).nonzero()[:, 0]
+        _, x1, y1, x2, y2 = rois[members].unbind(1)
+        axis_y = roi_axis(y1, y2, spatial_scales[level], output_size[0], sampling_ratio, aligned)
+        axis_x = roi_axis(x1, x2, spatial_scales[level], output_size[1], sampling_ratio, aligned)
+        count = (axis_y[2] * axis_x[2]).clamp(min=1)[:, None, None]
+        Ay, Ax = axis_weights(*axis_y, output_size[0], H) / count, axis_weights(*axis_x, output_size[1], W)
+        rows, columns = _extents(Ay), _extents(Ax)
+        for m, r in enumerate(members.tolist()):
+            if rows[m].stop > rows[m].start and columns[m].stop > columns[m].start:
+                yield r, level, pictures[r], rows[m], columns[m], Ay[m, :, rows[m]], Ax[m, :, columns[m]]
+
+
+def _extents(weights):
+    """Of weights [R, bins, size]: for each RoI the slice of pixels with a weight."""
+    used = (weights != 0).any(1).long()                                                       # [R, size]
+    begin = used.argmax(1).tolist()
+    end = (used.shape[1] - used.flip(1).argmax(1)).tolist()
+    return [slice(b, e if u else b) for b, e, u in zip(begin, end, used.any(1).tolist())]
 
 
 def roi_align_reference(features, rois, levels, output_size, spatial_scales, sampling_ratio, aligned):
-    """The definition: arguments and result of torch.ops.minidamage.multiscale_roi_align. A loop over RoIs, two small products each."""
+    """The definition: arguments and result of torch.ops.minidamage.multiscale_roi_align. Two small products for each RoI."""
     dtype, compute = features[0].dtype, torch.float64 if features[0].dtype == torch.float64 else torch.float32
-    output = torch.zeros((len(rois), features[0].shape[1], *output_size), dtype=compute, device=rois.device)
-    for r, (roi, l, n) in enumerate(zip(rois.to(compute), levels.tolist(), _pictures(rois, levels, features[0].shape[0], len(features)))):
-        weights = _roi_weights(features[l].shape[2:], roi, output_size, spatial_scales[l], sampling_ratio, aligned)
-        if weights is not None:
-            rows, columns, Ay, Ax = weights
-            output[r] = Ay @ features[l][n, :, rows, columns].to(compute) @ Ax.T                                     # [C, PH, PW]
+    N, C = features[0].shape[:2]
+    windows = [features[0].new_zeros((C, *output_size), dtype=compute)] * len(rois)
+    for r, level, n, rows, columns, Ay, Ax in _windows(rois.to(compute), levels, N, [f.shape[2:] for f in features], output_size,
+                                                       spatial_scales, sampling_ratio, aligned):
+        windows[r] = Ay @ features[level][n, :, rows, columns].to(compute) @ Ax.T                                     # [C, PH, PW]
+    output = torch.stack(windows) if windows else features[0].new_zeros((0, C, *output_size))
     return output.to(dtype).contiguous(memory_format=_memory_format(_is_channels_last(features[0])))
 
 
@@ -168,11 +186,9 @@ def roi_align_backward_reference(grad, rois, levels, N, heights, widths, spatial
     """The transpose: arguments and result of torch.ops.minidamage.multiscale_roi_align_backward."""
     compute = torch.float64 if grad.dtype == torch.float64 else torch.float32
     grad_features = [torch.zeros((N, grad.shape[1], H, W), dtype=compute, device=grad.device) for H, W in zip(heights, widths)]
-    for r, (roi, l, n) in enumerate(zip(rois.to(compute), levels.tolist(), _pictures(rois, levels, N, len(heights)))):
-        weights = _roi_weights((heights[l], widths[l]), roi, tuple(grad.shape[2:]), spatial_scales[l], sampling_ratio, aligned)
-        if weights is not None:
-            rows, columns, Ay, Ax = weights
-            grad_features[l][n, :, rows, columns] += Ay.T @ grad[r].to(compute) @ Ax
+    for r, level, n, rows, columns, Ay, Ax in _windows(rois.to(compute), levels, N, list(zip(heights, widths)), grad.shape[2:],
+                                                       spatial_scales, sampling_ratio, aligned):
+        grad_features[level][n, :, rows, columns] += Ay.T @ grad[r].to(compute) @ Ax
     return [g.to(grad.dtype).contiguous(memory_format=_memory_format(channels_last)) for g in grad_features]
 
 
