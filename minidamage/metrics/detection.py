@@ -286,21 +286,37 @@ def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_
     proposals; the result then has the one class "all". area_from_boxes: see coco_files.py. Raises ValueError with expected and got for
     every fault of the files.
     """
+    return load_coco(truth, detections, iou_type, use_cats, area_from_boxes).evaluate()
+
+
+@dataclasses.dataclass
+class CocoFiles:
+    """Two COCO files as tables, checked and ready to score. tables: {iou_type: (truths, detections)}."""
+
+    class_names: list
+    image_ids: list
+    tables: dict
+
+    def evaluate(self):
+        """Returns the DetectionResult."""
+        scored = {iou_type: Scored(*pair, coco.evaluate(*pair, len(self.image_ids), len(self.class_names), keep_matches=True))
+                  for iou_type, pair in self.tables.items()}
+        return DetectionResult(self.class_names, self.image_ids, scored)
+
+
+def load_coco(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):
+    """Returns the CocoFiles of two files (or their parsed content); arguments as in `evaluate_coco_files`."""
     iou_types = (iou_type,) if isinstance(iou_type, str) else tuple(iou_type)
     if not iou_types or set(iou_types) - {*IOU_TYPES, "auto"}:
-        raise ValueError(f"evaluate_coco_files expects iou_type bbox or segm (or auto), got {iou_type!r}")
-    truth, detections, scored = coco_files.read_json(truth), coco_files.read_json(detections), {}
-    if "auto" in iou_types:
-        iou_types = coco_files.types_in(truth[0], detections[0])
-    for iou_type in iou_types:
+        raise ValueError(f"expected iou_type bbox or segm (or auto), got {iou_type!r}")
+    truth, detections, loaded = coco_files.read_json(truth), coco_files.read_json(detections), {}
+    for iou_type in coco_files.types_in(truth[0], detections[0]) if "auto" in iou_types else iou_types:
         truths, image_ids, categories, _, images = coco_files.read_truth(*truth, iou_type)
         found = coco_files.read_detections(*detections, iou_type, image_ids, categories, images, area_from_boxes)
         names = [str(c.get("name", c["id"])) for c in categories]
         names = [name if names.count(name) == 1 else f"{name} ({c['id']})" for name, c in zip(names, categories)]
-        if not use_cats:
-            truths, found, names = _without_categories(truths), _without_categories(found), ["all"]
-        scored[iou_type] = Scored(truths, found, coco.evaluate(truths, found, len(image_ids), len(names), keep_matches=True))
-    return DetectionResult(names, image_ids, scored)
+        loaded[iou_type] = (truths, found) if use_cats else (_without_categories(truths), _without_categories(found))
+    return CocoFiles(names if use_cats else ["all"], image_ids, loaded)
 
 
 def _without_categories(table):
