@@ -100,7 +100,7 @@ DEMO = {
                    rpn_pre_nms_top_n_train=200, rpn_pre_nms_top_n_test=200, rpn_post_nms_top_n_train=200, rpn_post_nms_top_n_test=100,
                    rpn_batch_size_per_image=128, box_head_channels=256, box_batch_size_per_image=64, box_detections_per_img=20,
                    mask_layers=(64, 64), mask_dim_reduced=64),
-    "recipe": dict(epochs=16, batch_size=4, optimizer="adamw", lr=1e-3, lr_batch_size=0, weight_decay=1e-4, schedule="cosine",
+    "recipe": dict(epochs=10, batch_size=4, optimizer="adamw", lr=1e-3, lr_batch_size=0, weight_decay=1e-4, schedule="cosine",
                    warmup_iters=50, clip_grad_norm=5.0, hflip=0.5, rotate=0.0, brightness=0.1, contrast=0.0, saturation=0.0),
 }
 
