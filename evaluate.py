@@ -18,6 +18,7 @@ import torch
 
 from minidamage import masks, run_folder
 from minidamage.checkpoint import load_checkpoint
+from minidamage.config import apply_settings
 from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.split import from_names
 from minidamage.metrics import tables
@@ -56,6 +57,8 @@ def parse_arguments(argv):
         "checkpoint's threshold of each class, chosen on its validation part)")
     add("--draws", type=int, default=500, metavar="N", 
         help="bootstrap draws of pictures for the intervals of AP, 0 = none (default: %(default)s)")
+    add("--set", action="append", default=[], metavar="FIELD=VALUE", help="change how the checkpoint's masks are finished, for example "
+        "fill_holes=false remove_islands=false mask_threshold=0.5; fields that shape its weights stay")
     add("--worst", type=int, default=8, metavar="N", help="how many of the worst predictions to draw (default: %(default)s)")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     add("--workers", type=int, help="processes that read pictures (default: 0 on a CPU, 4 with a GPU)")
@@ -95,6 +98,8 @@ def score_model(args):
     model, checkpoint = load_checkpoint(path, device)
     if model.task != "detection":
         raise ValueError(f"{path}: expected a detection model, got {checkpoint['model']} ({model.task})")
+    if args.set:
+        model.config = change_finish(model, args.set)
     names, thresholds = tuple(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)
     outlines = [mask is not None for record in records for mask in record.masks]
@@ -127,7 +132,7 @@ def score_model(args):
     os.makedirs(folder, exist_ok=True)
     numbers = collect(result, pixel_result, thresholds, metrics, intervals)
     about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"],
-             "epoch": checkpoint.get("train", {}).get("epoch"), "data": os.path.abspath(dataset.path), "part": part,
+             "epoch": checkpoint.get("train", {}).get("epoch"), "data": os.path.abspath(dataset.path), "part": part, "set": args.set,
              "pictures": len(records), **run_folder.environment(device)}
     run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
@@ -174,6 +179,15 @@ def choose_device(name):
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
     return device
+
+
+def change_finish(model, settings):
+    """The model's config with --set applied; ValueError for a field that is more than the finish of its masks."""
+    for setting in settings:
+        if setting.partition("=")[0] not in model.finish_fields:
+            raise ValueError(f"--set {setting}: a trained {model.name} takes {', '.join(model.finish_fields)} here; its other fields are "
+                             "settled when it is trained (train.py --set)")
+    return apply_settings(model.config, settings)
 
 
 def score_thresholds(checkpoint, score):

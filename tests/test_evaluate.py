@@ -232,6 +232,18 @@ def test_damagenet_end_to_end(damagenet_run):
     assert all(d["segmentation"]["size"] == sizes[d["image_id"]] for d in read(folder / "detections.json"))
 
 
+def test_the_finish_of_masks_can_be_changed_and_nothing_else(damagenet_run, tmp_path, capsys):
+    path, _ = damagenet_run
+    common = ["--checkpoint", str(path), "--part", "all", "--device", "cpu", "--score", "0"]
+    area = {}
+    for tau in ("0.3", "0.7"):
+        assert evaluate.main([*common, "--out", str(tmp_path / tau), "--set", f"mask_threshold={tau}", "--set", "fill_holes=false"]) == 0
+        area[tau] = sum(masks.area([d["segmentation"]]).item() for d in read(tmp_path / tau / "detections.json"))
+    assert area["0.3"] > area["0.7"]
+    assert evaluate.main([*common, "--set", "context=false"]) == 2
+    assert "island_share" in capsys.readouterr().err
+
+
 def test_evaluate_model_takes_batches_of_a_data_set(damagenet_run):
     path, data = damagenet_run
     model, checkpoint = minidamage.load_checkpoint(path)

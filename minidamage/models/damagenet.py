@@ -107,6 +107,8 @@ class ContextPyramid(FeaturePyramidNetwork):
 class DamageNet(mask_rcnn.MaskRCNN):
     """Mask R-CNN with the context pyramid, the weighted loss, and repaired masks."""
 
+    finish_fields = ("mask_threshold", "fill_holes", "remove_islands", "island_share")
+
     def __init__(self, num_classes, config=DamageNetConfig(), name="damagenet"):
         super().__init__(num_classes, config, name)
 

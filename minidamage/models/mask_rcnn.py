@@ -109,6 +109,7 @@ class MaskRCNN(nn.Module):
     """The detector. num_classes: classes + 1, label 0 is background. config: MaskRCNNConfig. Runs in channels_last."""
 
     task = "detection"
+    finish_fields = ("mask_threshold",)             # config fields that are read after the network: they may change once it is trained
 
     def __init__(self, num_classes, config=MaskRCNNConfig(), name="maskrcnn_resnet50_fpn"):
         super().__init__()
