@@ -23,6 +23,7 @@
 #include <tuple>
 #include <vector>
 
+#include "layout.h"
 #include "nms.h"
 #include "paste_masks.h"
 #include "roi_align.h"
@@ -224,8 +225,8 @@ void check_rois(const Tensor& rois, const Tensor& levels, size_t level_count, si
               MAX_FEATURE_LEVELS, " levels with a scale each, got ", level_count, " levels and ", scale_count, " scales");
 }
 
-// The features as [N, H, W, C], checked to agree.
-std::vector<Tensor> feature_rows(at::TensorList features) {
+// The features as [N, H, W, C], converted by `convert`, checked to agree.
+std::vector<Tensor> feature_rows(at::TensorList features, Tensor (*convert)(const Tensor&)) {
   std::vector<Tensor> rows;
   for (const Tensor& feature : features) {
     const Tensor& first = features[0];
@@ -234,7 +235,7 @@ std::vector<Tensor> feature_rows(at::TensorList features) {
                     feature.size(3) > 0,
                 "roi_align: every level must be [N, C, H, W] with the N, C, dtype and device of the first, ", first.sizes(), ", got ",
                 feature.sizes(), " ", feature.scalar_type(), " on ", feature.device());
-    rows.push_back(to_rows(feature));
+    rows.push_back(convert(feature));
   }
   return rows;
 }
@@ -262,6 +263,32 @@ void parallel_chunks(int64_t count, int64_t chunk, const Work& work) {
   });
 }
 
+// [N, rows, columns] to [N, columns, rows].
+Tensor transposed(const Tensor& t, int64_t rows, int64_t columns, at::IntArrayRef sizes) {
+  Tensor result = empty_large(sizes, t.options());
+  if (t.numel() == 0) return result;
+  in_compute_type(t, [&](auto zero) {
+    using T = decltype(zero);
+    const T* source = t.const_data_ptr<T>();
+    T* target = result.mutable_data_ptr<T>();
+    parallel_chunks(t.numel() / (rows * columns) * transpose_strips(rows), 1,
+                    [&](int64_t begin, int64_t end) { transpose_cpu(source, target, rows, columns, begin, end); });
+  });
+  return result;
+}
+
+// to_rows() and from_rows() with our own transpose, three times as fast as a copy between strides.
+Tensor to_rows_cpu(const Tensor& t) {
+  const int64_t N = t.size(0), C = t.size(1), H = t.size(2), W = t.size(3);
+  const bool ours = t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble;
+  if (!ours || !t.is_contiguous() || t.is_contiguous(at::MemoryFormat::ChannelsLast)) return to_rows(t);
+  return transposed(t, C, H * W, {N, H, W, C});
+}
+Tensor from_rows_cpu(const Tensor& t, bool channels_last) {
+  const int64_t N = t.size(0), H = t.size(1), W = t.size(2), C = t.size(3);
+  return channels_last ? from_rows(t, true) : transposed(t, H * W, C, {N, C, H, W});
+}
+
 template <typename T>
 void check_pictures(const RoiAlign<T>& problem) {
   int64_t level, n;
@@ -282,7 +309,7 @@ void run_roi_align_cpu(const RoiAlign<T>& problem, Tensor& output) {
 Tensor roi_align_on_cpu(at::TensorList features, const Tensor& rois, const Tensor& levels, at::IntArrayRef output_size,
                         at::ArrayRef<double> spatial_scales, int64_t sampling_ratio, bool aligned) {
   check_rois(rois, levels, features.size(), spatial_scales.size(), features[0].device());
-  const std::vector<Tensor> maps = feature_rows(features);
+  const std::vector<Tensor> maps = feature_rows(features, to_rows_cpu);
   TORCH_CHECK_VALUE(maps[0].scalar_type() == at::kFloat || maps[0].scalar_type() == at::kDouble,
                     "roi_align: float32 or float64 on a CPU, got ", maps[0].scalar_type());
   Tensor output = empty_large({rois.size(0), output_size[0], output_size[1], maps[0].size(3)}, maps[0].options());
@@ -291,7 +318,7 @@ Tensor roi_align_on_cpu(at::TensorList features, const Tensor& rois, const Tenso
     const RoiAlignArguments<T> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
     if (output.numel() > 0) run_roi_align_cpu<T>(arguments.problem, output);
   });
-  return from_rows(output, is_channels_last(features[0]));
+  return from_rows_cpu(output, is_channels_last(features[0]));
 }
 
 template <typename T>
@@ -307,7 +334,7 @@ std::vector<Tensor> roi_align_backward_on_cpu(const Tensor& grad, const Tensor& 
                                               at::IntArrayRef heights, at::IntArrayRef widths, at::ArrayRef<double> spatial_scales,
                                               int64_t sampling_ratio, bool aligned, bool channels_last) {
   check_rois(rois, levels, heights.size(), spatial_scales.size(), grad.device());
-  const Tensor rows = to_rows(grad);  // [R, PH, PW, C]
+  const Tensor rows = to_rows_cpu(grad);  // [R, PH, PW, C]
   const int64_t output_size[2] = {grad.size(2), grad.size(3)};
   std::vector<Tensor> maps;
   for (size_t l = 0; l < heights.size(); l++) maps.push_back(empty_large({N, heights[l], widths[l], grad.size(1)}, grad.options()));
@@ -316,7 +343,7 @@ std::vector<Tensor> roi_align_backward_on_cpu(const Tensor& grad, const Tensor& 
     const RoiAlignArguments<T> arguments(maps, rois, levels, output_size, spatial_scales, sampling_ratio, aligned);
     run_roi_align_backward_cpu<T>(arguments.problem, rows);
   });
-  for (Tensor& map : maps) map = from_rows(map, channels_last);
+  for (Tensor& map : maps) map = from_rows_cpu(map, channels_last);
   return maps;
 }
 
@@ -333,7 +360,7 @@ Tensor roi_align_on_cuda(at::TensorList features, const Tensor& rois, const Tens
   TORCH_CHECK_VALUE(output_size[0] <= ROI_ALIGN_MAX_BINS && output_size[1] <= ROI_ALIGN_MAX_BINS, "roi_align: at most ", ROI_ALIGN_MAX_BINS,
                     " bins an axis on a GPU, got ", output_size);
   const OnDevice device(features[0]);
-  const std::vector<Tensor> maps = feature_rows(features);
+  const std::vector<Tensor> maps = feature_rows(features, to_rows);
   Tensor output = at::empty({rois.size(0), output_size[0], output_size[1], maps[0].size(3)}, maps[0].options());
   if (output.numel() > 0) {
     in_compute_type(output, [&](auto zero) {

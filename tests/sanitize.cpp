@@ -7,6 +7,7 @@
 #include <random>
 #include <vector>
 
+#include "layout.h"
 #include "nms.h"
 #include "paste_masks.h"
 #include "roi_align.h"
@@ -159,7 +160,20 @@ void check_paste_masks(int64_t size, int64_t padding, int64_t height, int64_t wi
   expect(characters >= N, "paste_masks: a mask without runs");
 }
 
+static void check_transpose(int64_t N, int64_t rows, int64_t columns) {
+  std::vector<float> source, target(N * rows * columns);
+  for (int64_t i = 0; i < N * rows * columns; i++) source.push_back(static_cast<float>(i));
+  transpose_cpu(source.data(), target.data(), rows, columns, 0, N * transpose_strips(rows));
+  for (int64_t n = 0; n < N; n++)
+    for (int64_t i = 0; i < rows; i++)
+      for (int64_t j = 0; j < columns; j++)
+        expect(target[(n * columns + j) * rows + i] == source[(n * rows + i) * columns + j], "transpose: a number in the wrong place");
+}
+
 int main() {
+  check_transpose(2, 33, 70);
+  check_transpose(3, 64, 1);
+  check_transpose(1, 5, 32);
   for (int64_t sampling_ratio : {0, 2})
     for (bool aligned : {false, true}) {
       check_roi_align<float>(4, 3, 5, sampling_ratio, aligned);

@@ -203,7 +203,8 @@ def test_compiles_and_exports_with_gradients():
     same(program.module()(features.detach(), rois), ops.roi_align(features, rois, 3, 0.5, 2).detach())
 
 
-@pytest.mark.parametrize("channels, count, output_size", [(4, 0, (3, 5)), (1, 1, (1, 1)), (0, 3, (2, 2)), (5, 3, (1, 40)), (4, 2, (14, 14))])
+@pytest.mark.parametrize("channels, count, output_size",
+                         [(4, 0, (3, 5)), (1, 1, (1, 1)), (0, 3, (2, 2)), (5, 3, (1, 40)), (4, 2, (14, 14))])
 def test_sizes(channels, count, output_size):
     features, rois = problem(channels, count=count, nasty=False)
     check_op(OP, roi_align_reference, arguments(features, rois, output_size))
