@@ -16,8 +16,6 @@ import contextlib
 import importlib
 import io
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -30,6 +28,9 @@ import torch
 
 import minidamage
 from minidamage import ops
+from minidamage.ops.nms import nms_reference
+from minidamage.ops.roi_align import roi_align_reference
+from minidamage.run_folder import environment
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -56,7 +57,7 @@ def seconds(function, device):
 def paired(ours, others, device, budget=6.0, least=5, most=60):
     """Runs ours and every other in turn until the budget (seconds) is spent.
 
-    Returns {"ours": ms, name: {"ms", "ratio", "ratio_min", "ratio_max"}, "pairs": n}; a ratio is other / ours, so 2 = ours is twice as fast.
+    Returns {"ours": ms, name: {"ms", "ratio", "ratio_min", "ratio_max"}, "pairs": n}; a ratio is other / ours: 2 is twice as fast as it.
     """
     everyone = {"ours": ours, **others}
     for function in everyone.values():                                  # warm-up: build, allocator, threads
@@ -128,7 +129,7 @@ def benchmark_nms(table, tv):
     for count in (1000, 5000, 20000):
         boxes, scores = random_boxes(count, 1024, generator).to(device), torch.rand(count, generator=generator).to(device)
         for iou in (0.5, 0.7):
-            reference = (lambda: ops.nms_reference(boxes, scores, iou)) if count <= 5000 else None
+            reference = (lambda: nms_reference(boxes, scores, None, iou)) if count <= 5000 else None
             table.add(f"nms {count} boxes, IoU {iou}", lambda: ops.nms(boxes, scores, iou),
                       {"reference": reference, "torchvision": tv and (lambda: tv.ops.nms(boxes, scores, iou))})
     for groups, each in ((5, 1000), (80, 12)):
@@ -158,7 +159,9 @@ def benchmark_roi_align(table, tv):
             outputs = 1024 * 256 * size * size
             moved = (nchw.numel() + outputs) * nchw.element_size()
             name = f"roi_align (2,256,200,200) 1024 rois {size}x{size} sr {ratio if ratio > 0 else 'adaptive'}"
-            rivals = {"reference": (lambda: ops.roi_align_reference(nhwc, *arguments)) if table.args.reference else None,
+            level = torch.zeros(1024, dtype=torch.int64, device=device)
+            reference = lambda: roi_align_reference([nhwc], rois, level, (size, size), [0.25], ratio, False)
+            rivals = {"reference": reference if table.args.reference else None,
                       "torchvision": tv and (lambda: tv.ops.roi_align(nchw, *arguments))}
             table.add(name + " forward", lambda: ops.roi_align(nhwc, *arguments), rivals, moved)
             table.add(name + " forward, from NCHW", lambda: ops.roi_align(nchw, *arguments), rivals, moved)
@@ -208,7 +211,8 @@ def benchmark_paste_masks(table, tv):
     table.add("paste_masks 100 masks 28x28 into 1024x1024, float", lambda: ops.paste_masks_in_image(masks, boxes, size),
               {"torchvision": theirs}, 100 * 1024 * 1024 * 4)
     thresholded = theirs and (lambda: theirs() > 0.5)
-    table.add("paste_masks 100 masks, bool", lambda: ops.paste_masks_bool(masks, boxes, size), {"torchvision": thresholded}, 100 * 1024 * 1024)
+    table.add("paste_masks 100 masks, bool", lambda: ops.paste_masks_bool(masks, boxes, size), {"torchvision": thresholded},
+              100 * 1024 * 1024)
     table.add("paste_masks 100 masks, RLE", lambda: ops.paste_masks_rle(masks, boxes, size), {"torchvision": thresholded},
               note="(the peer stops at bool)")
 
@@ -222,7 +226,8 @@ def detector_pair(name, num_classes, size, device, training):
     tv = peer("torchvision")
     theirs = None
     if tv and hasattr(tv.models.detection, name):
-        theirs = getattr(tv.models.detection, name)(weights=None, weights_backbone=None, num_classes=num_classes, min_size=size, max_size=size)
+        theirs = getattr(tv.models.detection, name)(weights=None, weights_backbone=None, num_classes=num_classes, min_size=size,
+                                                    max_size=size)
         theirs.load_state_dict(ours.state_dict())                       # the names are the same: both do the same work
         theirs = theirs.to(device).train(training)
     return ours.train(training), theirs
@@ -281,7 +286,8 @@ def peak_memory(name, size, device, training, which):
     """Peak memory of two calls in a process of its own: resident set on a CPU (the imports included), allocator on a GPU. MB."""
     code = (f"import benchmark, resource, torch; torch.set_num_threads({torch.get_num_threads()}); "
             f"calls = benchmark.model_calls({name!r}, {size}, {device!r}, {training}, {which!r}); f = calls[0] or calls[1]; f(); f(); "
-            f"print(torch.cuda.max_memory_allocated() / 1e6 if {device!r} == 'cuda' else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)")
+            f"print(torch.cuda.max_memory_allocated() / 1e6 if {device!r} == 'cuda' else "
+            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring memory failed: {done.stderr[-500:]}")
@@ -291,7 +297,7 @@ def peak_memory(name, size, device, training, which):
 # ---------------------------------------------------------------------------------------------------- COCO evaluation
 
 def generated_coco(images, detections, classes, seed=0):
-    """Truth and detections in COCO's JSON: 7 objects a picture, detections jittered from them and at random, RLE masks of ellipses."""
+    """Truth and detections in COCO's JSON: 7 objects a picture, detections jittered from them or of another class, masks are ellipses."""
     from minidamage import masks as rle
     rng = np.random.default_rng(seed)
     height, width = 480, 640
@@ -312,7 +318,8 @@ def generated_coco(images, detections, classes, seed=0):
         for box, label in zip(boxes, labels):
             segment = shape(box)
             truth.append({"id": len(truth) + 1, "image_id": image, "category_id": int(label), "bbox": box.tolist(), "iscrowd": 0,
-                          "area": float(rle.area([segment])[0]), "segmentation": {"size": segment["size"], "counts": segment["counts"].decode()}})
+                          "area": float(rle.area([segment])[0]),
+                          "segmentation": {"size": segment["size"], "counts": segment["counts"].decode()}})
         source = rng.integers(0, 7, detections)
         jitter = boxes[source] + rng.normal(0, 0.15, (detections, 4)) * boxes[source][:, [2, 3, 2, 3]]
         jitter[:, 2:] = np.maximum(jitter[:, 2:], 4)
@@ -320,7 +327,8 @@ def generated_coco(images, detections, classes, seed=0):
         for k in range(detections):
             label = labels[source[k]] if rng.random() < 0.6 else rng.integers(1, classes + 1)
             segment = shape(jitter[k])
-            found.append({"image_id": image, "category_id": int(label), "bbox": jitter[k].round(1).tolist(), "score": float(rng.random()),
+            found.append({"image_id": image, "category_id": int(label), "bbox": jitter[k].round(1).tolist(),
+                          "score": float(rng.random()),
                           "segmentation": {"size": segment["size"], "counts": segment["counts"].decode()}})
     gt = {"images": [{"id": i, "height": height, "width": width} for i in range(1, images + 1)],
           "categories": [{"id": k, "name": f"class{k}"} for k in range(1, classes + 1)], "annotations": truth}
@@ -344,12 +352,12 @@ def cocoeval(coco_module, eval_module, class_name, gt, dt, iou_type):
     """A callable that evaluates with a peer on data it has loaded, or None where it is not installed."""
     if coco_module is None or eval_module is None:
         return None
+    other = "segmentation" if iou_type == "bbox" else "bbox"
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
         path = Path(folder, "gt.json")
         path.write_text(json.dumps(gt))
         coco = coco_module.COCO(str(path))
-        results = coco.loadRes(json.loads(json.dumps([{k: v for k, v in d.items() if k != ("segmentation" if iou_type == "bbox" else "bbox")}
-                                                      for d in dt])))
+        results = coco.loadRes([{key: value for key, value in found.items() if key != other} for found in dt])
 
     def run():
         with contextlib.redirect_stdout(io.StringIO()):
@@ -403,16 +411,13 @@ def main():
 
 
 def write_json(args, table):
-    versions = {name: getattr(module, "__version__", "?") for name in ("torch", "torchvision", "numpy", "faster_coco_eval") if (module := peer(name))}
-    cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")),
-               platform.processor()) if Path("/proc/cpuinfo").exists() else platform.processor()
-    machine = {"cpu": cpu, "threads": torch.get_num_threads(), "cores": os.cpu_count(),
-               "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None}
+    versions = {name: getattr(module, "__version__", "?") for name in ("torch", "torchvision", "numpy", "faster_coco_eval")
+                if (module := peer(name))}
     path = Path(args.json)
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".partial")
-    beside.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), "machine": machine, "versions": versions,
-                                  "copy_GB/s": table.bandwidth, "backend": ops.backend(), "rows": table.rows}, indent=1))
+    beside.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), **environment(args.device), "peers": versions,
+                                  "copy_GB/s": table.bandwidth, "rows": table.rows}, indent=1))
     beside.replace(path)
     print(f"wrote {path}")
 

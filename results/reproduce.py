@@ -36,10 +36,12 @@ class Run:
 # A reduced schedule that fits two CPU cores, the same for every row: ResNet-18 body (ImageNet weights without the last stage), pictures
 # at 320 px, narrow heads, bfloat16. The paper's is 280 epochs of ResNet-50 at 1024 px on 3,640 pictures.
 SMALL = ("--size 320 --batch-size 4 --epochs 14 --lr 3e-4 --clip 5 --amp bf16 --split 70/15/15 --select segm/AP50 "
-         "--pretrained {data}/weights/resnet18_bnfolded_conv1_to_layer3_fp16.pth --set optimizer=adamw --set schedule=cosine --set warmup_iters=100 "
+         "--pretrained {data}/weights/resnet18_bnfolded_conv1_to_layer3_fp16.pth "
+         "--set optimizer=adamw --set schedule=cosine --set warmup_iters=100 "
          "--set body=resnet18 --set fpn_channels=128 --set rpn_channels=128 --set box_head_channels=512 --set mask_layers=128,128 "
          "--set mask_dim_reduced=128 --set anchor_sizes=16,32,64,128,256 --set canonical_scale=112 --set box_batch_size_per_image=64 "
-         "--set rpn_pre_nms_top_n_train=300 --set rpn_post_nms_top_n_train=300 --set rpn_pre_nms_top_n_test=300 --set rpn_post_nms_top_n_test=300")
+         "--set rpn_pre_nms_top_n_train=300 --set rpn_post_nms_top_n_train=300 "
+         "--set rpn_pre_nms_top_n_test=300 --set rpn_post_nms_top_n_test=300")
 # The same comparison at the paper's size, from the AugNet ResNet-50 body (trained without labels; the paper's weights are not stated).
 FULL = ("--size 1024 --batch-size 8 --epochs 48 --amp bf16 --split 70/15/15 --pretrained {data}/weights/resnet50_augnet.pth "
         "--set norm=frozen --set warmup_iters=200")
@@ -52,7 +54,8 @@ def car_runs(prefix, schedule, hardware, data, table, seeds):
     for seed in seeds:
         base = f"--data {data} {schedule} --seed {seed}"
         of_seed = "" if seed == 0 else f"-seed{seed}"
-        runs += [Run(f"{prefix}-damagenet{of_seed}", table, f"--model damagenet {base}", {"DamageNet": "", "DamageNet, no post-processing": NO_POST}, hardware),
+        runs += [Run(f"{prefix}-damagenet{of_seed}", table, f"--model damagenet {base}",
+                     {"DamageNet": "", "DamageNet, no post-processing": NO_POST}, hardware),
                  Run(f"{prefix}-no-dilation{of_seed}", table, f"--model damagenet {base} --set context=false",
                      {"no dilation": "", "Mask R-CNN (no dilation, no post-processing)": NO_POST}, hardware),
                  Run(f"{prefix}-no-fpn{of_seed}", table, f"--model damagenet {base} --set fpn=false", {"no FPN": ""}, hardware)]
@@ -124,7 +127,9 @@ def without_paths(value, data):
     if isinstance(value, list):
         return [without_paths(item, data) for item in value]
     if isinstance(value, str):
-        return value.replace(os.path.abspath(data), "$MINIDAMAGE_DATA").replace(data, "$MINIDAMAGE_DATA").replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
+        for folder in (os.path.abspath(data), data):
+            value = value.replace(folder, "$MINIDAMAGE_DATA")
+        return value.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
     return value
 
 
@@ -158,16 +163,43 @@ def format_number(value, column):
     return f"{value:.0f}" if column.startswith("ms") else f"{value:.3f}"
 
 
+# The rows of the speed table that the README shows; results/speed.md has all of them.
+SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "paste_masks",
+         "maskrcnn_resnet50_fpn", "damagenet", "COCO", "data:")
+
+
+def speed_text(shown=("",)):
+    """A Markdown table of results/benchmark.json (python benchmark.py --json): ours, each peer, and the ratio in paired runs."""
+    path = HERE / "benchmark.json"
+    if not path.exists():
+        return "not run: `python benchmark.py --json results/benchmark.json`"
+    measured = json.loads(path.read_text())
+    lines = ["| what | ours, ms | peer | peer, ms | ratio (smallest to largest of the pairs) |", "|---|--:|---|--:|--:|"]
+    for row in [row for row in measured["rows"] if any(words in row["name"] for words in shown)]:
+        peers = [(name, value) for name, value in row.items() if isinstance(value, dict)] or [("", None)]
+        for name, value in peers:
+            cells = ["", "", ""]
+            if value:
+                cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
+            lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + " |")
+    hardware = measured["hardware"]
+    lines.append(f"\n`{measured['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
+                 f"{measured['copy_GB/s']:.0f} GB/s, "
+                 + ", ".join(f"{name} {version}" for name, version in {"torch": measured["versions"]["torch"], **measured["peers"]}.items()) + ".")
+    return "\n".join(lines)
+
+
 def write_tables():
     """results/<table>.md for every table, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
-    readme = (ROOT / "README.md").read_text()
-    for table in dict.fromkeys(run.table for run in RUNS):
-        text = table_text(table)
+    texts = {table: table_text(table) for table in dict.fromkeys(run.table for run in RUNS)}
+    for table, text in {**texts, "speed": speed_text()}.items():
         (HERE / f"{table}.md").write_text(text + "\n")
+    readme = (ROOT / "README.md").read_text()
+    for table, text in {**texts, "speed": speed_text(SHOWN)}.items():
         begin, end = f"<!-- table: {table} -->", "<!-- end -->"
         if begin in readme:
             before, _, rest = readme.partition(begin)
-            readme = before + begin + "\n" + text + "\n" + end + rest.partition(end)[2]
+            readme = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
     (ROOT / "README.md").write_text(readme)
 
 
@@ -180,7 +212,8 @@ def main():
     by_name = {run.name: run for run in RUNS}
     if args.list or not (args.run or args.table):
         for run in RUNS:
-            print(f"{'done' if (HERE / run.name / 'summary.json').exists() else '    '}  {run.hardware}  {run.name:32s} {', '.join(run.rows)}")
+            done = "done" if (HERE / run.name / "summary.json").exists() else "    "
+            print(f"{done}  {run.hardware}  {run.name:32s} {', '.join(run.rows)}")
     for name in args.run or []:
         if name not in by_name:
             sys.exit(f"reproduce.py: no run {name!r}; expected one of {', '.join(by_name)}")
