@@ -1,5 +1,6 @@
-"""Where nvcc is, no GPU needed: every .cu compiles for sm_80 and sm_90 without a warning, and so does the CUDA half of bindings.cpp."""
+"""Where nvcc is, no GPU needed: every .cu compiles for sm_80 and sm_90 without a warning and can start; so does the CUDA half of bindings."""
 import os
+import re
 import subprocess
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from minidamage.ops import _extension, _toolchain
 
 SOURCES = sorted((_extension.CSRC / "cuda").glob("*.cu"))
+REGISTERS = 65536                                                            # of a block, sm_80 and sm_90
+THREADS = {"nms_reduce": 1024, "roi_align_backward_tiles": 512}              # the kernels that start with more than 256
 
 
 @pytest.fixture(scope="module")
@@ -21,10 +24,15 @@ def toolkit():
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
 def test_every_kernel_compiles_without_a_warning(toolkit, source, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
-    command = [*_toolchain.nvcc_command(toolkit), "-Werror", "all-warnings", "-Xcompiler", "-Wall", "--threads", "2",
+    command = [*_toolchain.nvcc_command(toolkit), "-Werror", "all-warnings", "-Xcompiler", "-Wall", "-Xptxas", "-v",
                "-c", str(source), "-o", str(tmp_path / "kernel.o")]
     run = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert run.returncode == 0, run.stderr
+    kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_\d+'.*?Used (\d+) registers", run.stderr, re.DOTALL)
+    assert kernels, run.stderr
+    for kernel, registers in kernels:                                        # with too many, the launch fails: only a GPU would tell
+        threads = next((count for name, count in THREADS.items() if name in kernel), 256)
+        assert -(-int(registers) // 8) * 8 * threads <= REGISTERS, f"{kernel}: {registers} registers a thread, {threads} threads"
 
 
 def test_cuda_half_of_the_bindings_compiles(toolkit, tmp_path):

@@ -7,6 +7,8 @@
 namespace minidamage {
 namespace {
 
+constexpr int REDUCE_THREADS = 1024;  // at most; without the bound below nvcc takes 72 (sm_90) or 96 registers, and so many cannot start
+
 // boxes: [n, 4], idxs: [n] or null, removed: [words], mask: [rows, words], row 0 of which is box `first`.
 // Block (column word, row word), 64 threads: a thread owns one box of the row word and writes which of the 64 boxes of
 // the column word it suppresses (bits of boxes that come after it only).
@@ -46,9 +48,9 @@ __global__ void nms_mask(const T* __restrict__ boxes, const int64_t* __restrict_
 // mask: [rows, words] of boxes first ... first + rows - 1; removed: [words], order: [n], keep: [max_keep], count: [1].
 // One block. For each word of rows, thread 0 decides its 64 boxes one after the other (their mutual bits are one column);
 // then 64 threads write the kept indices, and every thread owns some words of `removed` and adds what the kept ones suppress.
-__global__ void nms_reduce(const uint64_t* __restrict__ mask, const int64_t* __restrict__ order, int64_t n, int64_t first, int64_t rows,
-                           int64_t words, int64_t max_keep, uint64_t* __restrict__ removed, int64_t* __restrict__ keep,
-                           int64_t* __restrict__ count) {
+__global__ void __launch_bounds__(REDUCE_THREADS, 1)
+    nms_reduce(const uint64_t* __restrict__ mask, const int64_t* __restrict__ order, int64_t n, int64_t first, int64_t rows, int64_t words,
+               int64_t max_keep, uint64_t* __restrict__ removed, int64_t* __restrict__ keep, int64_t* __restrict__ count) {
   __shared__ uint64_t mutual[NMS_WORD];
   __shared__ uint64_t word_kept;
   const int thread = static_cast<int>(threadIdx.x);
@@ -111,7 +113,7 @@ void nms_cuda(const T* boxes, const int64_t* idxs, const bool* valid, const int6
     const dim3 grid(static_cast<unsigned>(words - first / NMS_WORD), static_cast<unsigned>(ceil_div(rows, NMS_WORD)));
     MD_LAUNCH(nms_mask<T>, grid, NMS_WORD, 0, stream, boxes, idxs, n, threshold, first, words, removed, count, max_keep, mask);
     const int64_t columns = words - first / NMS_WORD;
-    const unsigned threads = columns > 512 ? 1024 : columns > 128 ? 512 : 128;
+    const unsigned threads = columns > 512 ? REDUCE_THREADS : columns > 128 ? 512 : 128;
     MD_LAUNCH(nms_reduce, 1, threads, 0, stream, mask, order, n, first, rows, words, max_keep, removed, keep, count);
   }
 }

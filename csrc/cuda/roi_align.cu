@@ -234,7 +234,8 @@ MD_DEVICE A weight_of_pixel(const RoiAxis<A>& axis, int64_t p, int64_t size, int
 // grad_output: [R, PH, PW, C]; levels[l].data: [N, H, W, C] of T, overwritten. Block (LANES, TILE * TILE): a tile of TILE x TILE pixels of
 // a picture, LANES * V channels. Thread: V neighbouring channels of one pixel. RoIs are added in increasing r.
 template <typename T, int V>
-__global__ void roi_align_backward_tiles(const RoiAlign<accumulate_t<T>> problem, const T* __restrict__ grad_output, const Tiles tiles) {
+__global__ void __launch_bounds__(LANES * TILE * TILE, 1)
+    roi_align_backward_tiles(const RoiAlign<accumulate_t<T>> problem, const T* __restrict__ grad_output, const Tiles tiles) {
   using A = accumulate_t<T>;
   MD_DYNAMIC_SHARED(A, weights);  // [TILE, PH] of the rows, [TILE, PW] of the columns
   __shared__ int64_t matches[LANES * TILE * TILE];
