@@ -226,8 +226,12 @@ def detector_pair(name, num_classes, size, device, training):
     tv = peer("torchvision")
     theirs = None
     if tv and hasattr(tv.models.detection, name):
-        theirs = getattr(tv.models.detection, name)(weights=None, weights_backbone=None, num_classes=num_classes, min_size=size,
-                                                    max_size=size)
+        # Training: frozen as ours and as theirs with published weights; without weights they would learn their norms, which is more work.
+        # Evaluation: the same numbers either way, and the framework's own norm is the faster.
+        norm = tv.ops.FrozenBatchNorm2d if training else torch.nn.BatchNorm2d
+        backbone = tv.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name=name.split("_")[1], weights=None,
+                                                                          trainable_layers=5, norm_layer=norm)
+        theirs = tv.models.detection.MaskRCNN(backbone, num_classes, min_size=size, max_size=size)
         theirs.load_state_dict(ours.state_dict())                       # the names are the same: both do the same work
         theirs = theirs.to(device).train(training)
     return ours.train(training), theirs
