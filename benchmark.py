@@ -148,6 +148,14 @@ def forward_backward(function, inputs, grad):
     return run
 
 
+def in_float32(function, device, dtype):
+    """`function` of torchvision, which has no bfloat16 kernels: under autocast, as in training, it converts and computes in float32."""
+    def run():
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            return function()
+    return run
+
+
 def benchmark_roi_align(table, tv):
     device, dtype, generator = table.args.device, DTYPES[table.args.dtype], torch.Generator().manual_seed(1)
     nchw = torch.randn(2, 256, 200, 200, generator=generator).to(device, dtype)
@@ -162,13 +170,13 @@ def benchmark_roi_align(table, tv):
             level = torch.zeros(1024, dtype=torch.int64, device=device)
             reference = lambda: roi_align_reference([nhwc], rois, level, (size, size), [0.25], ratio, False)
             rivals = {"reference": reference if table.args.reference else None,
-                      "torchvision": tv and (lambda: tv.ops.roi_align(nchw, *arguments))}
+                      "torchvision": tv and in_float32(lambda: tv.ops.roi_align(nchw, *arguments), device, dtype)}
             table.add(name + " forward", lambda: ops.roi_align(nhwc, *arguments), rivals, moved)
             table.add(name + " forward, from NCHW", lambda: ops.roi_align(nchw, *arguments), rivals, moved)
             a, b = nhwc.detach().clone().requires_grad_(), nchw.detach().clone().requires_grad_()
             grad = torch.randn(1024, 256, size, size, generator=generator).to(device, dtype)
             grad_nhwc = grad.contiguous(memory_format=torch.channels_last)
-            theirs = tv and forward_backward(lambda: tv.ops.roi_align(b, *arguments), [b], grad)
+            theirs = tv and forward_backward(in_float32(lambda: tv.ops.roi_align(b, *arguments), device, dtype), [b], grad)
             table.add(name + " forward+backward", forward_backward(lambda: ops.roi_align(a, *arguments), [a], grad_nhwc),
                       {"torchvision": theirs}, 2 * moved)
             table.add(name + " forward+backward, from NCHW", forward_backward(lambda: ops.roi_align(b, *arguments), [b], grad),
@@ -189,14 +197,15 @@ def benchmark_multiscale(table, tv, generator):
         pooler = tv and tv.ops.MultiScaleRoIAlign(list(nchw), size, 2)
         table.add(f"multiscale_roi_align 4 levels, 1000 rois, {size}x{size} forward",
                   lambda: ops.multiscale_roi_align(nhwc, rois, levels, size, scales, 2),
-                  {"torchvision": tv and (lambda: pooler(nchw, [boxes], [(1024, 1024)]))})
+                  {"torchvision": tv and in_float32(lambda: pooler(nchw, [boxes], [(1024, 1024)]), device, dtype)})
         ours = [x.detach().clone().requires_grad_() for x in nhwc]
         theirs = {k: x.detach().clone().requires_grad_() for k, x in nchw.items()}
         grad = torch.randn(1000, 256, size, size, generator=generator).to(device, dtype)
         grad_nhwc = grad.contiguous(memory_format=torch.channels_last)
+        pooled = in_float32(lambda: pooler(theirs, [boxes], [(1024, 1024)]), device, dtype)
         table.add(f"multiscale_roi_align 4 levels, 1000 rois, {size}x{size} forward+backward",
                   forward_backward(lambda: ops.multiscale_roi_align(ours, rois, levels, size, scales, 2), ours, grad_nhwc),
-                  {"torchvision": tv and forward_backward(lambda: pooler(theirs, [boxes], [(1024, 1024)]), theirs.values(), grad)})
+                  {"torchvision": tv and forward_backward(pooled, theirs.values(), grad)})
 
 
 def benchmark_paste_masks(table, tv):
