@@ -122,17 +122,18 @@ def read_losses(losses):
     return values
 
 
-def check_losses(values, targets, run):
-    """Returns `values`; raises NonFiniteLoss that names the term, the files and what to type, before the weights are touched."""
+def check_losses(values, targets, run, validating=False):
+    """Returns `values`; raises NonFiniteLoss that names the term, the files and what to type, before weights are touched or saved."""
     broken = {name: value for name, value in values.items() if not math.isfinite(value)}
     if not broken:
         return values
     state, recipe = run.state, run.recipe
     whole = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
-    saved = save(run, "last.pt", {}) if whole else False              # else: the last.pt of before is the good one
+    saved = save(run, "last.pt", {}) if whole and not validating else False       # else: the last.pt of before is the good one
     rate = run.optimizer.param_groups[0]["lr"]
+    place = "validation" if validating else f"step {state.step + 1}"
     raise NonFiniteLoss(
-        f"{', '.join(f'{name} = {value}' for name, value in broken.items())} in epoch {state.epoch + 1}, step {state.step + 1}.\n"
+        f"{', '.join(f'{name} = {value}' for name, value in broken.items())} in epoch {state.epoch + 1}, {place}.\n"
         f"  all terms   {', '.join(f'{name} {value:.4g}' for name, value in values.items())};  lr {rate:.3g}\n"
         f"  files       {', '.join(str(target['file']) for target in targets)}\n"
         f"  weights     {'finite' if whole else 'no longer finite'};  "
@@ -166,7 +167,7 @@ def validate_detection(run, model, batches, stop, progress):
         image, target = images[0], targets[0]
         progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  validation {target['index'] + 1}/{len(records)}")
         losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
-        for name, value in read_losses(losses)().items():
+        for name, value in check_losses(read_losses(losses)(), targets, run, validating=True).items():
             sums[name] = sums.get(name, 0.0) + value
         add_picture(evaluator, target, detections[0], image.shape[-2:])
         if target["index"] in pictures_to_show(records):

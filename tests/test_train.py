@@ -114,11 +114,11 @@ def stop_at(monkeypatch, steps, validations=()):
     check_losses, add_picture = train.check_losses, train.add_picture
 
     def counted(kind, where, function):
-        def call(*arguments):
-            counts[kind] += 1
-            if counts[kind] in where:
+        def call(*arguments, validating=False):
+            counts[kind] += not validating
+            if counts[kind] in where and not validating:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return function(*arguments)
+            return function(*arguments, validating=True) if validating else function(*arguments)
         return call
     monkeypatch.setattr(train, "check_losses", counted("step", steps, check_losses))
     monkeypatch.setattr(train, "add_picture", counted("picture", validations, add_picture))
@@ -211,6 +211,23 @@ def test_loss_that_is_not_finite(command, tmp_path, monkeypatch, capsys):
     assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
     monkeypatch.undo()
     assert train.main(["--resume", only_run(tmp_path), "--lr", "0.001", "--clip", "10"]) == 0
+
+
+def test_weights_that_break_in_the_last_step_of_an_epoch_are_never_saved(command, tmp_path, monkeypatch, capsys):
+    validate = train.validate
+
+    def poisoned(run, *arguments):
+        if run.state.epoch == 1:
+            with torch.no_grad():
+                run.model.roi_heads.box_predictor.cls_score.weight.fill_(math.nan)
+        return validate(run, *arguments)
+    monkeypatch.setattr(train, "validate", poisoned)
+    assert train.main(command("--epochs", 3)) == 1
+    printed = capsys.readouterr().err
+    assert "loss_classifier = nan in epoch 2, validation" in printed and "the one saved before" in printed
+    for file in ("last.pt", "best.pt"):
+        state = read_checkpoint(os.path.join(only_run(tmp_path), file))
+        assert state["train"]["epoch"] == 1 and all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
 
 
 def test_weights_that_are_broken_already_leave_the_older_checkpoint(command, tmp_path, monkeypatch, capsys):
