@@ -7,6 +7,7 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import math
 import os
 import random
 
@@ -220,16 +221,15 @@ def check_same_classes(dataset, checkpoint, path):
 
 
 def check_arguments(args):
-    """ValueError for the flags whose values cannot be; fills in what depends on the machine (device, workers)."""
+    """ValueError for the flags whose values cannot be; fills in what depends on the machine (device, workers).
+
+    The recipe's own flags are checked with the recipe (`check_recipe`), because --set reaches them too."""
     if args.model not in MODELS:
         near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
-    ranges = {"epochs": (lambda v: v >= 1, "1 or more"), "batch_size": (lambda v: v >= 1, "1 or more"),
-              "size": (lambda v: v >= 32, "32 pixels or more"), "lr": (lambda v: v > 0, "a rate above 0"),
-              "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
-              "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "clip": (lambda v: v >= 0, "0 (off) or a gradient norm"),
-              "workers": (lambda v: v >= 0, "0 or more processes"),
-              "ema": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"), "seed": (lambda v: v >= 0, "0 or more")}
+    ranges = {"size": (lambda v: v >= 32, "32 pixels or more"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
+              "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "workers": (lambda v: v >= 0, "0 or more processes"),
+              "seed": (lambda v: v >= 0, "0 or more")}
     for name, (fits, expected) in ranges.items():
         value = getattr(args, name, None)
         if value is not None and not fits(value):
@@ -250,6 +250,17 @@ def check_arguments(args):
 
 def check_recipe(recipe, names):
     """ValueError for recipe values (from --set, or a flag) that the loop does not know. names: the metrics that can choose."""
+    not_negative, share = (lambda v: 0 <= v < math.inf, "0 or more"), (lambda v: 0 <= v <= 1, "from 0 to 1")
+    above_zero, one_or_more = (lambda v: 0 < v < math.inf, "a number above 0"), (lambda v: v >= 1, "1 or more")
+    ranges = {"epochs": one_or_more, "batch_size": one_or_more, "lr": above_zero, "lr_batch_size": not_negative,
+              "momentum": (lambda v: 0 <= v < 1, "from 0 to below 1"), "weight_decay": not_negative, "gamma": above_zero,
+              "warmup_iters": not_negative, "clip_grad_norm": (not_negative[0], "0 (off) or a gradient norm"),
+              "ema_decay": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"), "hflip": share,
+              "rotate": (lambda v: 0 <= v <= 180, "0 to 180 degrees"), "brightness": share, "contrast": share, "saturation": share}
+    for field, (fits, expected) in ranges.items():
+        value = getattr(recipe, field)
+        if not fits(value):
+            raise ValueError(f"{field}: expected {expected}, got {value}")
     for field, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("select_by", names)):
         value = getattr(recipe, field)
         if value not in known:
