@@ -158,6 +158,9 @@ def split_parts(dataset, args):
             counts = ", ".join(f"{key} {len(value)}" for key, value in parts.items())
             raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none ({counts}); add pictures, or give another "
                              "--split or --limit")
+    if not any((~record.crowd).any() for record in parts["train"]):
+        raise ValueError(f"{dataset.path}: expected objects to learn from in the train part, got {len(parts['train'])} pictures without any; "
+                         f"what is wrong with them: python -m minidamage.data {dataset.path}")
     return parts
 
 

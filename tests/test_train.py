@@ -312,6 +312,16 @@ def test_mistakes_in_the_command(command, tmp_path, capsys, more, message):
     assert not any(entry.name.startswith("damagenet") for entry in os.scandir(tmp_path))                  # nothing was begun
 
 
+def test_a_set_without_objects_is_refused(command, tmp_path, capsys):
+    pictures = make_demo(str(tmp_path / "cars"), images=4, size=64, val_fraction=0.5)
+    for name in ("0Train_via_annos.json", "0Val_via_annos.json"):
+        content = json.load(open(os.path.join(pictures, name), encoding="utf-8"))
+        with open(os.path.join(pictures, name), "w", encoding="utf-8") as file:
+            json.dump({key: {**entry, "regions": []} for key, entry in content.items()}, file)
+    assert train.main(command("--data", pictures)) == 2
+    assert "expected objects to learn from in the train part, got 2 pictures without any" in capsys.readouterr().err
+
+
 def test_mistakes_in_a_resume(command, data, tmp_path, capsys):
     assert train.main(command("--epochs", 1)) == 0
     folder = only_run(tmp_path)
