@@ -23,7 +23,7 @@ from minidamage.data.split import from_names, names_of, parse_fractions, three_p
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics.detection import CocoEvaluator
 
-DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "out": "runs", "limit": 1.0, "amp": "off", "deterministic": False,
+DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off", "deterministic": False,
             "patience": 0, "set": [], "split": None}
 CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp"}
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant")
@@ -149,10 +149,13 @@ def open_data(args):
 
 
 def split_parts(dataset, args):
-    """{"train": records, "val": ..., "test": ...} by the protocol of minidamage/data/split.py, train and val cut by --limit."""
-    parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.seed)
+    """{"train": records, "val": ..., "test": ...} by the protocol of minidamage/data/split.py, train and val cut by --limit.
+
+    Runs of several seeds share their pictures: the split has a seed of its own, or their mean would be one over different test parts.
+    """
+    parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.split_seed)
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
-        parts = {name: records if name == "test" else limit(records, args.limit, seed=args.seed) for name, records in parts.items()}
+        parts = {name: records if name == "test" else limit(records, args.limit, seed=args.split_seed) for name, records in parts.items()}
     for name in ("train", "val"):
         if not parts[name]:
             counts = ", ".join(f"{key} {len(value)}" for key, value in parts.items())
@@ -232,7 +235,7 @@ def check_arguments(args):
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
     ranges = {"size": (lambda v: v >= 32, "32 pixels or more"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
               "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "workers": (lambda v: v >= 0, "0 or more processes"),
-              "seed": (lambda v: v >= 0, "0 or more")}
+              "seed": (lambda v: v >= 0, "0 or more"), "split_seed": (lambda v: v >= 0, "0 or more")}
     for name, (fits, expected) in ranges.items():
         value = getattr(args, name, None)
         if value is not None and not fits(value):

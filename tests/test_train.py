@@ -95,6 +95,14 @@ def test_limit_patience_and_select(command, data, tmp_path, capsys):
     assert len(losses) == 6 or "stopped early" in capsys.readouterr().out and len(losses) - 1 - best == 1
 
 
+def test_another_seed_keeps_the_split_and_another_split_seed_does_not(command, tmp_path):
+    def split(*more):
+        run = training.set_up(train.parse_arguments(command("--split", "50/25/25", "--limit", "0.8", *more)))
+        return run.identity["split"], run.model.state_dict()["roi_heads.box_predictor.cls_score.weight"]
+    (first, weights), (same_split, other_weights), (other, _) = split(), split("--seed", 1), split("--split-seed", 1)
+    assert first == same_split != other and not torch.equal(weights, other_weights)
+
+
 # --- stop and resume
 
 def same(a, b):
