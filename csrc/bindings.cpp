@@ -170,14 +170,17 @@ MD_REGISTER(MINIDAMAGE_NAMESPACE, MINIDAMAGE_DEVICE_KEY, m) {
 
 // ---- RoIAlign ------------------------------------------------------------------------------------------------------------
 
-DType dtype_of(const Tensor& t) {
+#if defined(MINIDAMAGE_DEVICE_KEY)
+DType dtype_of(const Tensor& t) {  // the launchers take raw memory and believe this
   switch (t.scalar_type()) {
+    case at::kFloat: return DType::float32;
     case at::kDouble: return DType::float64;
     case at::kHalf: return DType::float16;
     case at::kBFloat16: return DType::bfloat16;
-    default: return DType::float32;
+    default: TORCH_CHECK_VALUE(false, "expected float32, float64, float16 or bfloat16, got ", t.scalar_type());
   }
 }
+#endif
 
 bool is_channels_last(const Tensor& t) { return t.is_contiguous(at::MemoryFormat::ChannelsLast) && !t.is_contiguous(); }
 
@@ -223,6 +226,20 @@ void check_rois(const Tensor& rois, const Tensor& levels, size_t level_count, si
               ", levels on ", levels.device());
   TORCH_CHECK(level_count > 0 && level_count <= MAX_FEATURE_LEVELS && scale_count == level_count, "roi_align: expected 1 to ",
               MAX_FEATURE_LEVELS, " levels with a scale each, got ", level_count, " levels and ", scale_count, " scales");
+}
+
+void check_features(at::TensorList features, at::IntArrayRef output_size) {
+  TORCH_CHECK(!features.empty(), "roi_align: no features");
+  TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0, "roi_align: output_size must be (PH, PW), got ",
+              output_size);
+}
+
+void check_grad(const Tensor& grad, const Tensor& rois, at::IntArrayRef heights, at::IntArrayRef widths) {
+  TORCH_CHECK(grad.dim() == 4 && grad.size(0) == rois.size(0) && grad.size(2) > 0 && grad.size(3) > 0, "roi_align: grad must be [",
+              rois.size(0), ", C, PH, PW], got ", grad.sizes());
+  TORCH_CHECK(heights.size() == widths.size(), "roi_align: ", heights.size(), " heights and ", widths.size(), " widths");
+  for (size_t l = 0; l < heights.size(); l++)
+    TORCH_CHECK(heights[l] > 0 && widths[l] > 0, "roi_align: a level without pixels: ", heights[l], " x ", widths[l]);
 }
 
 // The features as [N, H, W, C], converted by `convert`, checked to agree.
@@ -308,6 +325,7 @@ void run_roi_align_cpu(const RoiAlign<T>& problem, Tensor& output) {
 
 Tensor roi_align_on_cpu(at::TensorList features, const Tensor& rois, const Tensor& levels, at::IntArrayRef output_size,
                         at::ArrayRef<double> spatial_scales, int64_t sampling_ratio, bool aligned) {
+  check_features(features, output_size);
   check_rois(rois, levels, features.size(), spatial_scales.size(), features[0].device());
   const std::vector<Tensor> maps = feature_rows(features, to_rows_cpu);
   TORCH_CHECK_VALUE(maps[0].scalar_type() == at::kFloat || maps[0].scalar_type() == at::kDouble,
@@ -334,6 +352,7 @@ std::vector<Tensor> roi_align_backward_on_cpu(const Tensor& grad, const Tensor& 
                                               at::IntArrayRef heights, at::IntArrayRef widths, at::ArrayRef<double> spatial_scales,
                                               int64_t sampling_ratio, bool aligned, bool channels_last) {
   check_rois(rois, levels, heights.size(), spatial_scales.size(), grad.device());
+  check_grad(grad, rois, heights, widths);
   const Tensor rows = to_rows_cpu(grad);  // [R, PH, PW, C]
   const int64_t output_size[2] = {grad.size(2), grad.size(3)};
   std::vector<Tensor> maps;
@@ -356,6 +375,7 @@ TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
 #if defined(MINIDAMAGE_DEVICE_KEY)
 Tensor roi_align_on_cuda(at::TensorList features, const Tensor& rois, const Tensor& levels, at::IntArrayRef output_size,
                          at::ArrayRef<double> spatial_scales, int64_t sampling_ratio, bool aligned) {
+  check_features(features, output_size);
   check_rois(rois, levels, features.size(), spatial_scales.size(), features[0].device());
   TORCH_CHECK_VALUE(output_size[0] <= ROI_ALIGN_MAX_BINS && output_size[1] <= ROI_ALIGN_MAX_BINS, "roi_align: at most ", ROI_ALIGN_MAX_BINS,
                     " bins an axis on a GPU, got ", output_size);
@@ -376,6 +396,9 @@ std::vector<Tensor> roi_align_backward_on_cuda(const Tensor& grad, const Tensor&
                                                at::IntArrayRef heights, at::IntArrayRef widths, at::ArrayRef<double> spatial_scales,
                                                int64_t sampling_ratio, bool aligned, bool channels_last) {
   check_rois(rois, levels, heights.size(), spatial_scales.size(), grad.device());
+  check_grad(grad, rois, heights, widths);
+  TORCH_CHECK_VALUE(grad.size(2) <= ROI_ALIGN_MAX_BINS && grad.size(3) <= ROI_ALIGN_MAX_BINS, "roi_align: at most ", ROI_ALIGN_MAX_BINS,
+                    " bins an axis on a GPU, got ", grad.sizes());
   const OnDevice device(grad);
   const bool deterministic = at::globalContext().deterministicAlgorithms();
   const Tensor rows = to_rows(grad);  // [R, PH, PW, C]

@@ -285,3 +285,20 @@ def test_second_derivative_is_refused():
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):
         call(*problem(2))
+
+
+@pytest.mark.parametrize("namespace", ["minidamage", "minidamage_emulated"])
+def test_the_bindings_protect_memory(namespace):
+    """The public functions check first; a direct call of the ops must not read outside either."""
+    _extension.load_emulated()
+    forward, backward = (getattr(getattr(torch.ops, namespace), op.__name__) for op in (OP, BACKWARD))
+    features, rois = problem(nasty=False)
+    levels, grad = torch.zeros(len(rois), dtype=torch.int64), torch.zeros(len(rois), 6, 3, 5)
+    for call, message in ((lambda: forward([], rois, levels, [3, 5], [], 2, True), "no features"),
+                          (lambda: forward([features], rois, levels, [3], [0.5], 2, True), "output_size"),
+                          (lambda: forward([features.to(torch.float8_e4m3fn)], rois, levels, [3, 5], [0.5], 2, True), "float32"),
+                          (lambda: backward(grad[:3], rois, levels, 2, [20], [24], [0.5], 2, True, False), "grad must be"),
+                          (lambda: backward(grad, rois, levels, 2, [20], [], [0.5], 2, True, False), "widths"),
+                          (lambda: backward(grad, rois, levels, 2, [20], [0], [0.5], 2, True, False), "without pixels")):
+        with pytest.raises((ValueError, RuntimeError), match=message):
+            call()
