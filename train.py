@@ -319,7 +319,7 @@ def parse_arguments(argv=None):
     add("--size", type=int, help="shorter side of the resized picture, pixels; the longer side's limit moves with it (default: config)")
     add("--lr", type=float, help="learning rate at this batch size, as it stands (default: the recipe's, scaled linearly with the batch)")
     add("--seed", type=int, help=f"of weights, order and augmentation (default: {DEFAULTS['seed']})")
-    add("--split-seed", type=int, help=f"of split and --limit, so that runs of several --seed share them (default: {DEFAULTS['split_seed']})")
+    add("--split-seed", type=int, help=f"of split and --limit, which runs of several --seed share (default: {DEFAULTS['split_seed']})")
     add("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
     add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")

@@ -23,8 +23,8 @@ from minidamage.data.split import from_names, names_of, parse_fractions, three_p
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics.detection import CocoEvaluator
 
-DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off", "deterministic": False,
-            "patience": 0, "set": [], "split": None}
+DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off",
+            "deterministic": False, "patience": 0, "set": [], "split": None}
 CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp"}
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant")
 
@@ -162,8 +162,8 @@ def split_parts(dataset, args):
             raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none ({counts}); add pictures, or give another "
                              "--split or --limit")
     if not any((~record.crowd).any() for record in parts["train"]):
-        raise ValueError(f"{dataset.path}: expected objects to learn from in the train part, got {len(parts['train'])} pictures without any; "
-                         f"what is wrong with them: python -m minidamage.data {dataset.path}")
+        raise ValueError(f"{dataset.path}: expected objects to learn from in the train part, got {len(parts['train'])} pictures "
+                         f"without any; what is wrong with them: python -m minidamage.data {dataset.path}")
     return parts
 
 
