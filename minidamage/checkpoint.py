@@ -152,7 +152,7 @@ def load_pretrained(model, path):
         raise ValueError(f"--pretrained {path}: there is no such file; minidamage downloads nothing, fetch the weights first")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
+    except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:      # OSError: half a zip
         raise ValueError(f"--pretrained {path}: not a torch file of plain tensors, or half of one "
                          f"({_reason(error)})") from error
     if not isinstance(weights, dict):
@@ -195,6 +195,8 @@ def _reason(error):
     foreign = re.search(r"Unsupported \w+: (?:GLOBAL )?([\w.]+)", str(error))
     if foreign:
         return f"it refers to {foreign[1]}"
+    if "Weights only load failed" in str(error):                      # what follows advises to load it unsafely
+        return "torch cannot read it"
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 

@@ -115,6 +115,18 @@ def test_files_that_are_not_ours(tmp_path):
         checkpoint.read_checkpoint(tmp_path / "lacks.pt")
 
 
+@pytest.mark.parametrize("content", [b"", b"{}", b"half"])
+def test_pretrained_files_that_torch_cannot_read(tmp_path, content):
+    path = tmp_path / "weights.pth"
+    if content == b"half":
+        torch.save({"conv1.weight": torch.zeros(1000)}, path)
+        content = path.read_bytes()[:2500]
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match="--pretrained .*weights.pth: not a torch file of plain tensors, or half of one") as error:
+        checkpoint.load_pretrained(torch.nn.Linear(2, 2), path)
+    assert "weights_only" not in str(error.value)
+
+
 class Evil:
     def __reduce__(self):
         return os.system, ("touch pwned",)
