@@ -112,6 +112,12 @@ def test_empty_unknown_and_broken_sets(tmp_path):
     (tmp_path / "0Train_via_annos.json").write_text("{\"a.jpg\": {")
     with pytest.raises(ValueError, match="not valid JSON.*cut short"):
         load(tmp_path)
+    (tmp_path / "0Train_via_annos.json").write_bytes(b'{"a\xff.jpg": {}}')
+    with pytest.raises(ValueError, match="0Train_via_annos.json: not valid JSON"):
+        load(tmp_path)
+    dump(tmp_path / "0Train_via_annos.json", {"a.jpg": {"regions": []}, "b.jpg": 5})
+    with pytest.raises(ValueError, match="0Train_via_annos.json: b.jpg: expected .*'regions'.* got 5"):
+        load(tmp_path)
 
 
 JUNK = [None, "x", -1, 1e9, float("nan"), [], {}, [None], "12", True, [[]], {"a": 1}, 0, [1, 2, 3]]

@@ -71,17 +71,18 @@ def _read_json(file):
     try:
         with open(file, encoding="utf-8-sig") as handle:
             listed = json.load(handle)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); was the download cut short?") from None
     if not isinstance(listed, dict):
         raise ValueError(f"{file}: expected {{file name: {{'regions': [...]}}}}, got a {type(listed).__name__}")
+    for name, entry in listed.items():
+        if not isinstance(entry, dict) or not isinstance(entry.get("regions"), (dict, list, type(None))):
+            raise ValueError(f"{file}: {name}: expected {{'regions': [...]}}, got {str(entry)[:80]}")
     return listed
 
 
 def _regions(entry):
-    regions = entry.get("regions") if isinstance(entry, dict) else 0
-    if not isinstance(regions, (dict, list, type(None))):
-        raise ValueError(f"a VehiDE entry without a list of regions: {str(entry)[:80]}")
+    regions = entry.get("regions")
     return list(regions.values()) if isinstance(regions, dict) else regions or []
 
 
