@@ -105,7 +105,10 @@ class ContextPyramid(FeaturePyramidNetwork):
 
 
 class DamageNet(mask_rcnn.MaskRCNN):
-    """Mask R-CNN with the context pyramid, the weighted loss, and repaired masks."""
+    """Mask R-CNN with the context pyramid, the weighted loss, and repaired masks.
+
+    The repair works on thresholded masks: detect(images, "bool") and "rle" have it; the probabilities of model(images) are before both.
+    """
 
     finish_fields = ("mask_threshold", "fill_holes", "remove_islands", "island_share")
 

@@ -216,7 +216,6 @@ class MaskRCNN(nn.Module):
                            "masks_threshold": thresholded[i]["masks"], "masks_final": final[i]["masks"]})
         return stages
 
-
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As in every module; names from before torchvision 0.13, which its published COCO weights still carry, are translated."""
         return super().load_state_dict({modern_name(key): value for key, value in state_dict.items()}, strict, assign)
