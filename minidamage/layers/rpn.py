@@ -141,7 +141,7 @@ class RegionProposalNetwork(nn.Module):
         if self.min_proposals:
             keep, count = self.fill_up(keep, count, scores, usable)
         valid = torch.arange(top_n, device=boxes.device) < count
-        return boxes[keep] * valid[:, None], scores[keep] * valid, valid
+        return boxes[keep].masked_fill(~valid[:, None], 0), scores[keep].masked_fill(~valid, 0), valid      # NaN * 0 would stay NaN
 
     def fill_up(self, keep, count, scores, usable):
         """Raises the number of proposals to `min_proposals` with the best of those that NMS suppressed."""
