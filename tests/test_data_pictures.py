@@ -36,6 +36,7 @@ def test_modes_give_the_same_grey(tmp_path, mode):
 def test_dim_16_bit_pictures_keep_their_scale(tmp_path):
     out = read_saved(tmp_path, Image.fromarray(RAMP.astype(np.uint16) * 64))                # a quarter of the range
     np.testing.assert_allclose(out[..., 0], RAMP.astype(float) * 64 / 257, atol=1)
+    assert read_saved(tmp_path, Image.fromarray(RAMP.astype(np.uint16))).max() == 1         # as dark as that: still its type's range
 
 
 def test_cmyk_alpha_and_palette_transparency(tmp_path):

@@ -107,7 +107,8 @@ def to_rgb(image):
     mode = image.mode
     if mode in ("I", "I;16", "I;16B", "I;16L", "I;16N", "F"):
         values = np.asarray(image).astype(np.float64)
-        top = 1.0 if mode == "F" and values.max(initial=0) <= 1.0 else 255.0 if values.max(initial=0) <= 255 else 65535.0
+        brightest = values.max(initial=0)                 # I and F, 32 bits a pixel, have no range of their own
+        top = 65535.0 if mode.startswith("I;16") or brightest > 255 else 1.0 if mode == "F" and brightest <= 1.0 else 255.0
         grey = Image.fromarray(np.clip(np.rint(np.nan_to_num(values) * (255.0 / top)), 0, 255).astype(np.uint8))
         return grey.convert("RGB")
     if mode == "P" and "transparency" in image.info or mode in ("LA", "La", "PA", "RGBa"):
