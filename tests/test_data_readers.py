@@ -313,6 +313,21 @@ def test_coco_bad_objects_are_dropped_with_their_id(tmp_path, annotation, said):
     assert any(p.startswith("a.jpg, annotation 100: ") and said in p for p in data.problems), data.problems
 
 
+@pytest.mark.parametrize("change, said", [
+    ({"bbox": [0, 0, 0, 0]}, "box [0, 0, 0, 0] has no size; taken from its outline"),
+    ({"bbox": [20, 15, -12, -10]}, "has no size; taken from its outline"),
+    ({"bbox": [float("nan"), 5, 12, 10]}, "has no size; taken from its outline"),
+    ({"area": "x"}, "area 'x' is no number of pixels; taken from its outline"),
+    ({"area": float("nan")}, "area nan is no number of pixels"),
+])
+def test_coco_objects_with_a_sound_outline_survive_a_broken_box_or_area(tmp_path, change, said):
+    outline = {"segmentation": [[8, 5, 20, 5, 20, 15, 8, 15]], "bbox": [8, 5, 12, 10], "area": 120}
+    data = load(coco_set(tmp_path, [{**outline, **change}]))
+    record, = data.parts["all"]
+    assert record.boxes.tolist() == [[8, 5, 20, 15]] and record.area.tolist() == [120]
+    assert len(data.problems) == 1 and said in data.problems[0]
+
+
 def test_coco_boxes_outside_are_clipped_and_box_only_objects_kept(tmp_path):
     data = load(coco_set(tmp_path, [{"bbox": [50, -5, 30, 20]}]))
     record, = data.parts["all"]

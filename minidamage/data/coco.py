@@ -6,6 +6,7 @@ object), RLE with counts as a list or as COCO's compressed text, or missing. Lab
 Dataset.category_ids. Categories are joined over the parts by name, never by id.
 """
 import json
+import math
 import os
 
 from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
@@ -235,5 +236,8 @@ def _raw_object(annotation, label_of, name, problems):
             problems.append(f"{name}, annotation {annotation['id']}: bbox {box} is not [x, y, width, height]; dropped")
             return None
         box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
+    area = annotation.get("area")
+    if area is not None and not (isinstance(area, (int, float)) and 0 <= area < math.inf):
+        area = problems.append(f"{name}, annotation {annotation['id']}: area {area!r:.40} is no number of pixels; taken from its outline")
     return RawObject(annotation["id"], label_of[annotation["category_id"]], segmentation or None, box,
-                     bool(annotation.get("iscrowd", 0)), annotation.get("area"))
+                     bool(annotation.get("iscrowd", 0)), area)

@@ -93,6 +93,8 @@ def _clean(obj, width, height, name, problems):
         if segmentation is None:
             return None
         points = np.concatenate(segmentation)
+        if box is not None and not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
+            box = say(f"box {np.round(box, 1).tolist()} has no size; taken from its outline")
         box = box if box is not None else (*points.min(0), *points.max(0))
         area = area if area is not None else sum(polygon_area(p) for p in segmentation)
     if box is None:
