@@ -66,6 +66,14 @@ def test_classes_that_train_lacks_tiny_thin_and_double_objects(tmp_path):
     assert one(found, "warning", "1 boxes have a side under").examples == ("a.jpg, annotation 3",)
 
 
+def test_a_set_of_undamaged_pictures_alone_is_an_error(tmp_path):
+    clean_set(tmp_path)
+    for part in ("Train", "Val"):
+        file = tmp_path / f"0{part}_via_annos.json"
+        dump(file, {name: {"name": name, "regions": []} for name in json.loads(file.read_text())})
+    one(findings(tmp_path, quick=True), "error", "nothing to learn")
+
+
 def test_boxes_in_another_scale_and_ids(tmp_path):
     outline = [[10, 5, 30, 5, 30, 25, 10, 25]]
     coco_set(tmp_path, [{"bbox": [10, 5, 20, 20], "segmentation": outline}, {"bbox": [20, 10, 40, 38], "segmentation": outline},

@@ -82,6 +82,8 @@ def _classes(dataset):
         unseen = names[(count > 0) & (learned == 0)] if learned is not None else []
         if len(unseen):
             out.append(Finding("error", f"{part} has objects of classes that train lacks: they can only be missed", tuple(unseen)))
+    if learned is not None and not learned.any():
+        out.append(Finding("error", "no object in the part that trains: there is nothing to learn"))
     if learned is not None:
         rare = [f"{n} ({c})" for n, c in zip(names, learned) if 0 < c < RARE]
         if rare:
