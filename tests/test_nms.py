@@ -145,3 +145,11 @@ def test_mistakes_are_named(call, message):
     boxes, scores = random_boxes(5)
     with pytest.raises(ValueError, match=message):
         call(boxes, scores)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("count", [40, 5000, 40000])
+def test_many_boxes_on_cuda(count):
+    """The reduction starts with 128, 512 or 1024 threads, by the number of boxes."""
+    boxes, scores = random_boxes(count, 20.0)
+    assert torch.equal(ops.nms(boxes.cuda(), scores.cuda(), 0.5).cpu(), ops.nms(boxes, scores, 0.5))

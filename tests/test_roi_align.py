@@ -169,6 +169,25 @@ def test_half_precision(dtype):
     assert on_cpu.dtype == dtype and torch.equal(on_cpu, ops.roi_align(halves.float(), rois, (3, 5), 0.5, 2, True).to(dtype))
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("channels", [30, 64])
+@pytest.mark.parametrize("deterministic", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_gradients_on_cuda(dtype, deterministic, channels):
+    """What the emulator cannot run: atomic adds that meet, and on sm_90 four of them in one instruction."""
+    features, rois = problem(channels)
+    grad, levels = torch.randn(len(rois), channels, 3, 5).to(dtype), torch.zeros(len(rois), dtype=torch.int64)
+    geometry = (2, [20], [24], [0.5], 2, True, True)
+    expected, = roi_align_backward_reference(grad.float(), rois, levels, *geometry)
+    torch.use_deterministic_algorithms(deterministic)
+    try:
+        first, second = (BACKWARD(grad.cuda(), rois.cuda(), levels.cuda(), *geometry)[0] for _ in range(2))
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert first.dtype == dtype and (torch.equal(first, second) or not deterministic)
+    same(first.float().cpu(), expected, {torch.float32: 2e-5}.get(dtype, torch.finfo(dtype).eps), "GPU and reference")
+
+
 def test_autocast_on_a_cpu_gives_float32():
     features, rois = problem(8)
     features.requires_grad_()
