@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from minidamage import masks, run_folder
-from minidamage.checkpoint import load_checkpoint
+from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
 from minidamage.config import apply_settings
 from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.split import from_names
@@ -170,17 +170,6 @@ class Samples(torch.utils.data.Dataset):
         return image, truth
 
 
-def choose_device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
-    return device
-
-
 def change_finish(model, settings):
     """The model's config with --set applied; ValueError for a field that is more than the finish of its masks."""
     for setting in settings:
@@ -188,14 +177,6 @@ def change_finish(model, settings):
             raise ValueError(f"--set {setting}: a trained {model.name} takes {', '.join(model.finish_fields)} here; its other fields are "
                              "settled when it is trained (train.py --set)")
     return apply_settings(model.config, settings)
-
-
-def score_thresholds(checkpoint, score):
-    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own (chosen on val), else 0.5."""
-    if score is not None and not 0 <= score <= 1:
-        raise ValueError(f"--score {score}: expected a number from 0 to 1")
-    own = checkpoint.get("thresholds") or {}
-    return {name: float(own.get(name, 0.5) if score is None else score) for name in checkpoint["class_names"]}
 
 
 def choose_pictures(args, checkpoint, path):

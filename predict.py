@@ -18,7 +18,7 @@ import time
 import torch
 
 from minidamage import masks as mask_codec
-from minidamage.checkpoint import load_checkpoint
+from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
 from minidamage.data import read_image
 from minidamage.data.pictures import is_picture_name
 from minidamage.run_folder import find_checkpoint
@@ -120,25 +120,6 @@ def find_photographs(paths, out):
             raise ValueError(f"{path}: expected a folder with photographs (.jpg, .png, .bmp, .tif, .webp), found none in it")
         found += inside
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
-
-
-def choose_device(name):
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
-    return device
-
-
-def score_thresholds(checkpoint, score):
-    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own, else 0.5."""
-    if score is not None and not 0 <= score <= 1:
-        raise ValueError(f"--score {score}: expected a number from 0 to 1")
-    own = checkpoint.get("thresholds") or {}
-    return {name: float(own.get(name, 0.5) if score is None else score) for name in checkpoint["class_names"]}
 
 
 def detect(model, image, thresholds, class_names, explain=False):

@@ -109,6 +109,26 @@ def load_checkpoint(path, device="cpu"):
     return model.to(device).eval(), checkpoint
 
 
+def choose_device(name):
+    """The torch.device of a script's --device, "auto" for a GPU where there is one; ValueError where this torch cannot use it."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def score_thresholds(checkpoint, score):
+    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own (chosen on val), else 0.5."""
+    if score is not None and not 0 <= score <= 1:
+        raise ValueError(f"--score {score}: expected a number from 0 to 1")
+    own = checkpoint.get("thresholds") or {}
+    return {name: float(own.get(name, 0.5) if score is None else score) for name in checkpoint["class_names"]}
+
+
 def build_from_checkpoint(checkpoint, path="checkpoint", **changes):
     """Returns the model of a checkpoint dict, on the CPU, in training mode; `changes` replace fields of its config."""
     import minidamage                                                 # here: minidamage/__init__.py imports this file
