@@ -213,6 +213,7 @@ def tune_mask_threshold(run, stop):
     evaluators = {tau: CocoEvaluator(checkpoint["class_names"], iou_types(model)) for tau in MASK_THRESHOLDS}
     for images, targets in loader(run, run.val_set, [[i] for i in range(len(run.val_set))]):
         if stop.requested:
+            print(f"stopped before the mask threshold was chosen: {run.path('best.pt')} keeps {model.config.mask_threshold}")
             return
         size, raw = tuple(images[0].shape[-2:]), model.detect(images, mask_form="raw")[0]
         for tau, evaluator in evaluators.items():
@@ -389,7 +390,7 @@ def main(argv=None):
             return stop.exit_code
         tune_mask_threshold(run, stop)
     say_goodbye(run, time.perf_counter() - start)
-    return 1 if run.unsaved else 0
+    return stop.exit_code or (1 if run.unsaved else 0)
 
 
 if __name__ == "__main__":

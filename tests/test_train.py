@@ -155,6 +155,12 @@ def test_stop_and_resume_equals_a_straight_run(command, tmp_path, monkeypatch, c
         assert same(one["train"], other["train"])
 
 
+def test_a_stop_while_the_mask_threshold_is_chosen_is_said(command, tmp_path, monkeypatch, capsys):
+    stop_at(monkeypatch, (), (3,))                                    # two pictures are validated, the third is the first to tune on
+    assert train.main(command("--epochs", 1)) == 143
+    assert "best.pt keeps 0.5" in capsys.readouterr().out
+
+
 def test_resume_at_the_end_of_an_epoch_with_more_epochs(command, tmp_path):
     constant = ("--set", "schedule=constant", "--set", "warmup_iters=0")
     assert train.main(command("--epochs", 2, *constant, "--out", tmp_path / "a")) == 0
