@@ -99,12 +99,16 @@ def set_up(given):
         model = build_from_checkpoint(checkpoint, path)
     check_recipe(recipe, metric_names(model))
     model.to(args.device)
+    train_set = DetectionDataset(parts["train"], recipe, seed=args.seed, train=True, max_side=max(2 * model.config.max_size, 1600))
+    val_set = DetectionDataset(parts["val"])
+    if "segm" in iou_types(model) and not train_set.with_masks:
+        raise ValueError(f"{dataset.path}: expected objects with outlines, because {args.model} learns masks, got boxes alone")
+    val_set.with_masks = train_set.with_masks                         # a val part of boxes alone, beside outlines: the box is the mask
 
     folder = os.path.dirname(path) if checkpoint else run_folder.new_run_folder(args.out, args.model, args.data)
     run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
               optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
-              train_set=DetectionDataset(parts["train"], recipe, seed=args.seed, train=True, max_side=max(2 * model.config.max_size, 1600)),
-              val_set=DetectionDataset(parts["val"]),
+              train_set=train_set, val_set=val_set,
               ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
               identity=identity(model, dataset, parts, recipe, args, checkpoint))
     if checkpoint:

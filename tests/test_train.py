@@ -336,6 +336,28 @@ def test_a_set_without_objects_is_refused(command, tmp_path, capsys):
     assert "expected objects to learn from in the train part, got 2 pictures without any" in capsys.readouterr().err
 
 
+def test_boxes_without_outlines(command, data, tmp_path, capsys):
+    """Alone they cannot teach masks, and that is said before the first step; in the val part, beside outlines, they are their masks."""
+    pictures = os.path.join(data, "image", "image")
+    names = sorted(os.listdir(pictures))[:6]
+
+    def coco(part, files, outline):
+        shape = {"bbox": [10, 10, 30, 20], **({"segmentation": [[10, 10, 40, 10, 40, 30, 10, 30]]} if outline else {})}
+        content = {"images": [{"id": i, "file_name": os.path.join(pictures, name), "width": 64, "height": 48} for i, name in files],
+                   "annotations": [{"id": i + 1, "image_id": i, "category_id": 1, **shape} for i, _ in files],
+                   "categories": [{"id": 1, "name": "dent"}]}
+        (tmp_path / "set" / f"{part}.json").write_text(json.dumps(content), encoding="utf-8")
+    numbered = list(enumerate(names))
+    os.makedirs(tmp_path / "set")
+    for outline in (False, True):
+        for part, files in (("train", numbered[:2]), ("val", numbered[2:4]), ("test", numbered[4:])):
+            coco(part, files, outline and part == "train")
+        code = train.main(command("--epochs", 1, "--data", tmp_path / "set"))
+        printed = capsys.readouterr()
+        assert code == (0 if outline else 2), printed.err
+        assert outline or "learns masks, got boxes alone" in printed.err
+
+
 def test_mistakes_in_a_resume(command, data, tmp_path, capsys):
     assert train.main(command("--epochs", 1)) == 0
     folder = only_run(tmp_path)
