@@ -7,10 +7,7 @@ import time
 
 import torch
 
-try:
-    import resource
-except ImportError:                                                   # Windows
-    resource = None
+from minidamage.metrics.measure import peak_memory
 
 
 class Progress:
@@ -117,13 +114,10 @@ def clock(seconds):
 
 
 def memory(device="cpu"):
-    """Peak memory so far: of the GPU's allocator on a GPU, of the process elsewhere."""
-    if torch.device(device).type == "cuda":
-        return f"{torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB GPU"
-    if resource is None:
-        return ""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss         # kilobytes on Linux, bytes on macOS
-    return f"{peak * (1 if sys.platform == 'darwin' else 1024) / 2**30:.1f} GiB"
+    """Peak memory so far, in words: of the GPU's allocator on a GPU, of the process elsewhere."""
+    device = torch.device(device)
+    gigabytes = peak_memory(device) / 2**10
+    return f"{gigabytes:.1f} GiB{' GPU' if device.type == 'cuda' else ''}" if gigabytes == gigabytes else "memory not known"
 
 
 def terminal_width():

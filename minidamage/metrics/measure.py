@@ -1,9 +1,13 @@
 """Time and memory of a model at work."""
-import resource
 import sys
 
 import numpy as np
 import torch
+
+try:
+    import resource
+except ImportError:                                                   # Windows
+    resource = None
 
 
 def speed(seconds):
@@ -13,10 +17,13 @@ def speed(seconds):
 
 
 def peak_memory(device):
-    """MB: of the GPU's allocator where the model is there, else the process's largest resident size (imports included)."""
+    """MB: of the GPU's allocator where the model is there, else the process's largest resident size (imports included), NaN on Windows."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 20
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
+    if resource is None:
+        return float("nan")
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss         # kilobytes on Linux, bytes on macOS
+    return peak / (2 ** 20 if sys.platform == "darwin" else 2 ** 10)
 
 
 def synchronize(device):
