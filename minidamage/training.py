@@ -219,6 +219,8 @@ def resumed_arguments(given, checkpoint, path):
             raise ValueError(f"--{flag.replace('_', '-')} {value}: {path} was trained with {saved.get(flag, 'the recipe of its model')}, "
                              f"and a resumed run keeps it (it may change {allowed}). For another run, start one from these weights: "
                              f"--pretrained {path}")
+    if saved["data"] != "demo":
+        saved["data"] = checkpoint["run"]["data"]                     # absolute: a run may be resumed from another folder
     return argparse.Namespace(**{**saved, **given})
 
 

@@ -161,6 +161,13 @@ def test_a_stop_while_the_mask_threshold_is_chosen_is_said(command, tmp_path, mo
     assert "best.pt keeps 0.5" in capsys.readouterr().out
 
 
+def test_resume_from_another_folder(command, data, tmp_path, monkeypatch):
+    monkeypatch.chdir(os.path.dirname(data))
+    assert train.main(command("--epochs", 1, "--data", os.path.basename(data))) == 0
+    monkeypatch.chdir(tmp_path)
+    assert train.main(["--resume", only_run(tmp_path), "--epochs", "2"]) == 0
+
+
 def test_resume_at_the_end_of_an_epoch_with_more_epochs(command, tmp_path):
     constant = ("--set", "schedule=constant", "--set", "warmup_iters=0")
     assert train.main(command("--epochs", 2, *constant, "--out", tmp_path / "a")) == 0
