@@ -47,10 +47,15 @@ def test_files_with_one_iou_type_and_without_categories(tmp_path):
 def test_faults_of_files_end_with_2(tmp_path, capsys):
     (tmp_path / "dict.json").write_text('{"annotations": []}')
     (tmp_path / "ids.json").write_text(json.dumps([dict(read(FOUND)[0], image_id=-1)]))
+    truth = read(TRUTH)
+    (tmp_path / "types.json").write_text(json.dumps({**truth, "images": [*truth["images"], {"id": "seven"}]}))
+    (tmp_path / "area.json").write_text(json.dumps({**truth, "annotations": [{**truth["annotations"][0], "area": "large"}]}))
     for arguments, message in ((["--truth", TRUTH], "both --truth"),
                                (["--truth", FOUND, "--detections", TRUTH], "swapped"),
                                (["--truth", str(tmp_path / "dict.json"), "--detections", FOUND], '"images"'),
                                (["--truth", str(tmp_path / "none.json"), "--detections", FOUND], "none.json: expected a COCO JSON file"),
+                               (["--truth", str(tmp_path / "types.json"), "--detections", FOUND], 'ids of "images" to be of one type, got int'),
+                               (["--truth", str(tmp_path / "area.json"), "--detections", FOUND], 'area.json: expected a number of pixels'),
                                (["--truth", TRUTH, "--detections", str(tmp_path / "dict.json")], "expected a list of detections"),
                                (["--truth", TRUTH, "--detections", str(tmp_path / "ids.json")], "json: detections of pictures whose id")):
         assert evaluate.main(arguments) == 2

@@ -55,6 +55,9 @@ def read_truth(content, name, iou_type):
         broken = next((o for o in content[key] if not isinstance(o, dict) or "id" not in o), None)
         if broken is not None:
             raise ValueError(f'{name}: expected every entry of "{key}" to have an "id", got {broken!r:.120}')
+        kinds = {type(entry["id"]).__name__ for entry in content[key]}
+        if len(kinds) > 1:
+            raise ValueError(f'{name}: expected the ids of "{key}" to be of one type, got {" and ".join(sorted(kinds))}')
     images = {image["id"]: image for image in content["images"]}
     categories = sorted(content["categories"], key=lambda c: c["id"])
     known = [c["id"] for c in categories]
@@ -66,7 +69,10 @@ def read_truth(content, name, iou_type):
     else:
         table["counts"], table["size"] = _masks(annotations, images, name, "annotation")
     missing_area = any("area" not in a for a in annotations)
-    table["area"] = _areas(table) if missing_area else np.array([a["area"] for a in annotations], np.float64)
+    try:
+        table["area"] = _areas(table) if missing_area else np.array([a["area"] for a in annotations], np.float64)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f'{name}: expected a number of pixels as "area" of every annotation ({error})') from None
     return table, sorted(images), categories, np.array([a.get("id", i + 1) for i, a in enumerate(annotations)], np.int64), images
 
 
