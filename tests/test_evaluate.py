@@ -54,7 +54,7 @@ def test_faults_of_files_end_with_2(tmp_path, capsys):
                                (["--truth", FOUND, "--detections", TRUTH], "swapped"),
                                (["--truth", str(tmp_path / "dict.json"), "--detections", FOUND], '"images"'),
                                (["--truth", str(tmp_path / "none.json"), "--detections", FOUND], "none.json: expected a COCO JSON file"),
-                               (["--truth", str(tmp_path / "types.json"), "--detections", FOUND], 'ids of "images" to be of one type, got int'),
+                               (["--truth", str(tmp_path / "types.json"), "--detections", FOUND], 'ids of "images" to be of one type'),
                                (["--truth", str(tmp_path / "area.json"), "--detections", FOUND], 'area.json: expected a number of pixels'),
                                (["--truth", TRUTH, "--detections", str(tmp_path / "dict.json")], "expected a list of detections"),
                                (["--truth", TRUTH, "--detections", str(tmp_path / "ids.json")], "json: detections of pictures whose id")):
