@@ -13,6 +13,7 @@ the copy bandwidth measured in the same run.
 """
 import argparse
 import contextlib
+import dataclasses
 import importlib
 import io
 import json
@@ -228,78 +229,102 @@ def benchmark_paste_masks(table, tv):
 
 # ---------------------------------------------------------------------------------------------------- models
 
-def detector_pair(name, num_classes, size, device, training):
-    """Ours and torchvision's of the same name, with the same weights and input size."""
+@dataclasses.dataclass(frozen=True)
+class ModelCase:
+    """One row: what is run, on pictures of size x size."""
+
+    name: str
+    size: int
+    training: bool
+    batch: int
+    device: str
+    dtype: str                                                          # bfloat16, float16: under autocast
+
+    def label(self):
+        what = "training step" if self.training else "inference"
+        return f"{self.name} {what} {self.size}x{self.size}, batch {self.batch}, {self.dtype}"
+
+
+def build_detector(case, which):
+    """Ours or torchvision's detector with weights of one seed; None where there is no such peer. 4 classes."""
     torch.manual_seed(0)
-    ours = minidamage.build_model(name, num_classes=num_classes, min_size=size, max_size=size).to(device)
+    ours = minidamage.build_model(case.name, num_classes=4, min_size=case.size, max_size=case.size)
     tv = peer("torchvision")
-    theirs = None
-    if tv and hasattr(tv.models.detection, name):
-        # Training: frozen as ours and as theirs with published weights; without weights they would learn their norms, which is more work.
-        # Evaluation: the same numbers either way, and the framework's own norm is the faster.
-        norm = tv.ops.FrozenBatchNorm2d if training else torch.nn.BatchNorm2d
-        backbone = tv.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name=name.split("_")[1], weights=None,
-                                                                          trainable_layers=5, norm_layer=norm)
-        theirs = tv.models.detection.MaskRCNN(backbone, num_classes, min_size=size, max_size=size)
-        theirs.load_state_dict(ours.state_dict())                       # the names are the same: both do the same work
-        theirs = theirs.to(device).train(training)
-    return ours.train(training), theirs
+    if which == "ours":
+        return ours.to(case.device).train(case.training)
+    if tv is None or not hasattr(tv.models.detection, case.name):
+        return None
+    # Training: frozen as ours and as theirs with published weights; without weights they would learn their norms, which is more work.
+    # Evaluation: the same numbers either way, and the framework's own norm is the faster.
+    norm = tv.ops.FrozenBatchNorm2d if case.training else torch.nn.BatchNorm2d
+    backbone = tv.models.detection.backbone_utils.resnet_fpn_backbone(backbone_name=case.name.split("_")[1], weights=None,
+                                                                      trainable_layers=5, norm_layer=norm)
+    theirs = tv.models.detection.MaskRCNN(backbone, 4, min_size=case.size, max_size=case.size)
+    theirs.load_state_dict(ours.state_dict())                           # the names are the same: both do the same work
+    return theirs.to(case.device).train(case.training)
 
 
-def detector_inputs(size, device):
+def detector_inputs(case):
     generator = torch.Generator().manual_seed(3)
-    image = torch.rand(3, size, size, generator=generator).to(device)
-    boxes = random_boxes(8, size, generator, size / 16, size / 2).to(device)
-    masks = torch.zeros(8, size, size, dtype=torch.uint8, device=device)
-    for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist()):
-        mask[y1:y2, x1:x2] = 1
-    return [image], [{"boxes": boxes, "labels": torch.arange(8, device=device) % 3 + 1, "masks": masks}]
+    images, targets = [], []
+    for _ in range(case.batch):
+        images.append(torch.rand(3, case.size, case.size, generator=generator).to(case.device))
+        boxes = random_boxes(8, case.size, generator, case.size / 16, case.size / 2)
+        masks = torch.zeros(8, case.size, case.size, dtype=torch.uint8)
+        for mask, (x1, y1, x2, y2) in zip(masks, boxes.long().tolist()):
+            mask[y1:y2, x1:x2] = 1
+        target = {"boxes": boxes, "labels": torch.arange(8) % 3 + 1, "masks": masks}
+        targets.append({key: value.to(case.device) for key, value in target.items()})
+    return images, targets
 
 
-def model_calls(name, size, device, training, which):
-    """Callables of one forward (or training step) for ours and theirs; `which` in both | ours | torchvision."""
-    images, targets = detector_inputs(size, device)
+def model_call(case, which):
+    """A callable of one forward pass or one training step; None where there is no such peer."""
+    model = build_detector(case, which)
+    if model is None:
+        return None
+    images, targets = detector_inputs(case)
+    autocast = torch.autocast(case.device, DTYPES[case.dtype], enabled=case.dtype in ("bfloat16", "float16"))
 
-    def call(model):
-        if not training:
-            @torch.no_grad()
-            def infer():
-                return model(images)
-            return infer
-        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)
+    @torch.no_grad()
+    def infer():
+        with autocast:
+            return model(images)
 
-        def step():
-            optimizer.zero_grad(set_to_none=True)
-            sum(model(images, [dict(t) for t in targets]).values()).backward()
-            optimizer.step()
-        return step
+    def step():
+        optimizer.zero_grad(set_to_none=True)
+        with autocast:
+            loss = sum(model(images, [dict(target) for target in targets]).values())
+        loss.backward()
+        optimizer.step()
 
-    ours, theirs = detector_pair(name, 4, size, device, training)
-    return (call(ours) if which != "torchvision" else None), (call(theirs) if theirs is not None and which != "ours" else None)
+    if not case.training:
+        return infer
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)
+    return step
 
 
 def benchmark_models(table):
-    device = table.args.device
+    args = table.args
+    sizes = ((512, False), (1024, False), (512, True)) + (((1024, True),) if args.device == "cuda" else ())
     for name in ("maskrcnn_resnet50_fpn", "damagenet"):
-        for size, training in ((512, False), (1024, False), (512, True)):
-            label = f"{name} {'training step, batch 1,' if training else 'inference'} {size}x{size}"
-            if table.args.only and not any(word in label for word in table.args.only):
+        for size, training in sizes:
+            case = ModelCase(name, size, training, args.batch, args.device, args.dtype)
+            if args.only and not any(word in case.label() for word in args.only):
                 continue
-            ours, theirs = model_calls(name, size, device, training, "both")
-            table.add(label, ours, {"torchvision": theirs})
-            del ours, theirs
+            table.add(case.label(), model_call(case, "ours"), {"torchvision": model_call(case, "torchvision")})
             row = table.rows[-1]
             for which in ("ours", "torchvision"):
                 if which == "ours" or "torchvision" in row:
-                    row[f"peak_MB_{which}"] = peak_memory(name, size, device, training, which)
+                    row[f"peak_MB_{which}"] = peak_memory(case, which)
             print(" " * 58, "peak MB", {k[8:]: round(v) for k, v in row.items() if k.startswith("peak_MB")}, flush=True)
 
 
-def peak_memory(name, size, device, training, which):
+def peak_memory(case, which):
     """Peak memory of two calls in a process of its own: resident set on a CPU (the imports included), allocator on a GPU. MB."""
     code = (f"import benchmark, resource, torch; torch.set_num_threads({torch.get_num_threads()}); "
-            f"calls = benchmark.model_calls({name!r}, {size}, {device!r}, {training}, {which!r}); f = calls[0] or calls[1]; f(); f(); "
-            f"print(torch.cuda.max_memory_allocated() / 1e6 if {device!r} == 'cuda' else "
+            f"call = benchmark.model_call(benchmark.{case!r}, {which!r}); call(); call(); "
+            f"print(torch.cuda.max_memory_allocated() / 1e6 if {case.device!r} == 'cuda' else "
             "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
@@ -406,7 +431,8 @@ def main():
         parser.add_argument(f"--{part}", action="store_true", help=f"time the {part} (default: all four)")
     parser.add_argument("--only", nargs="*", metavar="WORD", help="only rows whose name holds one of these words")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"], help="where the ops and models run")
-    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of roi_align's input")
+    parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of roi_align's input; of the models' autocast")
+    parser.add_argument("--batch", type=int, default=1, help="pictures a step of the models")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
     parser.add_argument("--reference", action="store_true", help="time the slow reference of roi_align as well")
     parser.add_argument("--eval-images", type=int, default=2000, help="pictures in the generated COCO set")
