@@ -136,14 +136,16 @@ def restore(run, checkpoint, path):
 
 def identity(model, dataset, parts, recipe, args, checkpoint):
     """The checkpoint's keys that stay the same from epoch to epoch."""
-    earlier = checkpoint["run"]["commands"] if checkpoint else []
+    earlier = checkpoint["run"] if checkpoint else {"commands": [], "commits": []}
+    here = run_folder.environment(args.device)                        # of this process; "commits" keeps those of the ones before it
     typed = {key: value for key, value in vars(args).items() if key != "resume"}
     return {"model": args.model, "config": vars(model.config), "num_classes": len(dataset.class_names) + 1,
             "class_names": list(dataset.class_names), "category_ids": list(dataset.category_ids),
             "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": names_of(parts, dataset.path),
-            "run": {"commands": [*earlier, run_folder.command_line()], "args": typed, "recipe": dataclasses.asdict(recipe),
+            "run": {"commands": [*earlier["commands"], run_folder.command_line()],
+                    "commits": [*earlier.get("commits", []), here["commit"]], "args": typed, "recipe": dataclasses.asdict(recipe),
                     "data": os.path.abspath(dataset.path), "layout": dataset.layout, "seed": args.seed,
-                    **run_folder.environment(args.device)}}
+                    **here}}
 
 
 def open_data(args):

@@ -175,7 +175,7 @@ def test_resume_at_the_end_of_an_epoch_with_more_epochs(command, tmp_path):
     assert train.main(["--resume", only_run(tmp_path / "b"), "--epochs", "2"]) == 0
     one, other = (read_checkpoint(os.path.join(only_run(tmp_path / name), "last.pt")) for name in "ab")
     assert same(one["weights"], other["weights"]) and same(one["train"]["history"], other["train"]["history"])
-    assert len(other["run"]["commands"]) == 2
+    assert len(other["run"]["commands"]) == len(other["run"]["commits"]) == 2
 
 
 def start(arguments, tmp_path):
