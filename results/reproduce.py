@@ -62,7 +62,8 @@ def car_runs(prefix, schedule, hardware, data, table, seeds):
     return runs
 
 
-RUNS = [*car_runs("cars", SMALL, "cpu", "{data}/car_vehide_layout", "cars", seeds=(0,)),
+RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu"),
+        *car_runs("cars", SMALL, "cpu", "{data}/car_vehide_layout", "cars", seeds=(0,)),
         *car_runs("cars-coco", SMALL.replace("--epochs 14", "--epochs 8"), "cpu", "{data}/car_vehide_layout/coco", "cars-coco", (0,))[:2],
         *car_runs("cars-full", FULL, "gpu", "{data}/car_vehide_layout", "cars-full", seeds=(0, 1, 2)),
         *car_runs("cars-coco-full", FULL, "gpu", "{data}/car_vehide_layout/coco", "cars-coco-full", seeds=(0, 1, 2))]
@@ -90,7 +91,7 @@ def script(name, arguments):
 
 def perform(run):
     """Trains (or goes on with) a run, evaluates its rows, and writes results/<name>/."""
-    data, out = data_folder(), WORK / run.name
+    data, out = data_folder() if "{data}" in run.train else "", WORK / run.name
     started = sorted(out.glob("*/last.pt"))
     if not started:
         script("train.py", [*shlex.split(run.train.format(data=data)), "--out", str(out)])
@@ -99,7 +100,7 @@ def perform(run):
     folder = sorted(out.glob("*/last.pt"))[-1].parent
     kept = HERE / run.name
     kept.mkdir(exist_ok=True)
-    summary = {"name": run.name, "table": run.table, "train": f"python train.py {run.train}".replace("{data}", "$MINIDAMAGE_DATA"),
+    summary = {"name": run.name, "table": run.table, "train": f"python train.py {run.train}".strip().replace("{data}", "$MINIDAMAGE_DATA"),
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
@@ -127,7 +128,7 @@ def without_paths(value, data):
     if isinstance(value, list):
         return [without_paths(item, data) for item in value]
     if isinstance(value, str):
-        for folder in (os.path.abspath(data), data):
+        for folder in (os.path.abspath(data), data) if data else ():
             value = value.replace(folder, "$MINIDAMAGE_DATA")
         return value.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
     return value
