@@ -59,8 +59,8 @@ using OptionalTensor = std::optional<Tensor>;
 // ---- non-maximum suppression ---------------------------------------------------------------------------------------------
 
 void check_nms(const Tensor& boxes, const Tensor& scores, const OptionalTensor& idxs, const OptionalTensor& valid) {
-  const int64_t n = boxes.size(0);
   TORCH_CHECK(boxes.dim() == 2 && boxes.size(1) == 4, "nms: boxes must be [N, 4], got ", boxes.sizes());
+  const int64_t n = boxes.size(0);
   TORCH_CHECK(scores.dim() == 1 && scores.size(0) == n, "nms: scores must be [", n, "], got ", scores.sizes());
   TORCH_CHECK(scores.device() == boxes.device(), "nms: boxes are on ", boxes.device(), ", scores on ", scores.device());
   for (const auto& [name, tensor, type] : {std::tuple{"idxs", &idxs, at::kLong}, std::tuple{"valid", &valid, at::kBool}}) {
@@ -147,7 +147,8 @@ std::tuple<Tensor, Tensor> nms_padded_cuda(const Tensor& boxes, const Tensor& sc
   const auto words_of = [](Tensor& t) { return reinterpret_cast<uint64_t*>(t.mutable_data_ptr<int64_t>()); };
   const auto launch = [&](const auto* data) {
     nms_cuda(data, pointer_or_null<int64_t>(group), pointer_or_null<bool>(usable), order.const_data_ptr<int64_t>(), n, iou_threshold,
-             max_keep, words_of(mask), words_of(removed), keep.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(), device.stream());
+             max_keep, words_of(mask), words_of(removed), keep.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(),
+             device.stream());
   };
   if (sorted.scalar_type() == at::kDouble) launch(sorted.const_data_ptr<double>());
   else launch(sorted.const_data_ptr<float>());

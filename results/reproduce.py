@@ -184,9 +184,10 @@ def speed_text(shown=("",)):
                 cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
             lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + " |")
     hardware = measured["hardware"]
+    versions = {"torch": measured["versions"]["torch"], **measured["peers"]}
     lines.append(f"\n`{measured['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
                  f"{measured['copy_GB/s']:.0f} GB/s, "
-                 + ", ".join(f"{name} {version}" for name, version in {"torch": measured["versions"]["torch"], **measured["peers"]}.items()) + ".")
+                 + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
     return "\n".join(lines)
 
 

@@ -275,16 +275,16 @@ def test_references_on_another_device_are_announced_once(monkeypatch):
     monkeypatch.setenv("MINIDAMAGE_KERNELS", "auto")
     _extension._announce_reference.cache_clear()
     with pytest.warns(UserWarning, match="no CUDA kernels: no nvcc on PATH.*references run on cuda"):
-        _extension._announce_reference("cuda")
+        _extension._announce_reference("cuda", "auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        _extension._announce_reference("cuda")
+        _extension._announce_reference("cuda", "auto")
     with pytest.warns(UserWarning, match="no kernels for mps"):
         _extension._announce_reference("mps")
     _extension._announce_reference.cache_clear()
     monkeypatch.setenv("MINIDAMAGE_KERNELS", "require")
     with pytest.raises(_toolchain.BuildError, match="no nvcc on PATH"):
-        _extension._announce_reference("cuda")
+        _extension._announce_reference("cuda", "auto")
 
 
 def test_arch_list(monkeypatch):

@@ -1,4 +1,5 @@
-"""Where nvcc is, no GPU needed: every .cu compiles for sm_80 and sm_90 without a warning and can start; so does the CUDA half of bindings."""
+"""Where nvcc is, no GPU needed: every .cu compiles for sm_80 and sm_90 without a warning and can start; the CUDA half of bindings
+compiles too."""
 import os
 import re
 import subprocess

@@ -47,6 +47,7 @@ def test_the_sanitizers_would_see_it(compiler, tmp_path):
 def test_masks_and_matching_are_clean(compiler):
     """Run lengths, polygons, components and COCO matching (no Tensor, no Python) on random and broken input."""
     objects = [(DATA.parent / "sanitize_masks.cpp", [*compiler, "-I", str(_extension.CSRC)])]
-    program = _extension._build_library("sanitize_masks", objects, [*_toolchain.cxx(), *SANITIZE, "-pthread"], "masks under sanitizers (tests)")
+    link = [*_toolchain.cxx(), *SANITIZE, "-pthread"]
+    program = _extension._build_library("sanitize_masks", objects, link, "masks under sanitizers (tests)")
     run = subprocess.run([program], capture_output=True, text=True, timeout=300, env={**os.environ, "OMP_NUM_THREADS": "4"})
     assert run.returncode == 0 and run.stdout.strip() == "ok", run.stdout + run.stderr

@@ -64,7 +64,7 @@ def define(schema, reference):
         key = {"cpu": "CPU", "cuda": "CUDA"}.get(device)
         if load() and key and torch._C._dispatch_has_kernel_for_dispatch_key(f"minidamage::{name}", key):
             return op(*args)                    # this very call built the kernels
-        _announce_reference(device)
+        _announce_reference(device, kernels_mode())
         return reference(*args)
 
     _LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
@@ -86,12 +86,12 @@ def _device_of(args):
 
 
 @functools.cache
-def _announce_reference(device):
-    """Says once per device that the references run there; the CPU's own failure was announced by load()."""
-    if device == "cpu" or kernels_mode() == "off" or device in (load() or ()):    # the last: an op that has no kernel for it
+def _announce_reference(device, mode):
+    """Says once per device and mode that the references run there; the CPU's own failure was announced by load()."""
+    if device == "cpu" or mode == "off" or device in (load() or ()):    # the last: an op that has no kernel for it
         return
     reason = f"no CUDA kernels: {_reasons.get('cuda', 'nothing was built')}" if device == "cuda" else f"no kernels for {device}"
-    if kernels_mode() == "require" and device == "cuda":
+    if mode == "require" and device == "cuda":
         raise BuildError(f"MINIDAMAGE_KERNELS=require, but there are {reason}")
     warnings.warn(f"minidamage: there are {reason}. The slower PyTorch references run on {device}; "
                   "`python -m minidamage.ops` shows what is missing.", stacklevel=4)
@@ -235,6 +235,8 @@ def _build_library(name, objects, link, what):
     library_name = f"{name}-{_key(' '.join(product for _, _, product in products).encode(), link)}.so"
     for folder in _cache_folders():
         if (folder / library_name).exists():
+            with contextlib.suppress(OSError):
+                os.utime(folder / library_name)                              # in use: _locked deletes what nobody has asked for in a month
             return folder / library_name
     folder = build_folder()
     with _locked(folder):
@@ -342,7 +344,7 @@ def _locked(folder):
         if locked:
             for leftover in folder.glob("*.partial*"):                       # of a build that was killed
                 leftover.unlink(missing_ok=True)
-            for old in folder.glob("*.o"):                                   # of sources that are long gone
+            for old in [*folder.glob("*.o"), *folder.glob("*.so")]:          # of sources that are long gone
                 if time.time() - old.stat().st_mtime > 30 * 86400:
                     old.unlink(missing_ok=True)
         yield

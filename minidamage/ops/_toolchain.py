@@ -117,7 +117,9 @@ def find_nvcc():
 
 
 def nvcc_command(toolkit):
-    return [toolkit["nvcc"], "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", *arch_flags()]
+    """nvcc with the flags of every .cu file; $CXX is its host compiler too (nvcc refuses a default g++ newer than it knows)."""
+    host = ["-ccbin", cxx()[0]] if os.environ.get("CXX") else []
+    return [toolkit["nvcc"], *host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", *arch_flags()]
 
 
 def arch_flags():
