@@ -272,7 +272,6 @@ def test_nvcc_is_asked_where_it_lives(no_memory, monkeypatch, tmp_path):
 def test_references_on_another_device_are_announced_once(monkeypatch):
     monkeypatch.setattr(_extension, "load", lambda: ("cpu",))
     monkeypatch.setitem(_extension._reasons, "cuda", "no nvcc on PATH")
-    monkeypatch.setenv("MINIDAMAGE_KERNELS", "auto")
     _extension._announce_reference.cache_clear()
     with pytest.warns(UserWarning, match="no CUDA kernels: no nvcc on PATH.*references run on cuda"):
         _extension._announce_reference("cuda", "auto")
@@ -280,11 +279,10 @@ def test_references_on_another_device_are_announced_once(monkeypatch):
         warnings.simplefilter("error")
         _extension._announce_reference("cuda", "auto")
     with pytest.warns(UserWarning, match="no kernels for mps"):
-        _extension._announce_reference("mps")
+        _extension._announce_reference("mps", "auto")
     _extension._announce_reference.cache_clear()
-    monkeypatch.setenv("MINIDAMAGE_KERNELS", "require")
     with pytest.raises(_toolchain.BuildError, match="no nvcc on PATH"):
-        _extension._announce_reference("cuda", "auto")
+        _extension._announce_reference("cuda", "require")
 
 
 def test_arch_list(monkeypatch):
