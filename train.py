@@ -45,7 +45,7 @@ def train(run, stop):
     progress = Progress(recipe.epochs * steps_per_epoch, state.epoch * steps_per_epoch + state.step, device)
     autocast = torch.autocast(device.type, AMP_DTYPES.get(run.args.amp), enabled=run.args.amp != "off")
 
-    while state.epoch < recipe.epochs:
+    while state.epoch < recipe.epochs and not out_of_patience(run):
         model.train()
         tick = time.perf_counter()
         for images, targets in training_batches(run):
@@ -82,10 +82,16 @@ def train(run, stop):
             progress.clear()
             return False
         state.seconds += time.perf_counter() - tick
-        better = finish_epoch(run, metrics, progress)
-        if run.args.patience and not better and state.epoch - 1 - state.best_epoch >= run.args.patience:
-            print(f"stopped early: {recipe.select_by} has not improved for {run.args.patience} epochs (--patience)")
-            break
+        finish_epoch(run, metrics, progress)
+    return True
+
+
+def out_of_patience(run):
+    """Whether the metric has not improved for --patience epochs; says so. Asked before each epoch, so a resumed run stops alike."""
+    if not run.args.patience or run.state.epoch - 1 - run.state.best_epoch < run.args.patience:
+        return False
+    print(f"stopped early: {run.recipe.select_by} has not improved for {run.args.patience} epochs (--patience; "
+          f"to go on all the same: python train.py --resume {run.folder} --patience 0)")
     return True
 
 
@@ -205,28 +211,41 @@ def tune_mask_threshold(run, stop):
     """Chooses tau, the probability from which a pixel belongs to a mask, by segm/AP on the validation part, and writes it into best.pt.
 
     DamageNet, section III.A: tau is tuned; on which part is not stated, and ours is never the test part. `--set mask_threshold=...`
-    is kept as it is.
+    is kept as it is. best.pt is marked as tuned either way: a run that is killed before resumes here.
     """
     model, checkpoint = load_checkpoint(run.path("best.pt"), run.device)
-    if "segm" not in iou_types(model) or any(setting.startswith("mask_threshold=") for setting in run.args.set):
-        return
-    evaluators = {tau: CocoEvaluator(checkpoint["class_names"], iou_types(model)) for tau in MASK_THRESHOLDS}
+    checkpoint["train"]["tuned"] = True
+    if "segm" in iou_types(model) and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
+        results = score_mask_thresholds(run, stop, model, checkpoint["class_names"])
+        if results is None:
+            print(f"stopped before the mask threshold was chosen: {run.path('best.pt')} keeps {model.config.mask_threshold}; "
+                  f"choose it with\n  python train.py --resume {run.folder}")
+            return
+        take_mask_threshold(checkpoint, results, model.config.mask_threshold)
+    keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
+
+
+def score_mask_thresholds(run, stop, model, class_names):
+    """{tau: DetectionResult} of the validation part, the network run once; None when a signal came."""
+    evaluators = {tau: CocoEvaluator(class_names, iou_types(model)) for tau in MASK_THRESHOLDS}
     for images, targets in loader(run, run.val_set, [[i] for i in range(len(run.val_set))]):
         if stop.requested:
-            print(f"stopped before the mask threshold was chosen: {run.path('best.pt')} keeps {model.config.mask_threshold}")
-            return
+            return None
         size, raw = tuple(images[0].shape[-2:]), model.detect(images, mask_form="raw")[0]
         for tau, evaluator in evaluators.items():
             rles = masks_in_form(raw["masks"], raw["boxes"], size, "rle", tau, model.refine_masks)
             add_picture(evaluator, targets[0], {**raw, "masks": rles}, size)
-    results = {tau: evaluator.evaluate() for tau, evaluator in evaluators.items()}
+    return {tau: evaluator.evaluate() for tau, evaluator in evaluators.items()}
+
+
+def take_mask_threshold(checkpoint, results, default):
+    """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN."""
     found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
     if not found:
         return
-    tau = max(found, key=lambda tau: (found[tau], -abs(tau - model.config.mask_threshold)))
+    tau = max(found, key=lambda tau: (found[tau], -abs(tau - default)))
     checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
     checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
-    keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
     print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {', '.join(f'{t} {ap:.4f}' for t, ap in found.items())}")
 
 

@@ -10,7 +10,8 @@ The file is a `torch.save` of one plain dict (tensors, numbers, strings, lists, 
     num_classes   K + 1, 0 = background   class_names   K names        category_ids  K ids of the data set
     thresholds    {class name: score}, the best F1 on the validation part
     weights       state_dict; the averaged weights when EMA is on (the raw ones are then train["raw_weights"])
-    train         what a resume needs: epoch, step, optimizer, scaler, rng, losses so far, metrics of past epochs
+    train         what a resume needs: epoch, step, optimizer, scaler, rng, losses so far, metrics of past epochs;
+                  of best.pt: epoch, tuned (whether the mask threshold has been chosen)
     run           args, recipe, data path, layout, seed, commit, versions, kernels
     split         {"train": [file, ...], "val": [...], "test": [...]}          metrics  {name: value} of this epoch
 

@@ -123,7 +123,7 @@ def restore(run, checkpoint, path):
     """Puts weights, optimiser, averages, random generators and counters back, exactly as they were."""
     train = checkpoint["train"]
     run.state = State(**{field.name: train[field.name] for field in dataclasses.fields(State)})
-    if run.state.epoch >= run.recipe.epochs:
+    if run.state.epoch >= run.recipe.epochs and is_tuned(run):
         raise ValueError(f"{path}: this run has done its {run.state.epoch} epochs; to go on, give it more: --epochs {2 * run.state.epoch}")
     if run.ema is not None:                                           # the model was built with the averaged weights
         load_weights(run.model, train["raw_weights"], path)
@@ -132,6 +132,11 @@ def restore(run, checkpoint, path):
     if train["scaler"]:
         run.scaler.load_state_dict(train["scaler"])
     set_rng_state(train["rng"])
+
+
+def is_tuned(run):
+    """Whether best.pt carries the mark of train.py's last act, the choice of the mask threshold: a kill may come between the two."""
+    return bool(read_checkpoint(run.path("best.pt"))["train"].get("tuned"))
 
 
 def identity(model, dataset, parts, recipe, args, checkpoint):

@@ -158,7 +158,30 @@ def test_stop_and_resume_equals_a_straight_run(command, tmp_path, monkeypatch, c
 def test_a_stop_while_the_mask_threshold_is_chosen_is_said(command, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, (), (3,))                                    # two pictures are validated, the third is the first to tune on
     assert train.main(command("--epochs", 1)) == 143
-    assert "best.pt keeps 0.5" in capsys.readouterr().out
+    folder = only_run(tmp_path)
+    assert f"best.pt keeps 0.5; choose it with\n  python train.py --resume {folder}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("more", [(), ("--set", "mask_threshold=0.6"), ("--patience", 1, "--set", "lr=1e-12", "--epochs", 9)],
+                         ids=["chosen", "given", "stopped early"])
+def test_a_run_killed_before_the_mask_threshold_resumes_there(command, tmp_path, monkeypatch, capsys, more):
+    tune = train.tune_mask_threshold
+    monkeypatch.setattr(train, "tune_mask_threshold", lambda *arguments: sys.exit("killed"))
+    with pytest.raises(SystemExit, match="killed"):
+        train.main(command("--epochs", 1, *more))
+    folder = only_run(tmp_path)
+    epochs = read_checkpoint(os.path.join(folder, "last.pt"))["train"]["epoch"]
+    assert epochs < 9
+    monkeypatch.setattr(train, "tune_mask_threshold", tune)
+    capsys.readouterr()
+    assert train.main(["--resume", folder]) == 0
+    printed = capsys.readouterr().out
+    assert f"epoch {epochs + 1}/" not in printed and "python evaluate.py --checkpoint" in printed          # not a step more
+    assert read_checkpoint(os.path.join(folder, "best.pt"))["train"]["tuned"] is True
+    assert read_checkpoint(os.path.join(folder, "last.pt"))["train"]["epoch"] == epochs
+    if "--patience" not in more:
+        assert train.main(["--resume", folder]) == 2
+        assert "has done its 1 epochs" in capsys.readouterr().err
 
 
 def test_resume_from_another_folder(command, data, tmp_path, monkeypatch):
