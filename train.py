@@ -242,11 +242,13 @@ def take_mask_threshold(checkpoint, results, default):
     """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN."""
     found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
     if not found:
+        print(f"mask threshold {default}, as it was: segm/AP on the validation part is 0, or not a number, at every other as well")
         return
     tau = max(found, key=lambda tau: (found[tau], -abs(tau - default)))
     checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
     checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
-    print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {', '.join(f'{t} {ap:.4f}' for t, ap in found.items())}")
+    tried = ", ".join(f"{tau} {result.stats['segm/AP']:.4f}" for tau, result in results.items())
+    print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {tried}")
 
 
 def is_better(metrics, run):

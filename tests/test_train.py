@@ -184,6 +184,17 @@ def test_a_run_killed_before_the_mask_threshold_resumes_there(command, tmp_path,
         assert "has done its 1 epochs" in capsys.readouterr().err
 
 
+def test_mask_threshold_by_hand(capsys):
+    def result(ap):
+        return argparse.Namespace(stats={"segm/AP": ap}, best_thresholds=lambda: {"dent": ap})
+    checkpoint = {"config": {"mask_threshold": 0.5}, "thresholds": {}, "metrics": {"loss": 1.0, "segm/AP": 0.1}}
+    train.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.4: result(0.25), 0.5: result(0.1), 0.7: result(0.25)}, default=0.5)
+    assert checkpoint == {"config": {"mask_threshold": 0.4}, "thresholds": {"dent": 0.25}, "metrics": {"loss": 1.0, "segm/AP": 0.25}}
+    assert "mask threshold 0.4, " in (printed := capsys.readouterr().out) and "0.3 0.0000, 0.4 0.2500, 0.5 0.1000, 0.7 0.2500" in printed
+    train.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.5: result(math.nan)}, default=0.5)
+    assert checkpoint["config"]["mask_threshold"] == 0.4 and "as it was" in capsys.readouterr().out
+
+
 def test_resume_from_another_folder(command, data, tmp_path, monkeypatch):
     monkeypatch.chdir(os.path.dirname(data))
     assert train.main(command("--epochs", 1, "--data", os.path.basename(data))) == 0
