@@ -142,8 +142,9 @@ def look_up(numbers, path):
 
 
 def table_text(table):
-    """A Markdown table of all rows of a table, runs that are missing marked as such."""
+    """A Markdown table of all rows of a table, runs that are missing marked as such, and what the numbers were made with."""
     lines = ["| row | seed | " + " | ".join(COLUMNS) + " | command |", "|---|--:|" + "--:|" * len(COLUMNS) + "---|"]
+    made_with = {}
     for run in [run for run in RUNS if run.table == table]:
         path = HERE / run.name / "summary.json"
         summary = json.loads(path.read_text()) if path.exists() else None
@@ -155,7 +156,11 @@ def table_text(table):
             numbers = summary["rows"][row]
             cells = [format_number(look_up(numbers, path), name) for name, path in COLUMNS.items()]
             lines.append(f"| {row} | {summary['run']['seed']} | " + " | ".join(cells) + f" | {command} |")
-    return "\n".join(lines)
+            commits = ", ".join(commit[:7] for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
+            hardware = summary["run"]["hardware"]
+            where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
+            made_with[f"{numbers['pictures']} test pictures; {where}; torch {summary['run']['versions']['torch']}; commit {commits}"] = None
+    return "\n".join([*lines, "", *(f"{each}." for each in made_with)]).strip()
 
 
 def format_number(value, column):
