@@ -31,6 +31,7 @@ NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes ar
          "polygons": "each has an outer ring and holes; they run along pixel edges and enclose exactly the mask's pixels",
          "rle": "the same mask as COCO run lengths (columns first, compressed)",
          "area_share": "of the photograph, not of the car: it changes with the distance the photograph was taken from"}
+DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
 
 
 def main(argv=None):
@@ -54,6 +55,10 @@ def main(argv=None):
     about = {"model": checkpoint["model"], "checkpoint": checkpoint_path, "class_names": list(checkpoint["class_names"]),
              "score_thresholds": thresholds, "mask_threshold": getattr(model.config, "mask_threshold", None)}
 
+    if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
+        about["note"] = DEMO_NOTE
+        print(f"note: {DEMO_NOTE}")
+
     found, skipped, names = [], [], {}                        # found: the class names in each photograph that was read
     for number, path in enumerate(photographs, 1):
         began = time.perf_counter()
@@ -63,7 +68,7 @@ def main(argv=None):
             skipped.append(str(error))
             print(f"{number}/{len(photographs)} skipped  {error}", file=sys.stderr)
             continue
-        detections, stages = detect(model, image, thresholds, about["class_names"], args.explain)
+        detections, below, stages = detect(model, image, thresholds, about["class_names"], args.explain)
         stem = output_stem(path, args.out, names)
         try:
             write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
@@ -72,8 +77,9 @@ def main(argv=None):
                   file=sys.stderr)
             return 1
         found.append([about["class_names"][label - 1] for label in detections["labels"]])
-        print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {in_words(found[-1], detections['scores'])}"
-              f"  {time.perf_counter() - began:.2f} s  -> {stem}.json", flush=True)
+        words = in_words(found[-1], detections["scores"]) if found[-1] else f"nothing found{below}"
+        print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {words}"
+              f"  {time.perf_counter() - began:.2f} s  -> {os.path.join(args.out, stem)}.overlay.jpg", flush=True)
     print_summary(found, skipped, args)
     return 0 if found else 1
 
@@ -123,7 +129,7 @@ def find_photographs(paths, out):
 
 
 def detect(model, image, thresholds, class_names, explain=False):
-    """(detections, picture of the stages or None) for one photograph uint8 [H, W, 3].
+    """(detections, words on the best one left out, picture of the stages or None) for one photograph uint8 [H, W, 3].
 
     detections: boxes [D, 4], labels [D], scores [D] as numpy and masks as RLE dicts (absent where the model has none), those at or
     above their class's threshold, best first.
@@ -135,12 +141,19 @@ def detect(model, image, thresholds, class_names, explain=False):
     found = results[0]
     lowest = torch.tensor([thresholds[name] for name in class_names])
     scores, labels = found["scores"].float().cpu(), found["labels"].cpu()
-    kept = torch.nonzero(scores >= lowest[labels - 1]).flatten()
+    needed = lowest[labels - 1]
+    left_out = (scores - needed).masked_fill(scores >= needed, -1)
+    below = ""
+    if len(left_out) and left_out.max() > -1:
+        nearest = int(left_out.argmax())
+        below = f" (nearest: {class_names[labels[nearest] - 1]} {scores[nearest]:.2f}, needs {needed[nearest]:.2f})"
+    kept = torch.nonzero(scores >= needed).flatten()
     kept = kept[torch.argsort(scores[kept], descending=True, stable=True)]
     detections = {"boxes": found["boxes"].float().cpu()[kept].numpy(), "labels": labels[kept].numpy(), "scores": scores[kept].numpy()}
     if "masks" in found:
         detections["masks"] = [found["masks"][i] for i in kept.tolist()]
-    return detections, draw_stages(image, stages[0], class_names, kept, getattr(model.config, "context", False)) if explain else None
+    picture = draw_stages(image, stages[0], class_names, kept, getattr(model.config, "context", False)) if explain else None
+    return detections, below, picture
 
 
 def output_stem(path, out, names):
@@ -219,7 +232,7 @@ def json_text(value):
 
 def in_words(classes, scores, most=6):
     listed = [f"{name} {score:.2f}" for name, score in zip(classes, scores)]
-    return (", ".join(listed[:most]) or "nothing found") + (f" and {len(listed) - most} more" if len(listed) > most else "")
+    return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
 def print_summary(found, skipped, args):
@@ -229,7 +242,7 @@ def print_summary(found, skipped, args):
     print(f"\n{len(found)} photograph{'s' * (len(found) != 1)}: {damaged} with findings, {len(found) - damaged} without"
           + f" ({', '.join(f'{name} {number}' for name, number in counts.most_common())})" * bool(counts))
     if skipped:
-        print(f"{len(skipped)} could not be read: " + "; ".join(skipped[:5]) + f"; and {len(skipped) - 5} more" * (len(skipped) > 5))
+        print(f"{len(skipped)} could not be read, see above")
     if found:
         print(f"overlays: {os.path.join(args.out, '*.overlay.jpg')}   data: {os.path.join(args.out, '*.json')}"
               + f"   stages: {os.path.join(args.out, '*.stages.png')}" * args.explain)

@@ -44,7 +44,7 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
     pictures = {
         f"A  picture, {W} x {H}": image,
         f"B  proposals, the best {shown} of {len(proposals)}": _draw_proposals(small, proposals * scale, stages["objectness"]),
-        f"C  pyramid {'with' if context else 'without'} dilated context, {span}": _draw_map(small, stages["features"]),
+        f"C  features {'with' if context else 'without'} dilated context, {span}": _draw_map(small, stages["features"]),
         f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True),
         "E  raw mask, probability": _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)}
     filled = [old | new for old, new in zip(before, final)]
@@ -73,11 +73,15 @@ def _draw_proposals(image, proposals, objectness):
 
 
 def _draw_map(image, levels):
-    """Strength of the feature maps over the grey picture: each level's length over channels, 0 to 1, mean of the levels."""
+    """How unlike the rest of the picture each place looks to the model, over the grey picture.
+
+    Each level: distance of a position's features from their mean over the picture, scaled to 0..1; then the mean of the levels.
+    """
     H, W, _ = image.shape
     strength = np.zeros((H, W), np.float32)
     for features in levels.values():
-        length = features.detach().float().norm(dim=0).cpu().numpy()                                # [h, w]
+        features = features.detach().float()
+        length = (features - features.mean(dim=(1, 2), keepdim=True)).norm(dim=0).cpu().numpy()                # [h, w]
         low, high = np.percentile(length, (2, 99.5))
         length = np.clip((length - low) / max(high - low, 1e-12), 0, 1)
         strength += np.asarray(Image.fromarray(length).resize((W, H), Image.Resampling.BICUBIC)) / len(levels)
