@@ -439,12 +439,17 @@ def main():
     parser.add_argument("--data-path", help="data set for --data (default: drawn pictures, 640x640)")
     parser.add_argument("--json", metavar="FILE", help="also write the rows, the machine and the versions to FILE")
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit(f"benchmark.py: --device cuda: this machine has no GPU that torch {torch.__version__} can use; leave --device out, or install "
+                 "a CUDA build of torch (pytorch.org)")
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table(args)
     parts = {"ops": benchmark_ops, "models": benchmark_models, "eval": benchmark_eval, "data": benchmark_data}
     for part in [part for part in parts if getattr(args, part)] or parts:
         parts[part](table)
+    if not table.rows:
+        sys.exit(f"benchmark.py: --only {' '.join(args.only)}: no row's name holds that; run without --only to see the names")
     if args.json:
         write_json(args, table)
 

@@ -3,6 +3,7 @@
 For each op and device: what serves it (kernel or reference) and why, the largest difference from the readable reference, and
 the time of one call on a small input. Exits with 1 where a kernel disagrees with its reference.
 """
+import argparse
 import platform
 import sys
 import time
@@ -122,7 +123,10 @@ def check_op(name, device, reference, args):
     return right
 
 
-def main():
+def main(argv=()):
+    argparse.ArgumentParser(prog="python -m minidamage.ops", description="The kernels' doctor: versions, compilers, cache folder; then every op "
+                            "on every device: what serves it, its largest difference from the reference, its time. Builds what is "
+                            "missing. Exit code 1: a kernel is wrong, or required and not there.").parse_args(argv)
     print_machine()
     print_libraries()
     print(f"\n{'op':32}{'device':6} {'served by':11}{'difference':>12}{'ms':>12}{'reference ms':>14}")
@@ -140,4 +144,4 @@ def main():
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))
