@@ -118,7 +118,8 @@ def choose_device(name):
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"--device {name}: expected cpu or a device that this torch can use, got: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"--device {name}: expected cpu, or cuda or cuda:N where torch {torch.__version__} has that GPU, got: "
+                         f"{str(error).splitlines()[0]}; type --device cpu, or install a CUDA build of torch and the driver") from None
     return device
 
 

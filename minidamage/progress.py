@@ -1,4 +1,5 @@
 """What a long run tells the person who watches it (`Progress`), and what that person may tell the run (`StopSignal`)."""
+import multiprocessing
 import os
 import signal
 import sys
@@ -90,6 +91,8 @@ class StopSignal:
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
+        for process in multiprocessing.active_children():             # loaders that an error left behind: they ignore SIGTERM, by which
+            process.kill()                                            # Python would end them at exit, and then wait for ever
 
     def _receive(self, signum, frame):
         if signum == signal.SIGINT and self.requested:

@@ -16,7 +16,8 @@ import torch
 
 import minidamage
 from minidamage import MODELS, run_folder
-from minidamage.checkpoint import build_from_checkpoint, load_pretrained, load_weights, read_checkpoint, set_rng_state
+from minidamage.checkpoint import (build_from_checkpoint, choose_device, load_pretrained, load_weights, read_checkpoint,
+                                   set_rng_state)
 from minidamage.config import Recipe, apply_settings, from_dict
 from minidamage.data import DetectionDataset, limit, load_dataset
 from minidamage.data.split import from_names, names_of, parse_fractions, three_parts
@@ -76,10 +77,11 @@ def set_up(given):
         path = run_folder.find_checkpoint(given["resume"], args.out, "last.pt")
         checkpoint = read_checkpoint(path)
         args = resumed_arguments(given, checkpoint, path)
-    check_arguments(args)
+    if args.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS asks for it; read when CUDA starts, so before the device
+    check_arguments(args)                                             # is tried
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     if args.deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS asks for it; read when CUDA starts
         torch.use_deterministic_algorithms(True)
         torch.backends.cudnn.benchmark = False
 
@@ -253,14 +255,8 @@ def check_arguments(args):
         value = getattr(args, name, None)
         if value is not None and not fits(value):
             raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
-    args.device = getattr(args, "device", None) or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        kind = torch.device(args.device).type
-    except RuntimeError:
-        raise ValueError(f"--device: expected cpu, cuda or cuda:N, got {args.device!r}") from None
-    if kind == "cuda" and not torch.cuda.is_available():
-        raise ValueError(f"--device {args.device}: this machine has no GPU that torch {torch.__version__} can use; type --device cpu, or "
-                         "install a CUDA build of torch and the driver")
+    device = choose_device(getattr(args, "device", None) or "auto")
+    args.device, kind = str(device), device.type
     if args.amp == "fp16" and kind != "cuda":
         raise ValueError(f"--amp fp16 needs a GPU (its gradient scaler), got --device {args.device}; use --amp bf16 or off")
     if getattr(args, "workers", None) is None:

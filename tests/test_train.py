@@ -5,7 +5,9 @@ import csv
 import io
 import json
 import math
+import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -303,6 +305,48 @@ def test_weights_that_are_broken_already_leave_the_older_checkpoint(command, tmp
     assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
 
 
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand a page more"),
+                                   RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+def test_out_of_memory_says_how_to_go_on(command, tmp_path, monkeypatch, capsys, error):
+    forward, calls = minidamage.MODELS["damagenet"][0].forward, []
+
+    def greedy(self, images, targets=None):
+        calls.append(self.training)
+        if sum(calls) == 5:
+            raise error
+        return forward(self, images, targets)
+    monkeypatch.setattr(minidamage.MODELS["damagenet"][0], "forward", greedy)
+    assert train.main(command("--epochs", 2)) == 1
+    printed, folder = capsys.readouterr().err, only_run(tmp_path)
+    assert "out of memory in epoch 2, step 2" in printed and "a page more" not in printed and f"{folder}/last.pt is good" in printed
+    assert f"--resume {folder} --amp bf16" in printed and "--size 48 --batch-size 2" in printed and "--workers" not in printed
+    monkeypatch.undo()
+    assert train.main(["--resume", folder, "--amp", "bf16"]) == 0
+
+
+@pytest.mark.parametrize("workers", (0, 1))
+def test_pictures_that_go_away_during_a_run(command, data, tmp_path, monkeypatch, capsys, workers):
+    shutil.copytree(data, tmp_path / "mine")
+    introduce = train.introduce
+
+    def lose(run):
+        introduce(run)
+        for record in run.train_set.records:
+            open(record.file, "wb").close()
+    monkeypatch.setattr(train, "introduce", lose)
+    assert train.main(command("--epochs", 1, "--data", tmp_path / "mine", "--workers", workers)) == 1
+    printed = capsys.readouterr().err
+    assert "training cannot go on in epoch 1, step 1: " in printed and "none of the 6 pictures can be read" in printed
+    assert f"python train.py --resume {only_run(tmp_path)}" in printed and "Traceback" not in printed
+
+
+def test_a_fault_of_the_code_is_not_dressed_up_and_leaves_no_process(command, monkeypatch):
+    monkeypatch.setattr(train, "check_losses", lambda *arguments: exec("raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')"))
+    with pytest.raises(RuntimeError, match="mat1"):
+        train.main(command("--epochs", 1, "--workers", 1))
+    assert not multiprocessing.active_children()                      # they ignore SIGTERM: Python would wait for them at exit
+
+
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
 def test_full_disk_in_mid_run_keeps_training_and_the_older_file(command, tmp_path, monkeypatch, capsys):
     finish_epoch = train.finish_epoch
@@ -347,7 +391,8 @@ def test_full_disk_at_the_start_is_found_before_training(command, tmp_path, monk
     (("--split", "70/15"), "--split expects three shares like 70/15/15"),
     (("--split", "70/0/30"), "expected pictures in the val part, got none"),
     (("--amp", "fp16"), "--amp fp16 needs a GPU"),
-    (("--device", "gpu"), "--device: expected cpu, cuda or cuda:N"),
+    (("--device", "gpu"), "--device gpu: expected cpu, or cuda or cuda:N"),
+    (("--device", "cuda:99"), "--device cuda:99: expected cpu, or cuda or cuda:N"),
     (("--select", "segm/AP5"), "did you mean 'segm/AP"),
     (("--set", "rpn_nms_tresh=0.5"), "did you mean 'rpn_nms_thresh'"),
     (("--set", "gama=0.5"), "did you mean 'gamma'"),
