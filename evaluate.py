@@ -176,7 +176,9 @@ def change_finish(model, settings):
         if setting.partition("=")[0] not in model.finish_fields:
             raise ValueError(f"--set {setting}: a trained {model.name} takes {', '.join(model.finish_fields)} here; its other fields are "
                              "settled when it is trained (train.py --set)")
-    return apply_settings(model.config, settings)
+    config = apply_settings(model.config, settings)
+    model.check_config(config)
+    return config
 
 
 def choose_pictures(args, checkpoint, path):

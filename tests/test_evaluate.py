@@ -247,6 +247,8 @@ def test_the_finish_of_masks_can_be_changed_and_nothing_else(damagenet_run, tmp_
     assert area["0.3"] > area["0.7"]
     assert evaluate.main([*common, "--set", "context=false"]) == 2
     assert "island_share" in capsys.readouterr().err
+    assert evaluate.main([*common, "--set", "mask_threshold=7"]) == 2
+    assert "mask_threshold: expected from 0 to 1, got 7.0" in capsys.readouterr().err
 
 
 def test_evaluate_model_takes_batches_of_a_data_set(damagenet_run):

@@ -61,6 +61,31 @@ def test_settings_reach_the_config():
     assert (changed.rpn_nms_thresh, changed.context_rates, changed.fpn) == (0.6, (1, 2), False)
 
 
+@pytest.mark.parametrize("fields, message", [
+    (dict(mask_threshold=7.0), "mask_threshold: expected from 0 to 1, got 7.0"),
+    (dict(rpn_nms_thresh=float("nan")), "rpn_nms_thresh: expected from 0 to 1, got nan"),
+    (dict(anchor_sizes=()), "anchor_sizes: expected one or more numbers above 0, such as 32,64,128,256,512, got none"),
+    (dict(aspect_ratios=(1.0, -1.0)), "aspect_ratios: expected one or more numbers above 0"),
+    (dict(bbox_reg_weights=(1.0, 1.0)), "bbox_reg_weights: expected 4 numbers above 0"),
+    (dict(image_mean=(0.5,)), "image_mean: expected 3 numbers"),
+    (dict(mask_layers=()), "mask_layers: expected one or more"),
+    (dict(box_detections_per_img=0), "box_detections_per_img: expected 1 or more, got 0"),
+    (dict(min_size=900, max_size=800), "max_size: expected at least min_size = 900, got 800"),
+    (dict(sampling_ratio=-1), "sampling_ratio: expected 0 or more, got -1"),
+    (dict(box_bg_iou_thresh=0.6), "box_bg_iou_thresh: expected at most box_fg_iou_thresh = 0.5, got 0.6"),
+])
+@pytest.mark.parametrize("name", [name for name, *_ in ROWS])
+def test_values_that_no_detector_can_have(name, fields, message):
+    with pytest.raises(ValueError, match=message):
+        minidamage.build_model(name, 3, **fields)
+
+
+@pytest.mark.parametrize("field, value", [("island_share", 1.5), ("loss_weight_mask", -1.0), ("loss_weight_cls", float("nan"))])
+def test_values_that_no_damagenet_can_have(field, value):
+    with pytest.raises(ValueError, match=f"{field}: expected"):
+        minidamage.build_model("damagenet", 3, **{field: value})
+
+
 def test_mistakes_name_the_nearest():
     with pytest.raises(ValueError, match="did you mean 'damagenet'"):
         minidamage.build_model("damage_net", 3)

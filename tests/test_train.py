@@ -398,6 +398,7 @@ def test_full_disk_at_the_start_is_found_before_training(command, tmp_path, monk
     (("--set", "gama=0.5"), "did you mean 'gamma'"),
     (("--set", "rpn_nms_thresh"), "expects field=value"),
     (("--set", "rpn_nms_thresh=high"), "expected float, got 'high'"),
+    (("--set", "anchor_sizes="), "anchor_sizes: expected one or more numbers above 0"),
     (("--set", "schedule=cosin"), "did you mean 'cosine'"),
     (("--set", "optimizer=sdg"), "did you mean 'sgd'"),
     (("--pretrained", "resnet50.pth"), "there is no such file"),

@@ -19,6 +19,7 @@ Ablations (`--set`): context=false, fpn=false, fill_holes=false, remove_islands=
 Read first: mask_rcnn.py.
 """
 import dataclasses
+import math
 
 import torch
 from torch import nn
@@ -115,6 +116,10 @@ class DamageNet(mask_rcnn.MaskRCNN):
     def __init__(self, num_classes, config=DamageNetConfig(), name="damagenet"):
         super().__init__(num_classes, config, name)
 
+    def check_config(self, config):
+        super().check_config(config)
+        check_loss_and_finish(config)
+
     def build_fpn(self, config, in_channels, levels, extra_level):
         if not config.context:
             return super().build_fpn(config, in_channels, levels, extra_level)
@@ -135,6 +140,14 @@ class DamageNet(mask_rcnn.MaskRCNN):
         if self.config.remove_islands:
             rles = [rle_masks.remove_islands(rle, self.config.island_share * rle_masks.area(rle)) for rle in rles]
         return rles
+
+
+def check_loss_and_finish(config):
+    for field in ("loss_weight_cls", "loss_weight_reg", "loss_weight_mask"):
+        if not 0 <= getattr(config, field) < math.inf:
+            raise ValueError(f"{field}: expected 0 or more, got {getattr(config, field)}")
+    if not 0 <= config.island_share <= 1:
+        raise ValueError(f"island_share: expected from 0 to 1, a share of the mask's area, got {config.island_share}")
 
 
 def check_context(config):

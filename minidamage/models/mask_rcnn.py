@@ -13,6 +13,7 @@ Training: model(images, targets) -> dict of losses. Evaluation: model(images) ->
 Read first: layers/, in the order above. Read next: damagenet.py.
 """
 import dataclasses
+import math
 import re
 
 import torch
@@ -113,6 +114,7 @@ class MaskRCNN(nn.Module):
 
     def __init__(self, num_classes, config=MaskRCNNConfig(), name="maskrcnn_resnet50_fpn"):
         super().__init__()
+        self.check_config(config)
         self.name = name
         self.num_classes = num_classes
         self.config = config
@@ -121,6 +123,10 @@ class MaskRCNN(nn.Module):
         self.rpn = build_rpn(config)
         self.roi_heads = build_roi_heads(config, self.backbone.strides, num_classes)
         self.to(memory_format=torch.channels_last)
+
+    def check_config(self, config):
+        """ValueError for a value that the model cannot have; a model with fields of its own adds their checks."""
+        check_config(config)
 
     def build_backbone(self, config):
         """The body and its pyramid: c2..c5 -> p2..p6. Without a pyramid (`fpn=False`): c4 (stride 16, layer4 left out, as in the
@@ -233,6 +239,40 @@ class LastMapBackbone(Backbone):
 
     def forward(self, x):
         return self.fpn(self.body(x)[-1:])
+
+
+SHARES = ("mask_threshold", "rpn_nms_thresh", "rpn_fg_iou_thresh", "rpn_bg_iou_thresh", "rpn_positive_fraction", "rpn_score_thresh",
+          "box_score_thresh", "box_nms_thresh", "box_fg_iou_thresh", "box_bg_iou_thresh", "box_positive_fraction")
+COUNTS = ("fpn_channels", "min_size", "max_size", "rpn_channels", "rpn_pre_nms_top_n_train", "rpn_pre_nms_top_n_test",
+          "rpn_post_nms_top_n_train", "rpn_post_nms_top_n_test", "rpn_batch_size_per_image", "box_pool_size", "box_head_channels",
+          "box_detections_per_img", "box_batch_size_per_image", "mask_pool_size", "mask_dim_reduced", "canonical_scale")
+LISTS = {"anchor_sizes": None, "anchor_scales": None, "aspect_ratios": None, "mask_layers": None, "bbox_reg_weights": 4, "image_std": 3}
+
+
+def check_config(config):
+    """ValueError for the first field whose value no detector can have; what depends on two fields is checked where it is used."""
+    for field in SHARES:
+        if not 0 <= getattr(config, field) <= 1:
+            raise ValueError(f"{field}: expected from 0 to 1, got {getattr(config, field)}")
+    for field in COUNTS:
+        if getattr(config, field) < 1:
+            raise ValueError(f"{field}: expected 1 or more, got {getattr(config, field)}")
+    for field, length in LISTS.items():
+        values = getattr(config, field)
+        if len(values) != (length or len(values)) or not values or not all(0 < value < math.inf for value in values):
+            raise ValueError(f"{field}: expected {length or 'one or more'} numbers above 0, such as "
+                             f"{','.join(map(str, getattr(MaskRCNNConfig, field)))}, got {','.join(map(str, values)) or 'none'}")
+    if config.max_size < config.min_size:
+        raise ValueError(f"max_size: expected at least min_size = {config.min_size}, got {config.max_size}")
+    if len(config.image_mean) != 3:
+        raise ValueError(f"image_mean: expected 3 numbers, for red, green and blue, got {config.image_mean}")
+    for field in ("sampling_ratio", "min_proposals"):
+        if getattr(config, field) < 0:
+            raise ValueError(f"{field}: expected 0 or more, got {getattr(config, field)}")
+    for stage in ("rpn", "box"):
+        low, high = getattr(config, f"{stage}_bg_iou_thresh"), getattr(config, f"{stage}_fg_iou_thresh")
+        if low > high:
+            raise ValueError(f"{stage}_bg_iou_thresh: expected at most {stage}_fg_iou_thresh = {high}, got {low}")
 
 
 def build_rpn(config):
