@@ -119,9 +119,9 @@ def score_model(args):
 
     workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
     loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=workers)
-    metrics, evaluator = evaluate_model(model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
+    metrics, result, evaluator = evaluate_model(model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
     progress.clear()
-    result, pixel_result = evaluator.evaluate(), pixels.evaluate() if with_masks else None
+    pixel_result = pixels.evaluate() if with_masks else None
 
     wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if args.draws else []
     intervals = {name: result.interval(name, samples=args.draws) for name in wanted}

@@ -14,6 +14,7 @@ from minidamage import masks
 from minidamage.checkpoint import save_checkpoint
 from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.synthetic import make_demo
+from minidamage.metrics import coco
 from minidamage.metrics.detection import evaluate_model
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
@@ -125,8 +126,11 @@ def red_run(tmp_path, monkeypatch):
     return types.SimpleNamespace(path=tmp_path, data=folder, checkpoint=checkpoint, out=tmp_path / "runs" / "red-001" / "evaluation-test")
 
 
-def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, capsys):
+def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypatch, capsys):
+    matched, match = [], coco.evaluate
+    monkeypatch.setattr(coco, "evaluate", lambda *arguments, **options: matched.append(1) or match(*arguments, **options))
     assert evaluate.main(["--device", "cpu"]) == 0
+    assert len(matched) == 2                                                          # boxes once, masks once
     results, printed = read(red_run.out / "results.json"), capsys.readouterr().out
     assert results["stats"]["bbox/AP"] == results["stats"]["segm/AP"] == pytest.approx(1)          # a low score lowers no AP
     assert results["per_class"]["dent"]["segm/AP50"] == pytest.approx(1) and results["voc"]["segm"]["11-point"]["mean"] == 1
@@ -257,8 +261,8 @@ def test_evaluate_model_takes_batches_of_a_data_set(damagenet_run):
     records = load_dataset(data, quiet=True).parts["train"]
     dataset = DetectionDataset(records)
     batches = (([dataset[i][0]], [dict(dataset[i][1], image_id=i)]) for i in range(len(records)))
-    metrics, evaluator = evaluate_model(model, batches, checkpoint["class_names"])
-    assert metrics["ms per picture"] > 0 and set(evaluator.evaluate().stats) < set(metrics)
+    metrics, result, evaluator = evaluate_model(model, batches, checkpoint["class_names"])
+    assert metrics["ms per picture"] > 0 and set(result.stats) < set(metrics) and len(result.image_ids) == len(records)
     truth = evaluator.coco_truth()
     assert len(truth["images"]) == len(records) and len(truth["annotations"]) == sum(len(r.labels) for r in records)
     with pytest.raises(ValueError, match="model.eval"):

@@ -10,6 +10,7 @@ Read first: coco.py (the protocol). Masks stay compressed run lengths from the m
 are kilobytes here, not 1.2 GB.
 """
 import dataclasses
+import functools
 import time
 
 import numpy as np
@@ -184,7 +185,7 @@ class DetectionResult:
             numbers[f"{iou_type}/AR{self.protocol.max_dets[-1]}"] = coco.mean_of_known(recall)
         return numbers
 
-    @property
+    @functools.cached_property
     def causes(self):
         """Why numbers are NaN or 0: a list of sentences, empty when there is nothing to explain."""
         return diagnosis.explain(self)
@@ -244,11 +245,11 @@ class DetectionResult:
 
 @torch.inference_mode()
 def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None):
-    """Runs a detector over pictures: returns (metrics dict, CocoEvaluator).
+    """Runs a detector over pictures: returns (metrics dict, DetectionResult, CocoEvaluator).
 
     samples: iterable of (image [3, H, W], truth dict), or of (list of images, list of truths) as a DataLoader with `collate` gives. A truth
     has boxes [G, 4] xyxy, labels [G], and where there are any: rles (G RLE dicts) or masks [G, H, W], iscrowd [G], area [G], image_id
-    (default: its place). metrics: the evaluator's stats, "ms per picture", "pictures per second" (the model alone), "peak memory MB".
+    (default: its place). metrics: the result's stats, "ms per picture", "pictures per second" (the model alone), "peak memory MB".
     on_picture(image, truth, detection) is called after each, detection with masks as RLEs. Raises ValueError for a model in training mode.
     """
     if model.training:
@@ -267,7 +268,8 @@ def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=
             _add_picture(evaluator, image, truth, detection)
             if on_picture is not None:
                 on_picture(image, truth, detection)
-    return {**evaluator.evaluate().stats, **speed(seconds), "peak memory MB": peak_memory(device)}, evaluator
+    result = evaluator.evaluate()
+    return {**result.stats, **speed(seconds), "peak memory MB": peak_memory(device)}, result, evaluator
 
 
 def _add_picture(evaluator, image, truth, detection):
