@@ -112,8 +112,8 @@ def score_model(args):
     def on_picture(image, truth, detection):
         kept = confident(detection, thresholds, names)
         if with_masks:
-            pixels.add_instances(truth["labels"][~truth["iscrowd"]], [r for r, c in zip(truth["rles"], truth["iscrowd"]) if not c],
-                                 kept["labels"], kept["masks"], *image.shape[-2:])
+            outlines, crowds = ([r for r, c in zip(truth["rles"], truth["iscrowd"]) if c == crowd] for crowd in (False, True))
+            pixels.add_instances(truth["labels"][~truth["iscrowd"]], outlines, kept["labels"], kept["masks"], *image.shape[-2:], crowds)
         judged.append((truth["index"], kept))
         progress.note(f"{len(judged)}/{len(samples)} pictures")
 

@@ -152,6 +152,19 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypa
         assert picture.width > 2 * 160
 
 
+def test_crowd_regions_count_nowhere(red_run):
+    content = read(red_run.data / "annotations.json")
+    crowd = {"id": 9, "image_id": 12, "category_id": 3, "iscrowd": 1, "area": 600, "bbox": [10, 60, 30, 20],
+             "segmentation": masks.encode(np.pad(np.ones((20, 30), np.uint8), ((60, 40), (10, 120))))}
+    crowd["segmentation"]["counts"] = crowd["segmentation"]["counts"].decode()
+    (red_run.data / "annotations.json").write_text(json.dumps({**content, "annotations": [*content["annotations"], crowd]}))
+    assert evaluate.main(["--device", "cpu"]) == 0
+    results = read(red_run.out / "results.json")
+    assert results["at_thresholds"]["dent"]["FP"] == 0 and results["pixels"]["pixel/precision"] == 1       # the reflection lies in it
+    right = 4 * 120 * 160 - 600
+    assert results["pixels"]["pixel/accuracy"] == pytest.approx((right - 50 * 50) / right)
+
+
 def test_what_is_written_scores_the_same(red_run):
     assert evaluate.main(["--device", "cpu"]) == 0
     files = [str(red_run.out / "truth.json"), str(red_run.out / "detections.json")]

@@ -40,13 +40,14 @@ def test_instances_equal_label_maps():
     by_map, by_instance = PixelEvaluator(["a", "b"]), PixelEvaluator(["a", "b"])
     for _ in range(5):
         truth, found = rng.randint(0, 3, (2, 11, 17))
-        by_map.add_label_maps(truth, found)
+        ignore = rng.rand(2, 11, 17) > 0.8                                           # two crowd regions
+        by_map.add_label_maps(truth, found, ignore.any(0))
         pieces = []
         for labels_map in (truth, found):                                            # each class cut in two overlapping instances
             halves = [(k, (labels_map == k) & np.indices(truth.shape)[0].__ge__(low) & (np.indices(truth.shape)[0] < high))
                       for k in (1, 2) for low, high in ((0, 7), (5, 11))]
             pieces += [[k for k, _ in halves], masks.encode(np.stack([m for _, m in halves]))]
-        by_instance.add_instances(*pieces, *truth.shape)
+        by_instance.add_instances(*pieces, *truth.shape, ignore=masks.encode(ignore))
     assert np.array_equal(by_map.evaluate().counts, by_instance.evaluate().counts)
     by_instance.add_instances([], [], [1], [masks.encode(np.ones((2, 3), bool))], 2, 3)
     assert by_instance.evaluate().counts[-1].tolist() == [[0, 6, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6]]

@@ -68,18 +68,20 @@ class PixelEvaluator:
         counts[0] = total - tn - fp - fn, fp, fn, tn
         self._counts.append(counts.astype(np.int64))
 
-    def add_instances(self, truth_labels, truth_rles, labels, rles, height, width):
-        """The union of the instance masks of each class, and of all. labels: 1..K; rles: RLE dicts of size [height, width].
+    def add_instances(self, truth_labels, truth_rles, labels, rles, height, width, ignore=()):
+        """The union of the instance masks of each class, and of all. labels: 1..K; rles: RLE dicts of size [height, width]; ignore: RLE
+        dicts too (crowd regions), whose pixels count nowhere.
 
         Give the detections that count (a score threshold is the caller's choice). Instances of two classes may overlap: such a
         pixel belongs to both.
         """
         truth_labels, labels = np.asarray(truth_labels, np.int64), np.asarray(labels, np.int64)
         counts = np.zeros((len(self.class_names) + 1, 4), np.int64)
+        ignore = masks.merge(list(ignore)) if len(ignore) else None
         for k in range(len(self.class_names) + 1):
             truth = [r for r, label in zip(truth_rles, truth_labels) if k in (0, label)]
             found = [r for r, label in zip(rles, labels) if k in (0, label)]
-            counts[k] = _union_counts(truth, found, height * width)
+            counts[k] = _union_counts(truth, found, ignore, height * width)
         self._counts.append(counts)
 
     def evaluate(self):
@@ -105,11 +107,19 @@ class PixelResult:
         return quotients(self.counts[:, k], empty)[name]
 
 
-def _union_counts(truth, found, total):
+def _union_counts(truth, found, ignore, total):
     truth = masks.merge(truth) if truth else None
     found = masks.merge(found) if found else None
-    in_truth, in_found = masks.area(truth) if truth else 0, masks.area(found) if found else 0
-    both = masks.area(masks.merge([truth, found], intersect=True)) if truth and found else 0
+
+    def area(*rles):
+        """Of what all of them share, outside `ignore`."""
+        if not all(rles):
+            return 0
+        inside = masks.area(masks.merge([*rles, ignore], intersect=True)) if ignore else 0
+        return masks.area(masks.merge(list(rles), intersect=True)) - inside
+
+    in_truth, in_found, both = area(truth), area(found), area(truth, found)
+    total -= masks.area(ignore) if ignore else 0
     return both, in_found - both, in_truth - both, total - in_truth - in_found + both
 
 
