@@ -9,7 +9,7 @@ With a model, writes `evaluation-<part>/` into the run's folder: results.json (e
 last command on them gives the same numbers), report.html, and the pictures of the worst predictions.
 """
 import argparse
-import json
+import contextlib
 import os
 import sys
 
@@ -32,9 +32,10 @@ from minidamage.visualize.report import Picture, Table, write_report
 
 
 def main(argv=None):
-    """Returns the exit code: 0, 1 where the results could not be written, 2 for a mistake in what was asked."""
+    """Returns the exit code: 0, 1 where something could not be read or written, 2 for a mistake in what was asked."""
     args = parse_arguments(argv)
     try:
+        check_numbers(args)
         if args.truth or args.detections:
             return score_files(args)
         return score_model(args)
@@ -42,8 +43,25 @@ def main(argv=None):
         print(f"evaluate.py: {error}", file=sys.stderr)
         return 2
     except OSError as error:
-        print(f"evaluate.py: could not write the results: {error}", file=sys.stderr)
+        print(f"evaluate.py: {error}", file=sys.stderr)
         return 1
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """Makes the folder; an OSError inside then says that it was met while writing, and where."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(f"could not write the results into {folder}: {error}") from error
+
+
+def check_numbers(args):
+    for flag, meaning in (("draws", "0 (no intervals) or more draws"), ("worst", "0 or more pictures"), ("workers", "0 or more processes")):
+        value = getattr(args, flag)
+        if value is not None and value < 0:
+            raise ValueError(f"--{flag}: expected {meaning}, got {value}")
 
 
 def parse_arguments(argv):
@@ -81,10 +99,10 @@ def score_files(args):
     for cause in result.causes:
         print(f"note: {cause}")
     if args.out:
-        os.makedirs(args.out, exist_ok=True)
         numbers = {"command": run_folder.command_line(), "truth": args.truth, "detections": args.detections, "stats": result.stats,
                    "per_class": result.per_class, "voc": {t: result.voc_ap(t) for t in result.scored}, "notes": result.causes}
-        run_folder.write_json(os.path.join(args.out, "results.json"), without_nan(numbers))
+        with writing(args.out):
+            run_folder.write_json(os.path.join(args.out, "results.json"), without_nan(numbers))
         print(f"written: {os.path.join(args.out, 'results.json')}")
     return 0
 
@@ -129,17 +147,17 @@ def score_model(args):
     shown = show(result, pixel_result, thresholds, metrics, intervals)
     of_set = "" if own else "-" + os.path.splitext(os.path.basename(os.path.abspath(dataset.path)))[0]
     folder = args.out or os.path.join(os.path.dirname(os.path.abspath(path)), f"evaluation{of_set}-{part}")
-    os.makedirs(folder, exist_ok=True)
     numbers = collect(result, pixel_result, thresholds, metrics, intervals)
     about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"],
              "epoch": checkpoint.get("train", {}).get("epoch"), "data": os.path.abspath(dataset.path), "part": part, "set": args.set,
              "pictures": len(records), **run_folder.environment(device)}
-    run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
-    write_json(os.path.join(folder, "detections.json"), evaluator.coco_detections(dataset.category_ids))
-    write_json(os.path.join(folder, "truth.json"), evaluator.coco_truth(dataset.category_ids, files))
-    pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, args.worst)
-    report(folder, shown, result, about, pictures)
+    with writing(folder):
+        run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
+        run_folder.write_json(os.path.join(folder, "detections.json"), evaluator.coco_detections(dataset.category_ids), indent=None)
+        run_folder.write_json(os.path.join(folder, "truth.json"), evaluator.coco_truth(dataset.category_ids, files), indent=None)
+        pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, args.worst)
+        report(folder, shown, result, about, pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, detections.json, truth.json"
           + f" and {len(pictures)} pictures of the worst predictions" * bool(pictures))
     return 0
@@ -223,8 +241,8 @@ def show(result, pixels, thresholds, metrics, intervals):
     alarms = result.false_alarms(thresholds)
     alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
                   f"{alarms['findings']:.2f} findings a picture") if alarms["pictures"] else "no undamaged picture in this part"
-    cost = (f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second), peak memory "
-            f"{metrics['peak memory MB']:.0f} MB")
+    cost = (f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second; the median picture), "
+            f"peak memory {metrics['peak memory MB']:.0f} MB")
     accuracy = [*tables.coco_tables(result), tables.class_table(result)]
     if intervals:
         accuracy.insert(2, tables.interval_table(intervals, len(result.image_ids)))
@@ -257,7 +275,7 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
     overlap = np.nan_to_num(pixels.per_image("IoU"), nan=0.0) if pixels else np.zeros(len(judged))
     order = sorted(range(len(judged)), key=lambda j: (-sum(wrong[position[samples.image_id(judged[j][0])]]), overlap[j], j))
     drawn = []
-    for rank, j in enumerate(order[:max(count, 0)], 1):
+    for rank, j in enumerate(order[:count], 1):
         index, kept = judged[j]
         false, missed = wrong[position[samples.image_id(index)]]
         if false + missed == 0:
@@ -289,11 +307,6 @@ def report(folder, shown, result, about, pictures):
     blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))
     write_report(os.path.join(folder, "report.html"), f"{about['model']} on {about['part']} of {os.path.basename(about['data'])}", blocks,
                  f"{about['pictures']} pictures, `{about['checkpoint']}`")
-
-
-def write_json(path, content):
-    with open(path, "w", encoding="utf-8") as stream:
-        json.dump(content, stream)
 
 
 def without_nan(value):

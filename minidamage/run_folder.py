@@ -63,11 +63,11 @@ def find_checkpoint(run, out, file):
     return run
 
 
-def write_json(path, value):
-    """Writes indented JSON beside `path` and renames it; what JSON does not know (paths, devices) becomes a string."""
+def write_json(path, value, indent=1):
+    """Writes JSON beside `path` and renames it; what JSON does not know (paths, devices) becomes a string. indent None: one line."""
     partial = f"{path}.partial"
     with open(partial, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=1, ensure_ascii=False, default=str)
+        json.dump(value, file, indent=indent, ensure_ascii=False, default=str)
         file.write("\n")
     os.replace(partial, path)
 

@@ -16,6 +16,7 @@ from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics import coco
 from minidamage.metrics.detection import evaluate_model
+from minidamage.metrics.measure import speed
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 TRUTH, FOUND = os.path.join(DATA, "coco_gt.json"), os.path.join(DATA, "coco_dt.json")
@@ -206,6 +207,8 @@ def test_boxes_alone_where_nothing_has_an_outline(red_run):
     (["--data", "nowhere"], {}, "nowhere: no such file"),
     (["--score", "7"], {}, "from 0 to 1"),
     (["--device", "tpu9"], {}, "--device tpu9"),
+    (["--draws", "-3"], {}, "--draws: expected 0 .no intervals. or more draws, got -3"),
+    (["--worst", "-1"], {}, "--worst: expected 0 or more pictures, got -1"),
     ([], {"run": {"data": "gone"}}, "gone: the data set that .* was trained on is not there any more"),
     ([], {"run": {}}, "name the data set with --data"),
     ([], {"class_names": ("dent",)}, "has objects of 'scratch', which the model does not know"),
@@ -217,6 +220,31 @@ def test_mistakes_end_with_2(red_run, arguments, change, message, capsys):
     red_run.checkpoint.update(change)
     assert evaluate.main(["--device", "cpu", *arguments] if "--device" not in arguments else arguments) == 2
     assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_full_disk_names_the_file_and_leaves_the_older_one(red_run, capsys):
+    assert evaluate.main(["--device", "cpu", "--draws", "0"]) == 0
+    before = read(red_run.out / "detections.json")
+    os.symlink("/dev/full", red_run.out / "detections.json.partial")
+    capsys.readouterr()
+    assert evaluate.main(["--device", "cpu", "--draws", "0"]) == 1
+    printed = capsys.readouterr().err
+    assert "could not write the results into" in printed and "No space left" in printed
+    assert read(red_run.out / "detections.json") == before
+
+
+def test_a_failure_to_read_is_not_called_one_to_write(red_run, monkeypatch, capsys):
+    def refused(*arguments, **options):
+        raise PermissionError(13, "Permission denied", "annotations.json")
+    monkeypatch.setattr(evaluate, "load_dataset", refused)
+    assert evaluate.main(["--device", "cpu"]) == 1
+    assert capsys.readouterr().err == "evaluate.py: [Errno 13] Permission denied: 'annotations.json'\n"
+
+
+def test_speed_and_its_inverse_agree():
+    found = speed([9.0, 0.1, 0.2, 0.1, 4.0, 0.2, 0.2])                                # the first one warms up; median 0.2
+    assert found == pytest.approx({"ms per picture": 200, "pictures per second": 5})
 
 
 def test_no_run_is_said(tmp_path, monkeypatch, capsys):

@@ -11,9 +11,10 @@ except ImportError:                                                   # Windows
 
 
 def speed(seconds):
-    """{"ms per picture" (median), "pictures per second"} of the seconds spent on each picture; the first one warms up and is left out."""
-    used = np.array(seconds[1:] or seconds or [float("nan")])
-    return {"ms per picture": float(np.median(used) * 1000), "pictures per second": float(1 / np.mean(used))}
+    """{"ms per picture", "pictures per second"}, one the inverse of the other: of the median picture, which a busy moment of the
+    machine does not move. seconds: spent on each picture; the first one warms up and is left out."""
+    median = float(np.median(seconds[1:] or seconds or [float("nan")]))
+    return {"ms per picture": median * 1000, "pictures per second": 1 / median}
 
 
 def peak_memory(device):
