@@ -124,7 +124,7 @@ def score_model(args):
     with_masks = "segm" in iou_types(model) and (any(outlines) or not outlines)
     print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path})")
 
-    samples, pixels, judged = Samples(records, with_masks), PixelEvaluator(names), []
+    samples, pixels, judged, unreadable = Samples(records, with_masks), PixelEvaluator(names), [], []
     progress = Progress(len(samples), device=device)
 
     def on_picture(image, truth, detection):
@@ -133,6 +133,7 @@ def score_model(args):
             outlines, crowds = ([r for r, c in zip(truth["rles"], truth["iscrowd"]) if c == crowd] for crowd in (False, True))
             pixels.add_instances(truth["labels"][~truth["iscrowd"]], outlines, kept["labels"], kept["masks"], *image.shape[-2:], crowds)
         judged.append((truth["index"], kept))
+        unreadable.extend([truth["unreadable"]] if truth["unreadable"] else [])
         progress.note(f"{len(judged)}/{len(samples)} pictures")
 
     workers = args.workers if args.workers is not None else 4 if device.type == "cuda" else 0
@@ -144,10 +145,11 @@ def score_model(args):
     wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if args.draws else []
     intervals = {name: result.interval(name, samples=args.draws) for name in wanted}
 
-    shown = show(result, pixel_result, thresholds, metrics, intervals)
+    notes = [*unreadable_note(unreadable, len(records)), *result.causes]
+    shown = show(result, pixel_result, thresholds, metrics, intervals, notes)
     of_set = "" if own else "-" + os.path.splitext(os.path.basename(os.path.abspath(dataset.path)))[0]
     folder = args.out or os.path.join(os.path.dirname(os.path.abspath(path)), f"evaluation{of_set}-{part}")
-    numbers = collect(result, pixel_result, thresholds, metrics, intervals)
+    numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable}
     about = {"command": run_folder.command_line(), "checkpoint": path, "model": checkpoint["model"],
              "epoch": checkpoint.get("train", {}).get("epoch"), "data": os.path.abspath(dataset.path), "part": part, "set": args.set,
              "pictures": len(records), **run_folder.environment(device)}
@@ -179,9 +181,9 @@ class Samples(torch.utils.data.Dataset):
         return self.ids[index]
 
     def __getitem__(self, index):
-        record, (image, _) = self.records[index], self.pictures[index]
+        record, (image, target) = self.records[index], self.pictures[index]
         truth = {"boxes": record.boxes, "labels": record.labels, "iscrowd": np.asarray(record.crowd, bool), "area": record.area,
-                 "image_id": self.ids[index], "index": index, "file": record.file}
+                 "image_id": self.ids[index], "index": index, "file": record.file, "unreadable": target["replaced"]}
         if self.with_masks:
             outlines = [[box[[0, 1, 2, 1, 2, 3, 0, 3]]] if mask is None else mask for mask, box in zip(record.masks, record.boxes)]
             truth["rles"] = [masks.segmentation_to_rle(outline, record.height, record.width) for outline in outlines]
@@ -236,7 +238,13 @@ def confident(detection, thresholds, names):
 
 # ---------------------------------------------------------------------------------------------------------- what comes out
 
-def show(result, pixels, thresholds, metrics, intervals):
+def unreadable_note(files, pictures):
+    """[a sentence with every file], or [] where all pictures could be read."""
+    return [f"{len(files)} of {pictures} pictures cannot be read; each is scored as a black one, its objects missed: {', '.join(files)}"] \
+        if files else []
+
+
+def show(result, pixels, thresholds, metrics, intervals, notes):
     """Prints all tables and returns them for the report: [(heading, [table or text])]."""
     alarms = result.false_alarms(thresholds)
     alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
@@ -250,21 +258,21 @@ def show(result, pixels, thresholds, metrics, intervals):
     if pixels:
         shown.append(("Pixels", tables.pixel_tables(pixels)))
     shown.append(("Speed and memory", [cost]))
-    if result.causes:
-        shown.append(("Notes", result.causes))
+    if notes:
+        shown.append(("Notes", notes))
     for heading, blocks in shown:
         are_texts = isinstance(blocks[0], str)
         print("\n" + ("\n" if are_texts else "\n\n").join(f"{heading}: {b}" if are_texts else tables.as_text(*b) for b in blocks))
     return shown
 
 
-def collect(result, pixels, thresholds, metrics, intervals):
+def collect(result, pixels, thresholds, metrics, intervals, notes):
     """Every number, for results.json."""
     cost = {name.replace(" ", "_"): metrics[name] for name in ("ms per picture", "pictures per second", "peak memory MB")}
     return {"stats": result.stats, "intervals": {name: (i.low, i.high) for name, i in intervals.items()}, "per_class": result.per_class,
             "voc": {t: result.voc_ap(t) for t in result.scored}, "thresholds": thresholds,
             "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(), "false_alarms": result.false_alarms(thresholds),
-            "pixels": pixels.stats if pixels else {}, "pixels_per_class": pixels.per_class if pixels else {}, **cost, "notes": result.causes}
+            "pixels": pixels.stats if pixels else {}, "pixels_per_class": pixels.per_class if pixels else {}, **cost, "notes": notes}
 
 
 def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):

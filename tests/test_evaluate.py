@@ -153,6 +153,22 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypa
         assert picture.width > 2 * 160
 
 
+def test_pictures_that_cannot_be_read_are_named_everywhere(red_run, monkeypatch, capsys):
+    load = evaluate.load_dataset
+
+    def truncated(*arguments, **options):                             # after the headers were read: the fault shows when it is decoded
+        dataset = load(*arguments, **options)
+        file = red_run.data / "images" / "0.png"
+        file.write_bytes(file.read_bytes()[:100])
+        return dataset
+    monkeypatch.setattr(evaluate, "load_dataset", truncated)
+    assert evaluate.main(["--device", "cpu"]) == 0
+    results, page = read(red_run.out / "results.json"), (red_run.out / "report.html").read_text(encoding="utf-8")
+    assert [os.path.basename(file) for file in results["unreadable"]] == ["0.png"] and results["at_thresholds"]["dent"]["FN"] == 2
+    for text in (capsys.readouterr().out, page, results["notes"][0]):
+        assert "1 of 4 pictures cannot be read" in text and "0.png" in text
+
+
 def test_crowd_regions_count_nowhere(red_run):
     content = read(red_run.data / "annotations.json")
     crowd = {"id": 9, "image_id": 12, "category_id": 3, "iscrowd": 1, "area": 600, "bbox": [10, 60, 30, 20],
