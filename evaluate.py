@@ -95,7 +95,7 @@ def score_files(args):
     if not (args.truth and args.detections):
         raise ValueError("expected both --truth gt.json and --detections dt.json, got only one of them")
     result = evaluate_coco_files(args.truth, args.detections, args.iou_type or "auto", not args.no_categories)
-    print("\n\n".join(tables.as_text(*table) for table in (*tables.coco_tables(result), tables.class_table(result))))
+    print("\n\n".join(tables.as_text(*table) for table in (*tables.coco_tables(result), *tables.class_tables(result))))
     for cause in result.causes:
         print(f"note: {cause}")
     if args.out:
@@ -211,13 +211,11 @@ def choose_pictures(args, checkpoint, path):
         raise ValueError(f"{where}: the data set that {path} was trained on is not there any more; name its new place, or another set, "
                          "with --data")
     dataset = load_dataset(where, class_names=checkpoint["class_names"])
-    split = checkpoint.get("split") or {}
-    try:
-        parts, own = (from_names(dataset, split), True) if split else (dataset.parts, False)
-    except ValueError:
-        if not args.data:
-            raise
-        parts, own = dataset.parts, False
+    split, own = checkpoint.get("split") or {}, False
+    if split and (not args.data or is_own(dataset, split, trained_on)):
+        parts, own = from_names(dataset, split), True
+    else:
+        parts = dataset.parts
     parts = {name: records for name, records in parts.items() if records}
     part = args.part or ("test" if own or "test" in parts else "val" if "val" in parts else "all")
     if part == "all":
@@ -226,6 +224,22 @@ def choose_pictures(args, checkpoint, path):
         raise ValueError(f"--part {part}: {where} has {', '.join(f'{name} ({len(r)})' for name, r in parts.items())}"
                          f"{'' if own else '; it is not the set the run was split from'}; take one of these, or --part all")
     return dataset, part, parts[part], own
+
+
+def is_own(dataset, split, trained_on):
+    """Whether a data set given by --data is the one that the run was split from, at its own place, moved or copied. Equal file names
+    alone do not say so (every VehiDE-like set has an image/1.jpg): while the run's own set is there, its files must be of equal size."""
+    try:
+        records = [record for part in from_names(dataset, split).values() for record in part]
+    except ValueError:
+        return False
+    folder = lambda path: os.path.realpath(path if os.path.isdir(path) else os.path.dirname(path) or ".")
+    if not trained_on or not os.path.exists(trained_on):
+        print(f"note: {dataset.path} has every picture of the run's split by name: taken for the run's own set in a new place")
+        return True
+    here, there = folder(dataset.path), folder(trained_on)
+    places = [(record.file, os.path.join(there, os.path.relpath(os.path.realpath(record.file), here))) for record in records]
+    return here == there or all(os.path.isfile(old) and os.path.getsize(old) == os.path.getsize(new) for new, old in places)
 
 
 def confident(detection, thresholds, names):
@@ -251,7 +265,7 @@ def show(result, pixels, thresholds, metrics, intervals, notes):
                   f"{alarms['findings']:.2f} findings a picture") if alarms["pictures"] else "no undamaged picture in this part"
     cost = (f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second; the median picture), "
             f"peak memory {metrics['peak memory MB']:.0f} MB")
-    accuracy = [*tables.coco_tables(result), tables.class_table(result)]
+    accuracy = [*tables.coco_tables(result), *tables.class_tables(result)]
     if intervals:
         accuracy.insert(2, tables.interval_table(intervals, len(result.image_ids)))
     shown = [("Accuracy", accuracy), ("In use", [tables.operating_table(result, thresholds)]), ("False alarms", [alarm_text])]

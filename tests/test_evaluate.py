@@ -1,6 +1,7 @@
 """evaluate.py: a finder of red squares whose score is known, an untrained DamageNet end to end, two COCO files, and every mistake."""
 import json
 import os
+import shutil
 import types
 
 import numpy as np
@@ -206,6 +207,23 @@ def test_score_and_another_data_set(red_run, tmp_path, capsys):
     results = read(tmp_path / "runs" / "red-001" / "evaluation-other-all" / "results.json")
     assert results["pictures"] == 1 and results["stats"]["segm/AP"] == pytest.approx(1) and results["per_class"]["dent"]["segm/AP"] is None
     assert "AP of dent is NaN" in capsys.readouterr().out
+
+
+def test_equal_file_names_do_not_make_it_the_run_s_own_set(red_run, tmp_path, capsys):
+    shutil.copytree(red_run.data, tmp_path / "copy")
+    other = draw_set(tmp_path / "other")
+    Image.new("RGB", (160, 120), (90, 90, 91)).save(other / "images" / "3.png", compress_level=0)
+    split = red_run.checkpoint["split"]
+    red_run.checkpoint["split"] = {"train": split["test"][:2], "val": [], "test": split["test"][2:]}
+    run = tmp_path / "runs" / "red-001"
+    assert evaluate.main(["--device", "cpu", "--data", str(tmp_path / "copy")]) == 0
+    assert read(run / "evaluation-test" / "results.json")["pictures"] == 2                                # nothing that trained
+    assert evaluate.main(["--device", "cpu", "--data", str(other)]) == 0
+    assert read(run / "evaluation-other-all" / "results.json")["pictures"] == 4
+    assert "new place" not in capsys.readouterr().out
+    shutil.move(red_run.data, tmp_path / "moved")
+    assert evaluate.main(["--device", "cpu", "--data", str(tmp_path / "moved")]) == 0
+    assert "taken for the run's own set in a new place" in capsys.readouterr().out
 
 
 def test_boxes_alone_where_nothing_has_an_outline(red_run):

@@ -21,20 +21,19 @@ def interval_table(intervals, pictures):
     return f"95 % intervals ({draws} bootstrap draws of the {pictures} pictures)", ["", "value", "low", "high"], rows
 
 
-def class_table(result):
-    """AP and AP50 of each class, COCO and VOC."""
-    types = list(result.scored)
-    voc = {t: result.voc_ap(t) for t in types}
-    columns = ["class", "objects", "detections", *(f"{KINDS[t]} {n}" for t in types for n in ("AP", "AP50", "VOC AP50", "VOC 11-point"))]
+def class_tables(result):
+    """AP and AP50 of each class: COCO's in one table, VOC's in another (side by side they are wider than a page)."""
+    types, names = list(result.scored), list(result.per_class)
+    shown = [f"{t}/{number}" for t in types for number in ("AP", "AP50")]
+    rows = [[name, numbers["truths"], numbers["detections"], *(numbers[s] for s in shown)] for name, numbers in result.per_class.items()]
+    rows.append(["all", sum(r[1] for r in rows), sum(r[2] for r in rows), *(result.stats[s] for s in shown)])
+    coco_columns = ["class", "objects", "detections", *(f"{KINDS[t]} {number}" for t in types for number in ("AP", "AP50"))]
 
-    def row(name, numbers):
-        return [name, numbers["truths"], numbers["detections"], *(value for t in types for value in (
-            numbers[f"{t}/AP"], numbers[f"{t}/AP50"], voc[t]["all-point"][name], voc[t]["11-point"][name]))]
-    rows = [row(name, numbers) for name, numbers in result.per_class.items()]
-    total = {"truths": sum(r[1] for r in rows), "detections": sum(r[2] for r in rows), **result.stats}
-    for t in types:
-        voc[t] = {method: {**values, "all": values["mean"]} for method, values in voc[t].items()}
-    return "By class (VOC: IoU 0.5, a detection looks at its nearest truth only)", columns, [*rows, row("all", total)]
+    voc = [result.voc_ap(t)[method] for t in types for method in ("all-point", "11-point")]
+    voc_rows = [[name, *(values[name] for values in voc)] for name in names] + [["all", *(values["mean"] for values in voc)]]
+    voc_columns = ["class", *(f"{KINDS[t]} {method}" for t in types for method in ("all-point", "11-point"))]
+    return [("By class", coco_columns, rows),
+            ("By class, AP50 by the rules of Pascal VOC (a detection looks at its nearest truth only)", voc_columns, voc_rows)]
 
 
 def operating_table(result, thresholds):
