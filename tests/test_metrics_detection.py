@@ -247,13 +247,30 @@ def test_wrong_class_scale_and_form_are_told():
     shifted = by_hand({0: [(10, 10, 50, 2, 0.9), (100, 100, 50, 2, 0.8)]})
     assert any("wrong class" in c and "+1" in c for c in shifted.causes)
     small = by_hand({0: [(1, 1, 5, 1, 0.9), (10, 10, 5, 1, 0.8)]})
-    assert any("another scale" in c for c in small.causes)
+    assert any("multiplied by 10 in x and 10 in y: boxes in another scale" in c for c in small.causes)
+    normalised = by_hand({0: [(0.05, 0.05, 0.25, 1, 0.9), (0.5, 0.5, 0.25, 1, 0.8)]})
+    assert any("normalised to 0..1" in c for c in normalised.causes)
+    shrunk = [dict(d, bbox=(np.array(d["bbox"]) * 0.4).tolist()) for d in FOUND_CONTENT]
+    assert any("in another scale" in c for c in evaluate_coco_files(TRUTH, shrunk, "bbox").causes)
     corners = [dict(a, score=0.9, bbox=(np.array(a["bbox"]) @ CORNERS).tolist()) for a in TRUTH_CONTENT["annotations"]]
     assert any("x1, y1, x2, y2" in c for c in evaluate_coco_files(TRUTH, corners, "bbox").causes)
     apart = by_hand({1: [(10, 10, 50, 1, 0.9)]})
     assert any("do not belong together" in c for c in apart.causes)
     untrained = by_hand({0: [(60, 60, 50, 1, 0.9)]})
     assert any("not learned enough" in c for c in untrained.causes)
+
+
+@pytest.mark.parametrize("truth_side", (6, 40))
+def test_an_untrained_model_is_not_told_that_its_scale_is_wrong(truth_side):
+    """Boxes of all sizes up to the picture's edge, small truth in one corner of it: their reach differs by far, their scale does not."""
+    rng, evaluator = np.random.RandomState(0), CocoEvaluator(["dent"], ("bbox",))
+    for image in range(8):
+        at = rng.uniform(0, 150 - truth_side, (2, 2))
+        evaluator.add_truth(image, np.concatenate([at, at + truth_side], 1), [1, 1])
+        low, side = rng.uniform(0, 400, (20, 2)), rng.uniform(60, 640, (20, 2))
+        evaluator.add_detections(image, np.concatenate([low, np.minimum(low + side, 640)], 1), rng.uniform(0, 0.1, 20), np.ones(20, int))
+    causes = evaluator.evaluate().causes
+    assert any("not learned enough" in c for c in causes) and not any("scale (" in c or "another scale" in c for c in causes)
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------------------------

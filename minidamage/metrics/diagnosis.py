@@ -57,10 +57,15 @@ def _about_fit(result, scored, what):
         corners = {**detections, "box": np.stack([x0, y0, np.maximum(x1 - x0, 0), np.maximum(y1 - y0, 0)], axis=1)}
         if coco.mean_of_known(_without_classes(result, truths, corners)["recall"][0, :, 0, -1]) > max(0.1, 2 * recall):
             return [f"{what}: they fit when read as x1, y1, x2, y2; COCO files hold x, y, width, height"]
-        reach_found, reach_truth = (np.max(table["box"][:, :2] + table["box"][:, 2:]) for table in (detections, truths))
-        if recall < 0.1 and not 0.5 < reach_found / max(reach_truth, 1e-9) < 2:
+        reach_found, reach_truth = (_reach(table["box"]).max() for table in (detections, truths))
+        if reach_found < 2 and reach_truth > 20:
             return [f"{what}: detections reach to {reach_found:.4g}, the truth to {reach_truth:.4g} pixels: boxes in another scale "
-                    "(normalised, or of the resized picture)?"]
+                    "(normalised to 0..1)"]
+        factor = _typical_factor(truths, detections)
+        scaled = {**detections, "box": detections["box"] * np.tile(factor, 2)}
+        if coco.mean_of_known(_without_classes(result, truths, scaled)["recall"][0, :, 0, -1]) > max(0.5, 2 * recall):      # no chance hits
+            return [f"{what}: they fit when multiplied by {factor[0]:.3g} in x and {factor[1]:.3g} in y: boxes in another scale (of the "
+                    "resized picture?)"]
     match = blind["dt_match"][0]
     found = match >= 0
     off = detections["category"][found] - truths["category"][match[found]]
@@ -71,8 +76,24 @@ def _about_fit(result, scored, what):
         return [f"{what}: they lie on the truth (recall {recall:.2f} when classes are ignored) but carry the wrong class in "
                 f"{(off != 0).mean():.0%} of the cases{by}; check the label map (0 is background, category ids may have gaps)"]
     ap50 = result.stats[("bbox" if what == "boxes" else "segm") + "/AP50"]
-    return [f"{what}: AP50 is {ap50:.3f} with ids, scale and classes in order (recall {recall:.2f} at IoU 0.5 when classes are ignored): "
+    return [f"{what}: AP50 is {ap50:.3f} with ids and classes in order (recall {recall:.2f} at IoU 0.5 when classes are ignored): "
             "the model has not learned enough yet"]
+
+
+def _reach(box):
+    """[2]: the largest x and y of boxes [N, 4] xywh."""
+    return (box[:, :2] + box[:, 2:]).max(0)
+
+
+def _typical_factor(truths, detections, pictures=200):
+    """[2], x and y: the median picture's reach of the truth over that of as many detections, the best ones. Whether it means anything
+    shows when the boxes are multiplied by it: an untrained model's, which lie all over the picture, fit no better then."""
+    factors = []
+    for image in np.intersect1d(truths["image"], detections["image"])[:pictures]:
+        truth, rows = truths["box"][truths["image"] == image], np.flatnonzero(detections["image"] == image)
+        best = rows[np.argsort(-detections["score"][rows], kind="stable")[:len(truth)]]
+        factors.append(_reach(truth) / np.maximum(_reach(detections["box"][best]), 1e-9))
+    return np.median(factors, axis=0)
 
 
 def _without_classes(result, truths, detections):
