@@ -98,9 +98,9 @@ class StopSignal:
         if signum == signal.SIGINT and self.requested:
             os.write(2, b"\nstopped at once; last.pt is the one written before\n")
             os._exit(128 + signum)                                    # nothing to tidy: files are written beside, then renamed
-        if not self.requested:
+        first, self.signum = not self.requested, signum               # before the write: the next Ctrl-C may come right behind it
+        if first:
             os.write(2, b"\nstopping after this step and saving; Ctrl-C once more exits at once\n")
-        self.signum = signum
 
 
 def ignore_signals(worker_id):
