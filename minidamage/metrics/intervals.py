@@ -6,7 +6,7 @@ curves are summed again with the weights. (Copies of a picture tie in score; the
 import numpy as np
 
 from minidamage.metrics.coco import EPSILON
-from minidamage.metrics.statistics import Interval
+from minidamage.metrics.statistics import Interval, bootstrap
 
 
 def ap_interval(scored, images, categories, protocol, iou_threshold=None, level=0.95, samples=500, seed=0):
@@ -21,12 +21,8 @@ def ap_interval(scored, images, categories, protocol, iou_threshold=None, level=
         raise ValueError(f"ap_interval expects an IoU threshold among {protocol.iou_thresholds}, got {iou_threshold}")
     if not curves:
         return Interval(float("nan"), float("nan"), float("nan"), level, np.full(samples, np.nan))
-    rng = np.random.default_rng(seed)
-    weights = [np.bincount(rng.integers(0, images, images), minlength=images) for _ in range(samples)]
-    drawn = np.array([_ap(curves, weight, protocol, chosen) for weight in weights])
-    known = drawn[~np.isnan(drawn)]
-    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
-    return Interval(_ap(curves, np.ones(images, np.int64), protocol, chosen), float(low), float(high), level, drawn)
+    ap_of = lambda drawn: _ap(curves, np.bincount(drawn, minlength=images), protocol, chosen)
+    return bootstrap(np.arange(images), ap_of, level=level, samples=samples, seed=seed)
 
 
 def _class_curve(scored, k):

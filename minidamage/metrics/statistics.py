@@ -42,5 +42,6 @@ def bootstrap(values, statistic=np.nanmean, other=None, level=0.95, samples=2000
 
     rng = np.random.default_rng(seed)
     drawn = np.array([number(rng.integers(0, len(values), len(values))) for _ in range(samples)])
-    low, high = np.nanquantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    known = drawn[~np.isnan(drawn)]                                   # NaN: a draw where the statistic has no value
+    low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
     return Interval(number(slice(None)), float(low), float(high), level, drawn)
