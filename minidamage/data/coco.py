@@ -5,11 +5,10 @@ Found as `annotations/instances_<part>*.json` with `<part>*/` beside it, as Robo
 object), RLE with counts as a list or as COCO's compressed text, or missing. Labels are 1..K without gaps; the ids of the files stay in
 Dataset.category_ids. Categories are joined over the parts by name, never by id.
 """
-import json
 import math
 import os
 
-from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, unlisted_pictures
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
 
@@ -91,11 +90,7 @@ def _load(file):
     if key not in _loaded:
         while len(_loaded) >= 3:
             _loaded.pop(next(iter(_loaded)))
-        try:
-            with open(file, encoding="utf-8-sig") as handle:
-                _loaded[key] = json.load(handle)
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ValueError(f"{file}: not valid JSON ({error}); was it cut short?") from None
+        _loaded[key] = read_json(file)
     return _loaded[key]
 
 

@@ -4,6 +4,7 @@ Readers (vehide.py, via.py, coco.py, ...) only translate their file into `RawObj
 Nothing here raises for a bad object: each becomes one line in `problems`, with file and annotation id.
 """
 import dataclasses
+import json
 import os
 
 import numpy as np
@@ -25,6 +26,24 @@ class RawObject:
     box: tuple | None = None                  # xyxy, or None: taken from the polygons
     crowd: bool = False
     area: float | None = None                 # pixels, or None: taken from the outline
+
+
+def read_json(file):
+    """The content of a JSON file; ValueError that names it where it is none, or breaks off."""
+    try:
+        with open(file, encoding="utf-8-sig") as handle:              # some Windows tools write a byte order mark
+            return json.load(handle)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not valid JSON ({error}); was it cut short?") from None
+
+
+def find_record(finder, name, image_id, objects, problems):
+    """`make_record` of the picture that an annotation file calls `name`; None, and a line in `problems`, when it is not there."""
+    file = finder.find(name)
+    if file is None:
+        problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(objects)} objects)")
+        return None
+    return make_record(file, image_id, objects, problems)
 
 
 def make_record(file, image_id, objects, problems, group="", listed_size=None):

@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures
 from minidamage.data.record import Dataset
 
 # code -> English name; the position is the category id (1..7). Dents, scratches and glass first: they are DamageNet's three.
@@ -38,7 +38,7 @@ def read(path, images=None, **_):
     listing = {name.lower(): name for name in os.listdir(root)}
     found = {part: listing[file.lower()] for part, (file, _) in FILES.items() if file.lower() in listing
              and (os.path.isdir(path) or os.path.basename(path).lower() == file.lower())}
-    entries = {part: _read_json(os.path.join(root, file)) for part, file in found.items()}
+    entries = {part: _read_entries(os.path.join(root, file)) for part, file in found.items()}
     used = _used_codes(entries, found)
     label_of = {code: k + 1 for k, code in enumerate(code for code in CLASSES if code in used)}
 
@@ -67,12 +67,8 @@ def class_code(name):
     return key if key in CLASSES else english.get(key)
 
 
-def _read_json(file):
-    try:
-        with open(file, encoding="utf-8-sig") as handle:
-            listed = json.load(handle)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); was the download cut short?") from None
+def _read_entries(file):
+    listed = read_json(file)
     if not isinstance(listed, dict):
         raise ValueError(f"{file}: expected {{file name: {{'regions': [...]}}}}, got a {type(listed).__name__}")
     for name, entry in listed.items():
@@ -125,14 +121,8 @@ def _read_part(listed, finder, label_of, problems, next_id):
                 problems.append(f"{name}, annotation {annotation_id}: {len(x)} x for {len(y)} y coordinates; dropped")
                 continue
             objects.append(RawObject(annotation_id, label_of[class_code(region["class"])], [list(zip(x, y))]))
-        file = finder.find(name)
-        if file is None:
-            problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(objects)} objects)")
-            continue
-        record = make_record(file, image_id, objects, problems)
-        if record is not None:
-            records.append(record)
-    return records
+        records.append(find_record(finder, name, image_id, objects, problems))
+    return [record for record in records if record is not None]
 
 
 def moment(name):

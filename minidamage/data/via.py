@@ -8,12 +8,11 @@ Polygon, polyline (closed), rect, circle and ellipse become polygons; a point ha
 Which attribute holds the class differs from file to file (`name`, `class`, `Class Name`, ...): it is detected, and said.
 """
 import collections
-import json
 import os
 
 import numpy as np
 
-from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures
 from minidamage.data.record import Dataset
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -31,7 +30,7 @@ def read(path, images=None, attribute=None, **_):
     """Reads every part. attribute: the region attribute that holds the class; None: detected in each file."""
     files = _find_files(path)
     several = len(files) > 1
-    entries = {part: entries_of(_load(file)) for part, file in files.items()}
+    entries = {part: entries_of(read_json(file)) for part, file in files.items()}
     keys, notes, problems = {}, [], []
     if attribute:
         found = {key for listed in entries.values() for _, regions in listed for r in regions for key in r["region_attributes"]}
@@ -163,17 +162,9 @@ def _find_files(path):
     return {part: found[part] for part in PARTS if part in found}
 
 
-def _load(file):
-    try:
-        with open(file, encoding="utf-8-sig") as handle:
-            return json.load(handle)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file}: not valid JSON ({error}); was it cut short?") from None
-
-
 def _is_via(file):
     try:
-        loaded = _load(file)
+        loaded = read_json(file)
     except ValueError:
         return False
     if isinstance(loaded, dict) and isinstance(loaded.get("project"), dict) and "metadata" in loaded:
@@ -223,14 +214,8 @@ def _read_part(listed, key, label_of, finder, problems, next_id):
                 objects.append(RawObject(annotation_id, label_of[value.lower()], [outline(region["shape_attributes"])]))
             except ValueError as error:
                 problems.append(f"{name}, annotation {annotation_id}: {error}; dropped")
-        file = finder.find(name)
-        if file is None:
-            problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(objects)} objects)")
-            continue
-        record = make_record(file, image_id, objects, problems)
-        if record is not None:
-            records.append(record)
-    return records
+        records.append(find_record(finder, name, image_id, objects, problems))
+    return [record for record in records if record is not None]
 
 
 def _folders_without_file(path, files):
