@@ -11,6 +11,9 @@ import torch
 from minidamage.metrics.measure import peak_memory
 
 
+END_WORKER = getattr(signal, "SIGUSR1", None)                         # None on Windows, where a process cannot refuse to end
+
+
 class Progress:
     """One line that is rewritten on a terminal; a plain line every `interval` seconds in a log file.
 
@@ -91,8 +94,9 @@ class StopSignal:
     def __exit__(self, *exception):
         for number, handler in self.previous.items():
             signal.signal(number, handler)
-        for process in multiprocessing.active_children():             # loaders that an error left behind: they ignore SIGTERM, by which
-            process.kill()                                            # Python would end them at exit, and then wait for ever
+        for process in multiprocessing.active_children() if END_WORKER else ():      # loaders that an error left behind: they ignore
+            os.kill(process.pid, END_WORKER)                          # SIGTERM, by which Python would end them at exit, and wait for ever
+            process.join(timeout=5)
 
     def _receive(self, signum, frame):
         if signum == signal.SIGINT and self.requested:
@@ -107,6 +111,8 @@ def ignore_signals(worker_id):
     """DataLoader worker_init_fn: Ctrl-C reaches the workers too, but it is the loop that decides when they end."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if END_WORKER:
+        signal.signal(END_WORKER, lambda signum, frame: os._exit(0))  # any other end is a crash to torch, which raises in the loop
 
 
 def clock(seconds):

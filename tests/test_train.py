@@ -324,8 +324,9 @@ def test_weights_that_are_broken_already_leave_the_older_checkpoint(command, tmp
     assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand a page more"),
-                                   RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), MemoryError()])
+@pytest.mark.parametrize("error", [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB\nand a page more"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp:1] DefaultCPUAllocator: can't allocate memory"), MemoryError()])
 def test_out_of_memory_says_how_to_go_on(command, tmp_path, monkeypatch, capsys, error):
     forward, calls = minidamage.MODELS["damagenet"][0].forward, []
 
@@ -359,6 +360,7 @@ def test_pictures_that_go_away_during_a_run(command, data, tmp_path, monkeypatch
     assert f"python train.py --resume {only_run(tmp_path)}" in printed and "Traceback" not in printed
 
 
+@pytest.mark.filterwarnings("error::pytest.PytestUnraisableExceptionWarning")                     # a loader that torch takes for crashed
 def test_a_fault_of_the_code_is_not_dressed_up_and_leaves_no_process(command, monkeypatch):
     monkeypatch.setattr(train, "check_losses", lambda *arguments: exec("raise RuntimeError('mat1 and mat2 shapes cannot be multiplied')"))
     with pytest.raises(RuntimeError, match="mat1"):
