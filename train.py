@@ -365,14 +365,22 @@ def introduce(run):
     record = run.identity["run"]
     plain = type(run.model.config)()
     changed = [f"{name}={value}" for name, value in vars(run.model.config).items() if value != getattr(plain, name)]
+    if "resume" in vars(run.args):
+        print(f"resuming {run.folder} after epoch {run.state.epoch}, step {run.state.step}, of {run.recipe.epochs} epochs")
     print(f"{run.args.model}, {parameters / 1e6:.2f} M parameters, on {record['hardware']['gpu'] or record['hardware']['cpu']} "
           f"({record['hardware']['threads']} threads, kernels {record['kernels']['backend']}, amp {run.args.amp})")
     print(f"pictures: {', '.join(f'{name} {len(files)}' for name, files in run.identity['split'].items())} "
           "(train: what trains, val: what chooses, test: kept for evaluate.py)")
     whose = " of the demo set" if run.args.data == "demo" else ""
     print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
-    print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in dataclasses.asdict(run.recipe).items())}")
-    print(f"run folder: {run.folder}\n", flush=True)
+    print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in in_use(run.recipe).items())}")
+    print(f"run folder: {run.folder} (every field stands in its config.json)\n", flush=True)
+
+
+def in_use(recipe):
+    """{field: value} of the recipe, without what is off and what another choice leaves without effect."""
+    idle = (() if recipe.optimizer == "sgd" else ("momentum",)) + (() if recipe.schedule == "step" else ("milestones", "gamma"))
+    return {name: value for name, value in dataclasses.asdict(recipe).items() if value and name not in idle}
 
 
 def say_goodbye(run, seconds):
@@ -382,6 +390,8 @@ def say_goodbye(run, seconds):
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
     print(f"next:     python evaluate.py --checkpoint {checkpoint}\n"
           f"          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
+    if run.args.data == "demo":
+        print("note:     this model has seen drawings only; for real photographs, train on real ones (--data)")
     if run.unsaved:
         print(f"WARNING: not written, the disk was full: {', '.join(sorted(run.unsaved))}", file=sys.stderr)
 
@@ -411,9 +421,16 @@ def main(argv=None):
     """Exit code: 0 done, 1 stopped by an error in training, 2 a mistake in the command, 130 Ctrl-C, 143 SIGTERM."""
     try:
         run = set_up(parse_arguments(argv))
+        claim = run_folder.claim(run.folder)
     except (ValueError, OSError) as error:
         print(f"train.py: {error}", file=sys.stderr)
         return 2
+    with claim:
+        return perform(run)
+
+
+def perform(run):
+    """Trains a run from its set-up to its last words; returns main's exit code."""
     if "resume" not in vars(run.args) and not save(run, "last.pt", {}):       # a run killed in its first epoch resumes too,
         return 1                                                              # and a full disk shows now
     introduce(run)

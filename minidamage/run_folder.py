@@ -8,6 +8,7 @@
         val_predictions.png  validation pictures of the best epoch, truth beside prediction
         best.pt  last.pt     checkpoints (minidamage/checkpoint.py)
 """
+import contextlib
 import csv
 import json
 import os
@@ -37,6 +38,27 @@ def new_run_folder(out, model, data):
             return folder
         except FileExistsError:
             number += 1
+
+
+def claim(folder):
+    """Holds a run folder until it is closed (`with`), so that two trainings never write into one. ValueError where another process has it.
+
+    A lock of the operating system: it goes with its process, however that ends. Where there is none (Windows), nothing is held.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        return contextlib.nullcontext()
+    lock, held = os.open(folder, os.O_RDONLY), contextlib.ExitStack()
+    held.callback(os.close, lock)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        held.close()
+        raise ValueError(f"{folder}: another process is training this run; stop it first (Ctrl-C there), or start another run") from None
+    except OSError:                                           # some network disks have no locks
+        pass
+    return held
 
 
 def newest_run(out, file):

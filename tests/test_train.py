@@ -232,6 +232,16 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
+def test_two_trainings_never_write_into_one_run(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 1)) == 0
+    folder = only_run(tmp_path)
+    with run_folder.claim(folder):
+        assert train.main(["--resume", folder, "--epochs", "2"]) == 2
+        assert "another process is training this run" in capsys.readouterr().err
+    assert train.main(["--resume", folder, "--epochs", "2"]) == 0
+    assert f"resuming {folder} after epoch 1, step 0, of 2 epochs" in capsys.readouterr().out
+
+
 def start(arguments, tmp_path, program=(os.path.join(REPOSITORY, "train.py"),)):
     """train.py in a process of its own, past its first step."""
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
