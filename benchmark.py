@@ -440,8 +440,8 @@ def main():
     parser.add_argument("--json", metavar="FILE", help="also write the rows, the machine and the versions to FILE")
     args = parser.parse_args()
     if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit(f"benchmark.py: --device cuda: this machine has no GPU that torch {torch.__version__} can use; leave --device out, or install "
-                 "a CUDA build of torch (pytorch.org)")
+        sys.exit(f"benchmark.py: --device cuda: this machine has no GPU that torch {torch.__version__} can use; leave --device out, or "
+                 "install a CUDA build of torch (pytorch.org)")
     if args.threads:
         torch.set_num_threads(args.threads)
     table = Table(args)

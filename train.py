@@ -22,7 +22,7 @@ from minidamage.data import collate
 from minidamage.layers.detector import masks_in_form
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
-from minidamage.training import DEFAULTS, iou_types, set_up
+from minidamage.training import DEFAULTS, iou_types, is_out_of_memory, set_up, what_broke
 from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
@@ -394,27 +394,6 @@ def say_goodbye(run, seconds):
         print("note:     this model has seen drawings only; for real photographs, train on real ones (--data)")
     if run.unsaved:
         print(f"WARNING: not written, the disk was full: {', '.join(sorted(run.unsaved))}", file=sys.stderr)
-
-
-def is_out_of_memory(error):
-    """Of the GPU, of the machine, or of a process that loads pictures; torch has a type of its own for the first alone."""
-    signs = ("out of memory", "can't allocate memory", "not enough memory", "DataLoader worker (pid", "CUDNN_STATUS_ALLOC_FAILED")
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(sign in str(error) for sign in signs)
-
-
-def what_broke(error, run):
-    """Training ended by something that is not the model's fault: what, which checkpoint is good, and what to type."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    reason = lines[-1] if lines[0].startswith("Caught ") else lines[0]             # a worker's error comes with its traceback
-    memory_lacks, resume = is_out_of_memory(error), f"python train.py --resume {run.folder}"
-    config, args = run.model.config, run.args
-    less = [f"{resume} --workers 0"] * (args.workers > 0) + [f"{resume} --amp bf16"] * (args.amp == "off")
-    advice = [*less, f"a new run with smaller pictures or batches than its --size {config.min_size} --batch-size {run.recipe.batch_size}"]
-    if not memory_lacks:
-        advice = [f"python -m minidamage.data {args.data}   (what is wrong with the pictures)", f"{resume}   (once it is mended)"]
-    return (f"{'out of memory' if memory_lacks else 'training cannot go on'} in epoch {run.state.epoch + 1}, step {run.state.step + 1}: "
-            f"{reason}\n  saved  {run.path('last.pt')} is good: the run as it was last saved, after {run.state.epoch} epochs or later\n"
-            + "\n".join(f"  {'try ' if i == 0 else 'or  '}   {line}" for i, line in enumerate(advice)))
 
 
 def main(argv=None):

@@ -124,9 +124,9 @@ def check_op(name, device, reference, args):
 
 
 def main(argv=()):
-    argparse.ArgumentParser(prog="python -m minidamage.ops", description="The kernels' doctor: versions, compilers, cache folder; then every op "
-                            "on every device: what serves it, its largest difference from the reference, its time. Builds what is "
-                            "missing. Exit code 1: a kernel is wrong, or required and not there.").parse_args(argv)
+    argparse.ArgumentParser(prog="python -m minidamage.ops", description="The kernels' doctor: versions, compilers, cache folder; then "
+                            "every op on every device: what serves it, its largest difference from the reference, its time. Builds what "
+                            "is missing. Exit code 1: a kernel is wrong, or required and not there.").parse_args(argv)
     print_machine()
     print_libraries()
     print(f"\n{'op':32}{'device':6} {'served by':11}{'difference':>12}{'ms':>12}{'reference ms':>14}")
