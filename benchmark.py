@@ -101,6 +101,12 @@ class Table:
         if moved:
             cells.append(f"{row['GB/s']:.1f} GB/s = {100 * row['share_of_copy']:.0f}% of copy")
         print("  ".join(cells + [note] if note else cells), flush=True)
+        self.keep()
+
+    def keep(self):
+        """Writes the rows so far to --json: a run that is stopped has not been for nothing."""
+        if self.args.json:
+            write_json(self.args, self)
 
 
 def copy_bandwidth(device):
@@ -317,15 +323,19 @@ def benchmark_models(table):
             for which in ("ours", "torchvision"):
                 if which == "ours" or "torchvision" in row:
                     row[f"peak_MB_{which}"] = peak_memory(case, which)
+            table.keep()
             print(" " * 58, "peak MB", {k[8:]: round(v) for k, v in row.items() if k.startswith("peak_MB")}, flush=True)
 
 
 def peak_memory(case, which):
-    """Peak memory of two calls in a process of its own: resident set on a CPU (the imports included), allocator on a GPU. MB."""
-    code = (f"import benchmark, resource, torch; torch.set_num_threads({torch.get_num_threads()}); "
+    """Peak memory of two calls in a process of its own: resident set on a CPU (the imports included), allocator on a GPU. MB.
+
+    VmHWM and not getrusage: Linux hands a parent's largest resident set on to a child that it starts.
+    """
+    code = (f"import benchmark, re, torch; torch.set_num_threads({torch.get_num_threads()}); "
             f"call = benchmark.model_call(benchmark.{case!r}, {which!r}); call(); call(); "
             f"print(torch.cuda.max_memory_allocated() / 1e6 if {case.device!r} == 'cuda' else "
-            "resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3)")
+            "int(re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1]) / 1e3)")
     done = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(f"measuring memory failed: {done.stderr[-500:]}")
@@ -455,7 +465,7 @@ def main():
     if not table.rows:
         sys.exit(f"benchmark.py: --only {' '.join(args.only)}: no row's name holds that; run without --only to see the names")
     if args.json:
-        write_json(args, table)
+        print(f"wrote {args.json}")
 
 
 def write_json(args, table):
@@ -467,7 +477,6 @@ def write_json(args, table):
     beside.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), **environment(args.device), "peers": versions,
                                   "copy_GB/s": table.bandwidth, "rows": table.rows}, indent=1))
     beside.replace(path)
-    print(f"wrote {path}")
 
 
 if __name__ == "__main__":

@@ -166,28 +166,30 @@ def table_text(table):
 
 # The rows of the speed table that the README shows; results/speed.md has all of them.
 SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "paste_masks",
-         "maskrcnn_resnet50_fpn", "damagenet", "COCO", "data:")
+         "maskrcnn_resnet50_fpn", "damagenet", "COCO")
 
 
 def speed_text(shown=("",)):
-    """A Markdown table of results/benchmark.json (python benchmark.py --json): ours, each peer, and the ratio in paired runs."""
-    path = HERE / "benchmark.json"
-    if not path.exists():
-        return "not run: `python benchmark.py --json results/benchmark.json`"
-    measured = json.loads(path.read_text())
-    lines = ["| what | ours, ms | peer | peer, ms | ratio (smallest to largest of the pairs) |", "|---|--:|---|--:|--:|"]
-    for row in [row for row in measured["rows"] if any(words in row["name"] for words in shown)]:
+    """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, each peer, and the ratio in paired runs."""
+    files = [HERE / f"benchmark-{part}.json" for part in ("ops", "models", "eval")]
+    if not all(path.exists() for path in files):
+        return "not run: `for p in ops models eval; do python benchmark.py --$p --json results/benchmark-$p.json; done`"
+    measured = [json.loads(path.read_text()) for path in files]
+    lines = ["| what | ours, ms | peer | peer, ms | ratio (smallest to largest of the pairs) | peak MB, ours / peer |",
+             "|---|--:|---|--:|--:|--:|"]
+    for row in [row for run in measured for row in run["rows"] if any(words in row["name"] for words in shown)]:
         peers = [(name, value) for name, value in row.items() if isinstance(value, dict)] or [("", None)]
         for name, value in peers:
             cells = ["", "", ""]
             if value:
                 cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
-            lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + " |")
-    hardware = measured["hardware"]
-    versions = {"torch": measured["versions"]["torch"], **measured["peers"]}
-    lines.append(f"\n`{measured['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
-                 f"{measured['copy_GB/s']:.0f} GB/s, "
-                 + ", ".join(f"{name} {version}" for name, version in versions.items()) + ".")
+            peak = " / ".join(f"{row[key]:.0f}" for key in ("peak_MB_ours", "peak_MB_torchvision") if key in row)
+            lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + f" | {peak} |")
+    for run in measured:
+        hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
+        lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
+                     f"{run['copy_GB/s']:.0f} GB/s, " + ", ".join(f"{name} {version}" for name, version in versions.items())
+                     + f", commit {(run['commit'] or '')[:7]}.")
     return "\n".join(lines)
 
 
