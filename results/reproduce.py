@@ -141,6 +141,12 @@ def look_up(numbers, path):
     return value.get(rest) if isinstance(value, dict) and rest else value
 
 
+def short(commit):
+    """Seven digits of a commit, and still whether the tree differed from it."""
+    digits, changes, _ = commit.partition("+")
+    return f"{digits[:7]}{' with uncommitted changes' if changes else ''}"
+
+
 def table_text(table):
     """A Markdown table of all rows of a table, runs that are missing marked as such, and what the numbers were made with."""
     lines = ["| row | seed | " + " | ".join(COLUMNS) + " | command |", "|---|--:|" + "--:|" * len(COLUMNS) + "---|"]
@@ -157,7 +163,7 @@ def table_text(table):
             values = [look_up(numbers, path) for path in COLUMNS.values()]
             cells = ["-" if value is None else f"{value:.3f}" for value in values]
             lines.append(f"| {row} | {summary['run']['seed']} | " + " | ".join(cells) + f" | {command} |")
-            commits = ", ".join(commit[:7] for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
+            commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
             hardware = summary["run"]["hardware"]
             where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
             made_with[f"{numbers['pictures']} test pictures; {where}; torch {summary['run']['versions']['torch']}; commit {commits}"] = None
@@ -189,7 +195,7 @@ def speed_text(shown=("",)):
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
         lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
                      f"{run['copy_GB/s']:.0f} GB/s, " + ", ".join(f"{name} {version}" for name, version in versions.items())
-                     + f", commit {(run['commit'] or '')[:7]}.")
+                     + f", commit {short(run['commit'] or 'unknown')}.")
     return "\n".join(lines)
 
 
