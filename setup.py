@@ -14,5 +14,5 @@ setup(
     extras_require={"test": ["pytest"]},
     packages=[*PACKAGES, "minidamage.csrc"],
     package_dir={"minidamage": "minidamage", "minidamage.csrc": "csrc"},
-    package_data={"minidamage.csrc": ["*.h", "*.cpp", "cpu/*.cpp", "cuda/*.cu"]},
+    package_data={"minidamage.csrc": ["*.h", "*.cpp", "bindings/*.cpp", "cpu/*.cpp", "cuda/*.cu"]},
 )

@@ -1,6 +1,6 @@
 // What every kernel file shares: the same source compiled by nvcc for the GPU, by g++ for the CPU kernels, and by g++ with
 // cuda_on_cpu.h for tests that run the .cu files without a GPU. No torch header here or in any kernel file: each compiles
-// in about a second. bindings.cpp alone knows tensors.
+// in about a second. csrc/bindings/ alone knows tensors.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -39,7 +39,7 @@
 
 namespace minidamage {
 
-// The element type of a tensor handed to a launcher as void*; the same order in bindings.cpp.
+// The element type of a tensor handed to a launcher as void*; dtype_of() of tensors.h maps to it.
 enum class DType : int { float32, float64, float16, bfloat16 };
 
 MD_HD constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }

@@ -1,5 +1,5 @@
 // Greedy non-maximum suppression (minidamage/ops/nms.py says what it computes and holds the readable reference).
-// Here: the pair test, written once for both machines, and what bindings.cpp calls.
+// Here: the pair test, written once for both machines, and what the bindings call.
 #pragma once
 #include <vector>
 

@@ -51,7 +51,7 @@ def test_every_op_has_a_cuda_kernel():
     _extension.load_emulated()
     missing = [name for name in _extension._SCHEMAS
                if not torch._C._dispatch_has_kernel_for_dispatch_key(f"minidamage_emulated::{name}", "CPU")]
-    assert not missing, f"no CUDA kernel in bindings.cpp for {missing}"
+    assert not missing, f"no CUDA kernel in csrc/bindings for {missing}"
 
 
 def test_errors_reach_python():
