@@ -1,10 +1,11 @@
-"""ResNet-18, 34, 50 and 101 (He et al. 2016, arXiv:1512.03385): the body of the detectors, with torchvision's parameter names.
+"""ResNet-18, 34, 50 and 101 (He et al. 2016, arXiv:1512.03385): the body of the detectors and segmenters, with torchvision's
+parameter names.
 
 The stride of a bottleneck sits in its 3x3 convolution (as in torchvision, "v1.5"; the paper has it in the first 1x1).
 
 What differs from torchvision is how a normalisation that is not learning its statistics runs: it is an affine map a channel,
 so it is folded into the convolution before it, conv(x, w * scale, bias), which gives the same numbers and the same gradients
-and saves two passes over every feature map. The parameters and their names stay as they are in the file.
+and saves two passes over every feature map (see `conv_norm`). The parameters and their names stay as they are in the file.
 
 Read first: nothing. Read next: fpn.py.
 """
@@ -24,10 +25,14 @@ class ResNet(nn.Module):
     num_classes: with it, the classifier `fc` of the published weights exists and the output is logits [N, num_classes];
     without it the output is the list of feature maps c2..c5, [N, C, H / 2**l, W / 2**l] for level l.
     with_layer4: False leaves the last stage out, and c4 (stride 16) is the coarsest map.
+    output_stride: 32, or 16 or 8: the last one or two stages then keep the size, and their 3x3 convolutions are dilated 2 and 4 times
+    in place of the strides (Chen et al. 2017, arXiv:1706.05587). dilate_first: whether a stage's first block, which had the stride, is
+    dilated as the rest of its stage (segmentation_models.pytorch) or as the stage before (torchvision).
     Raises ValueError for an unknown name or norm.
     """
 
-    def __init__(self, name="resnet50", norm="batch", frozen_stages=0, num_classes=None, with_layer4=True):
+    def __init__(self, name="resnet50", norm="batch", frozen_stages=0, num_classes=None, with_layer4=True, output_stride=32,
+                 dilate_first=False):
         super().__init__()
         if name not in LAYERS:
             raise ValueError(f"body: expected one of {', '.join(LAYERS)}, got {name!r}")
@@ -35,14 +40,17 @@ class ResNet(nn.Module):
             raise ValueError(f"norm: expected one of {', '.join(NORMS)}, got {norm!r}")
         if not 0 <= frozen_stages <= 5:
             raise ValueError(f"frozen_stages: expected 0 (train everything) to 5 (stem and layer1..4 frozen), got {frozen_stages}")
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
         block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
         depth, grow = LAYERS[name], block.expansion
         self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(norm, 64)
-        self.layer1 = make_stage(block, 64, 64, depth[0], 1, norm)
-        self.layer2 = make_stage(block, 64 * grow, 128, depth[1], 2, norm)
-        self.layer3 = make_stage(block, 128 * grow, 256, depth[2], 2, norm)
-        self.layer4 = make_stage(block, 256 * grow, 512, depth[3], 2, norm) if with_layer4 else None
+        plan2, plan3, plan4 = stage_plans(output_stride, dilate_first)
+        self.layer1 = make_stage(block, 64, 64, depth[0], norm)
+        self.layer2 = make_stage(block, 64 * grow, 128, depth[1], norm, *plan2)
+        self.layer3 = make_stage(block, 128 * grow, 256, depth[2], norm, *plan3)
+        self.layer4 = make_stage(block, 256 * grow, 512, depth[3], norm, *plan4) if with_layer4 else None
         self.out_channels = [width * grow for width in (64, 128, 256, 512)][:len(self.stages())]
         self.fc = nn.Linear(self.out_channels[-1], num_classes) if num_classes else None
         self.init_weights(norm)
@@ -52,13 +60,29 @@ class ResNet(nn.Module):
 
     def forward(self, x):
         """x: [N, 3, H, W] float, normalised. Returns [c2, c3, c4, c5], or logits where there is a classifier."""
-        x = F.max_pool2d(conv_norm(x, self.conv1, self.bn1, relu=True), kernel_size=3, stride=2, padding=1)
+        features = self.residual_stages(self.pool(self.stem(x)))
+        if self.fc is not None:
+            return self.fc(features[-1].mean((2, 3)))
+        return features
+
+    def maps(self, x, levels=5):
+        """The first `levels` of [c1, c2, c3, c4, c5], as the segmenters need them: c1 [N, 64, H / 2, W / 2] is the stem's, before
+        the pooling. The stages above are not run."""
+        c1 = self.stem(x)
+        return [c1, *self.residual_stages(self.pool(c1), levels - 1)]
+
+    def stem(self, x):
+        return conv_norm(x, self.conv1, self.bn1, relu=True)
+
+    def pool(self, c1):
+        return F.max_pool2d(c1, kernel_size=3, stride=2, padding=1)
+
+    def residual_stages(self, x, count=4):
+        """The first `count` of [c2, c3, c4, c5] from the pooled stem."""
         features = []
-        for stage in self.stages():
+        for stage in self.stages()[:count]:
             x = stage(x)
             features.append(x)
-        if self.fc is not None:
-            return self.fc(x.mean((2, 3)))
         return features
 
     def train(self, mode=True):
@@ -85,10 +109,19 @@ class ResNet(nn.Module):
         return [module for stage in stem_and_stages[:self.frozen_stages] for module in stage]
 
 
-def make_stage(block, in_channels, width, depth, stride, norm):
+def stage_plans(output_stride, dilate_first):
+    """(stride, dilation of the first block, dilation of the others) of layer2, layer3 and layer4."""
+    plans, dilation = [], 1
+    for stage_stride in (8, 16, 32):                                  # of the maps, undilated
+        before, dilation = dilation, max(1, stage_stride // output_stride)
+        plans.append((1 if stage_stride > output_stride else 2, dilation if dilate_first else before, dilation))
+    return plans
+
+
+def make_stage(block, in_channels, width, depth, norm, stride=1, first_dilation=1, dilation=1):
     """`depth` residual blocks; the first one changes size and channels."""
-    first = block(in_channels, width, stride, norm)
-    return nn.Sequential(first, *(block(width * block.expansion, width, 1, norm) for _ in range(depth - 1)))
+    first = block(in_channels, width, stride, norm, first_dilation)
+    return nn.Sequential(first, *(block(width * block.expansion, width, 1, norm, dilation) for _ in range(depth - 1)))
 
 
 class BasicBlock(nn.Module):
@@ -96,11 +129,11 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, in_channels, width, stride, norm):
+    def __init__(self, in_channels, width, stride, norm, dilation=1):
         super().__init__()
-        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=1, bias=False)
+        self.conv1 = nn.Conv2d(in_channels, width, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
         self.bn1 = make_norm(norm, width)
-        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = make_norm(norm, width)
         self.downsample = make_shortcut(in_channels, width, stride, norm)
 
@@ -115,11 +148,11 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, in_channels, width, stride, norm):
+    def __init__(self, in_channels, width, stride, norm, dilation=1):
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, width, 1, bias=False)
         self.bn1 = make_norm(norm, width)
-        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=1, bias=False)
+        self.conv2 = nn.Conv2d(width, width, 3, stride=stride, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = make_norm(norm, width)
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = make_norm(norm, 4 * width)
