@@ -6,7 +6,6 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from torch.nn import functional as F
 
 from minidamage.layers.resnet import FrozenBatchNorm2d, ResNet, conv_norm, load_body
 
@@ -62,25 +61,54 @@ def test_feature_maps_have_strides_4_to_32(name, channels):
 
 
 @pytest.mark.parametrize("kind", ["frozen", "evaluation"])
-def test_folded_norm_equals_batch_norm_in_values_and_gradients(kind):
+@pytest.mark.parametrize("size, bias", [((9, 8), False), ((19, 16), False), ((19, 16), True)], ids=["not_folded", "folded", "with_bias"])
+def test_constant_norm_equals_batch_norm_in_values_and_gradients(kind, size, bias):
     generator = torch.Generator().manual_seed(0)
     def rand(*shape):
         return torch.rand(shape, generator=generator, dtype=torch.float64)
-    conv = torch.nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=False).double()
+    conv = torch.nn.Conv2d(5, 7, 3, stride=2, padding=1, bias=bias).double()
     norm = (FrozenBatchNorm2d(7) if kind == "frozen" else torch.nn.BatchNorm2d(7).eval()).double()
     for key, value in norm.state_dict().items():
         if value.is_floating_point():
             value.copy_(rand(7) + 0.5)
-    x = rand(2, 5, 9, 8).requires_grad_()
-    go = rand(2, 7, 5, 4)
-    leaves = [x, conv.weight] + ([norm.weight, norm.bias] if kind == "evaluation" else [])
-    plain = F.batch_norm(conv(x), norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps).relu()
+    x = rand(2, 5, *size).requires_grad_()
+    leaves = [x, *conv.parameters()] + ([norm.weight, norm.bias] if kind == "evaluation" else [])
+    y = conv(x)
+    shape = (1, -1, 1, 1)
+    plain = ((y - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt() * norm.weight.view(shape)
+             + norm.bias.view(shape)).relu()
+    go = rand(*plain.shape)
     want = torch.autograd.grad((plain * go).sum(), leaves)
-    folded = conv_norm(x, conv, norm, relu=True)
-    got = torch.autograd.grad((folded * go).sum(), leaves)
-    torch.testing.assert_close(folded, plain)
+    got_value = conv_norm(x, conv, norm, relu=True)
+    got = torch.autograd.grad((got_value * go).sum(), leaves)
+    torch.testing.assert_close(got_value, plain)
     for a, b in zip(got, want):
         torch.testing.assert_close(a, b)
+
+
+def test_a_norm_that_meets_one_value_a_channel_uses_its_running_statistics():
+    conv, norm = torch.nn.Conv2d(3, 4, 1), torch.nn.BatchNorm2d(4).train()
+    norm.running_mean.fill_(0.5)
+    norm.running_var.fill_(4.0)
+    x = torch.randn(1, 3, 1, 1)
+    torch.testing.assert_close(conv_norm(x, conv, norm), (conv(x) - 0.5) / (4.0 + norm.eps) ** 0.5)
+    assert norm.running_mean.eq(0.5).all()
+    with pytest.raises(ValueError, match="more than 1 value"):
+        norm(conv(x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("output_stride, dilate_first, sizes, dilations", [
+    (32, False, [32, 16, 8, 4, 2], [1, 1, 1, 1]), (16, True, [32, 16, 8, 4, 4], [1, 1, 2, 2]),
+    (8, True, [32, 16, 8, 8, 8], [2, 2, 4, 4]), (8, False, [32, 16, 8, 8, 8], [1, 2, 2, 4])])
+def test_dilation_in_place_of_strides(name, output_stride, dilate_first, sizes, dilations):
+    """dilations: of the 3x3 convolution of layer3's first and second block, then of layer4's."""
+    model = ResNet(name, output_stride=output_stride, dilate_first=dilate_first).eval()
+    maps = model.maps(torch.zeros(1, 3, 64, 64))
+    assert [m.shape[-1] for m in maps] == sizes
+    assert [stage[i].conv2.dilation[0] for stage in (model.layer3, model.layer4) for i in (0, 1)] == dilations
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in ResNet(name).state_dict().items()}
+    assert len(model.maps(torch.zeros(1, 3, 64, 64), levels=3)) == 3
 
 
 def test_training_batch_norm_learns_statistics_and_frozen_stages_do_not():
@@ -152,3 +180,5 @@ def test_unknown_names_are_refused():
         ResNet("resnet19")
     with pytest.raises(ValueError, match="expected one of batch, frozen, group"):
         ResNet("resnet18", norm="layer")
+    with pytest.raises(ValueError, match="expected 8, 16 or 32, got 4"):
+        ResNet("resnet18", output_stride=4)

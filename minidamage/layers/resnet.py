@@ -212,14 +212,32 @@ def affine_of(norm):
 
 
 def conv_norm(x, conv, norm, relu=False):
-    """norm(conv(x)), optionally through ReLU: folded into one convolution where the norm's statistics are constants."""
+    """norm(conv(x)), optionally through ReLU. norm: BatchNorm2d, FrozenBatchNorm2d or GroupNorm.
+
+    Where the norm's statistics are constants and the weights are no larger than the map that comes out, both are folded into one
+    convolution; larger weights (deep stages of small pictures) cost more to scale than the map does.
+    """
     constant = isinstance(norm, FrozenBatchNorm2d) or (isinstance(norm, nn.BatchNorm2d) and not norm.training)
-    if constant:
+    positions = x.shape[0] * x.shape[2] * x.shape[3] // (conv.stride[0] * conv.stride[1])             # of the map that comes out
+    if constant and conv.weight[0].numel() <= positions:
         scale, shift = affine_of(norm)
+        if conv.bias is not None:
+            shift = shift + conv.bias * scale
         out = F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), shift, conv.stride, conv.padding, conv.dilation, conv.groups)
     else:
-        out = norm(conv(x))
+        out = conv(x)
+        out = normalise_as_constant(out, norm) if constant or is_one_value(out, norm) else norm(out)
     return out.relu_() if relu else out          # in place: no backward above needs the values before the ReLU
+
+
+def is_one_value(x, norm):
+    """Whether batch normalisation would meet a single value a channel, which has no variance: one picture, pooled to 1 x 1."""
+    return isinstance(norm, nn.BatchNorm2d) and x.shape[0] * x.shape[2] * x.shape[3] == 1
+
+
+def normalise_as_constant(x, norm):
+    """The norm with its running statistics, in training too."""
+    return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, False, 0.0, norm.eps)
 
 
 def load_body(model, path):
