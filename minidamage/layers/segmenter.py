@@ -19,9 +19,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from minidamage.layers.detector import IMAGE_MEAN, IMAGE_STD
+from minidamage.layers.segmentation_losses import CLASS_WEIGHTS, IGNORE, segmentation_losses
 
-IGNORE = 255                # label of pixels that neither train nor count
-CLASS_WEIGHTS = ("none", "inverse")
 RESOLUTIONS = ("native", "model")
 
 
@@ -92,8 +91,7 @@ class Segmenter(nn.Module):
 
     def losses_of(self, logits, label_maps):
         """logits: [N, C, H, W]; label_maps: [N, H, W] int64. A model with more outputs than one overrides `losses`."""
-        from minidamage.layers.segmentation_losses import segmentation_losses
-        return segmentation_losses(logits.float(), label_maps, self.config)
+        return segmentation_losses(logits, label_maps, self.config)
 
     @torch.no_grad()
     def probabilities(self, images, at="native"):
@@ -122,10 +120,14 @@ class Segmenter(nn.Module):
         return [[image] for image in images]
 
     def logits_at_model_size(self, images):
-        side = self.config.image_size
-        resized = [resize_picture(image.to(self.image_mean.device, non_blocking=True), (side, side)) if side else image for image in images]
-        batch, size = self.batch(resized)
+        batch, size = self.batch_at_model_size(images)
         return crop(self.logits(batch), size)
+
+    def batch_at_model_size(self, images):
+        """`batch` of the pictures resized to config.image_size."""
+        side = self.config.image_size
+        return self.batch([resize_picture(image.to(self.image_mean.device, non_blocking=True), (side, side)) if side else image
+                           for image in images])
 
     @torch.no_grad()
     def losses_and_probabilities(self, images, targets):
