@@ -1,5 +1,5 @@
-// The Python face (pybind11, no torch) of run-length masks, their shapes, and COCO matching. Rules: rle.h, mask_shapes.h, coco_match.h.
-// masks.py and metrics/coco.py call these functions and check the user's input first; what protects memory is checked again here.
+// The Python face (pybind11, no torch) of run-length masks, their shapes, distances and skeletons, and COCO matching. Rules: rle.h,
+// mask_shapes.h, skeleton.h, coco_match.h. masks.py, skeleton.py and metrics/coco.py call these functions and check the user's input first; what protects memory is checked again here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -7,6 +7,7 @@
 #include "coco_match.h"
 #include "mask_shapes.h"
 #include "rle.h"
+#include "skeleton.h"
 
 namespace py = pybind11;
 using namespace minidamage;
@@ -233,6 +234,50 @@ static py::list trace(const Array<uint8_t>& mask) {
     return out;
 }
 
+// ---- distances and skeletons -------------------------------------------------------------------------------------------------------
+
+static const uint8_t* checked_mask(const Array<uint8_t>& mask) {
+    expect(mask.ndim() == 2, "expected a mask [H, W]");
+    pixel_count(mask.shape(0), mask.shape(1));
+    check_sides(mask.shape(0), mask.shape(1));
+    return mask.data();
+}
+
+static py::array_t<int32_t> squared_distances(const Array<uint8_t>& mask) {
+    const uint8_t* data = checked_mask(mask);
+    const int64_t H = mask.shape(0), W = mask.shape(1);
+    py::array_t<int32_t> out({H, W});
+    int32_t* squared = out.mutable_data();
+    py::gil_scoped_release release;
+    nearest_sites(data, H, W, [=](int64_t y, int64_t x, int64_t row, int64_t column) {
+        squared[y * W + x] = row < 0 ? INT32_MAX : static_cast<int32_t>((y - row) * (y - row) + (x - column) * (x - column));
+    });
+    return out;
+}
+
+static py::array_t<int32_t> nearest_pixels(const Array<uint8_t>& mask) {
+    const uint8_t* data = checked_mask(mask);
+    const int64_t H = mask.shape(0), W = mask.shape(1);
+    py::array_t<int32_t> out({H, W});
+    int32_t* nearest = out.mutable_data();
+    py::gil_scoped_release release;
+    nearest_sites(data, H, W, [=](int64_t y, int64_t x, int64_t row, int64_t column) {
+        nearest[y * W + x] = row < 0 ? -1 : static_cast<int32_t>(row * W + column);
+    });
+    return out;
+}
+
+static py::array_t<uint8_t> thinned(const Array<uint8_t>& mask) {
+    const uint8_t* data = checked_mask(mask);
+    const int64_t H = mask.shape(0), W = mask.shape(1);
+    py::array_t<uint8_t> out({H, W});
+    uint8_t* pixels = out.mutable_data();
+    py::gil_scoped_release release;
+    for (int64_t i = 0; i < H * W; i++) pixels[i] = data[i] != 0;
+    thin(pixels, H, W);
+    return out;
+}
+
 // ---- COCO matching ---------------------------------------------------------------------------------------------------------------
 
 // The arrays of one side of the comparison, kept alive beside the plain pointers that the matcher reads.
@@ -301,7 +346,7 @@ static py::dict evaluate(const py::dict& truths, const py::dict& detections, int
 }
 
 PYBIND11_MODULE(evaluation, m) {
-    m.doc() = "Run-length masks, their shapes, and COCO matching: the C++ behind minidamage.masks and minidamage.metrics.";
+    m.doc() = "Run-length masks, their shapes and skeletons, and COCO matching: the C++ behind minidamage.masks and minidamage.metrics.";
     m.def("encode", &encode);
     m.def("decode", &decode);
     m.def("compress", &compress_runs);
@@ -316,5 +361,8 @@ PYBIND11_MODULE(evaluation, m) {
     m.def("remove_islands_dense", &remove_islands_dense);
     m.def("components", &components);
     m.def("trace", &trace);
+    m.def("squared_distances", &squared_distances);
+    m.def("nearest_pixels", &nearest_pixels);
+    m.def("thin", &thinned);
     m.def("evaluate", &evaluate);
 }

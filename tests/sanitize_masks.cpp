@@ -1,10 +1,11 @@
-// Random masks, polygons and detections through csrc/rle.h, mask_shapes.h and coco_match.h, built with ASan and UBSan by
+// Random masks, polygons and detections through csrc/rle.h, mask_shapes.h, skeleton.h and coco_match.h, built with ASan and UBSan by
 // test_sanitizers.py. Results are checked against the plainest definition; the sanitizers look for what a wrong index would touch.
 #include <cstdio>
 #include <random>
 
 #include "coco_match.h"
 #include "mask_shapes.h"
+#include "skeleton.h"
 
 using namespace minidamage;
 
@@ -45,6 +46,33 @@ static void masks_of_any_size() {
         std::vector<uint32_t> toggles;
         for (Ring& ring : trace_rings(mask.data(), H, W)) column_crossings(ring.xy.data(), ring.xy.size() / 2, H, W, toggles);
         check(bounds_of_toggles(toggles, pixel_count(H, W)) == bounds, "outlines");
+    }
+}
+
+static void distances_and_skeletons() {
+    for (int round = 0; round < 300; round++) {
+        const int64_t H = number(0, 30), W = number(0, 30);
+        std::vector<uint8_t> mask = random_mask(H, W, number(0, 10)), line = mask;
+        std::vector<int64_t> nearest(H * W, -2);
+        nearest_sites(mask.data(), H, W, [&](int64_t y, int64_t x, int64_t row, int64_t column) {
+            nearest[y * W + x] = row < 0 ? INT64_MAX : (y - row) * (y - row) + (x - column) * (x - column);
+            check(row < 0 || mask[row * W + column], "a site is a set pixel");
+        });
+        for (int64_t at = 0; at < H * W; at++) {
+            int64_t smallest = INT64_MAX;
+            for (int64_t other = 0; other < H * W; other++)
+                if (mask[other]) {
+                    const int64_t dy = at / W - other / W, dx = at % W - other % W;
+                    smallest = std::min(smallest, dy * dy + dx * dx);
+                }
+            check(nearest[at] == smallest, "the nearest of all");
+        }
+        thin(line.data(), H, W);
+        std::vector<int32_t> labels(H * W, 0);
+        const int32_t pieces = label_components(mask.data(), H, W, 8, labels.data());
+        std::fill(labels.begin(), labels.end(), 0);
+        check(label_components(line.data(), H, W, 8, labels.data()) == pieces, "thinning keeps every piece");
+        for (int64_t at = 0; at < H * W; at++) check(line[at] <= mask[at], "thinning adds nothing");
     }
 }
 
@@ -113,6 +141,7 @@ static void matching(bool with_masks) {
 
 int main() {
     masks_of_any_size();
+    distances_and_skeletons();
     polygons_far_outside();
     broken_texts();
     matching(false);
