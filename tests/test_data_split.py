@@ -115,6 +115,20 @@ def test_near_duplicates_are_found_and_others_are_not(copies):
     assert sum(any(r.file == str(copies[0]) for r in p) and any("mirrored" in r.file for r in p) for p in parts.values()) == 1
 
 
+def test_textures_under_one_lamp_are_no_copies(tmp_path):
+    """A gradient over noise: the hash sees the gradient alone, the detail tells the pictures apart and finds the re-saved one."""
+    gradient = np.broadcast_to(np.linspace(0, 120, 128), (96, 128)) + 60
+    files = []
+    for i in range(6):
+        noise = np.random.default_rng(i).normal(0, 12, (96, 128))
+        Image.fromarray(np.clip(gradient + noise, 0, 255).astype(np.uint8)).save(tmp_path / f"{i}.png")
+        files.append(tmp_path / f"{i}.png")
+    Image.open(files[2]).save(tmp_path / "copy.jpg", quality=80)
+    files.append(tmp_path / "copy.jpg")
+    assert len(duplicates.near_pairs(duplicates.picture_hashes(files))) > 10
+    assert [pair[:2] for pair in duplicates.near_copies(files)] == [(2, 6)]
+
+
 def test_pairs_equal_a_plain_loop():
     rng = np.random.default_rng(0)
     hashes = [rng.random(256) < 0.5 for _ in range(60)]

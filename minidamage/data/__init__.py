@@ -8,7 +8,7 @@ import os
 
 import numpy as np
 
-from minidamage.data import coco, vehide, via
+from minidamage.data import coco, vehide, via, voc
 from minidamage.data.dataset import DetectionDataset, collate, limit
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import read_image
@@ -17,19 +17,21 @@ from minidamage.data.record import Dataset, Record, class_counts, problem_kinds,
 __all__ = ["load_dataset", "read_image", "DetectionDataset", "collate", "limit", "Dataset", "Record", "summary", "class_counts",
            "problem_kinds", "LAYOUTS"]
 
-# Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=) -> Dataset; a new format
-# is one file, which turns what its annotations say into objects.RawObject, and one row here.
+# Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=, voc_boxes=) -> Dataset; a
+# new format is one file, which turns what its annotations say into objects.RawObject, and one row here.
 LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
            ("COCO JSON", coco),
-           ("VGG Image Annotator 1 or 2", via))
+           ("VGG Image Annotator 1 or 2", via),
+           ("Pascal VOC XML", voc))
 
 
-def load_dataset(path, images=None, attribute=None, class_names=None, quiet=False):
+def load_dataset(path, images=None, attribute=None, class_names=None, quiet=False, voc_boxes="pixels"):
     """Reads a data set, whatever its layout, and prints what it took with the class-id map.
 
     path: folder or annotation file. images: folder of the pictures, where the annotation file does not say it.
     attribute: VIA only, the region attribute with the class. class_names: labels follow this list (a checkpoint's), so that
     a set with fewer classes, or in another order, fits the model. quiet: print nothing (`summary(dataset)` returns the text).
+    voc_boxes: Pascal VOC only, "pixels" (numbers of pixels from 1, as VOC has them) | "corners" (coordinates as they stand).
 
     Bad objects and pictures are dropped, clipped or kept as Dataset.problems says, one line each. Raises ValueError for a path
     that is missing or in no known layout, an unknown class name (listing the known), broken JSON and a set without pictures.
@@ -45,7 +47,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         raise ValueError(f"{path}: no known annotation layout found. Known: {known}. Give the folder that holds the annotation "
                          "file, or the file itself")
     try:
-        dataset = layout.read(path, images=images, attribute=attribute)
+        dataset = layout.read(path, images=images, attribute=attribute, voc_boxes=voc_boxes)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         name = layout.__name__.rsplit(".", 1)[-1]
         raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "

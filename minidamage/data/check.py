@@ -170,7 +170,7 @@ def _copies(everything):
         by_digest[duplicates.content_digest(file)].append(i)
     pairs = {(i, j): "the same bytes" for same in by_digest.values() for k, i in enumerate(same) for j in same[k + 1:]}
     exact = len(pairs)
-    for i, j, bits in duplicates.near_pairs(duplicates.picture_hashes(files)):
+    for i, j, bits in duplicates.near_copies(files):
         pairs.setdefault((i, j), f"{bits} of {duplicates.HASH_BITS} bits differ")
     line = lambda i, j: f"{parts[i]}/{os.path.basename(files[i])} = {parts[j]}/{os.path.basename(files[j])} ({pairs[i, j]})"
     across = [line(i, j) for i, j in sorted(pairs) if parts[i] != parts[j]]

@@ -38,6 +38,7 @@ class Dataset:
     parts: dict[str, list[Record]]            # "all", or the parts that the layout itself has: "train", "val", "test"
     problems: list[str]                       # one line a bad record: "<file>[, annotation <id>]: <what>; <what was done>"
     notes: list[str] = dataclasses.field(default_factory=list)     # what the reader decided: names joined, keys chosen, ...
+    test_share: float = 0.0                   # where the files name no test part: the share that the set's papers report on; 0: not known
 
 
 def class_counts(records, num_names):

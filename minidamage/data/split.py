@@ -19,7 +19,8 @@ def three_parts(dataset, fractions=None, seed=0):
     """{"train": [...], "val": [...], "test": [...]} of Records.
 
     fractions: None follows the parts that the set has: all three are kept; train + val halves val by group into val and
-    test; train + test takes a seeded tenth of train, by group, as val; anything else is split 70/15/15. Three numbers
+    test; train + test takes a seeded tenth of train, by group, as val; a set without parts whose papers report on a share of it
+    (Dataset.test_share) is split so first; anything else is split 70/15/15. Three numbers
     (`--split 70/15/15`) pool everything and split by group. Raises ValueError where a part would be empty.
     """
     have = {name: records for name, records in dataset.parts.items() if records}
@@ -28,6 +29,8 @@ def three_parts(dataset, fractions=None, seed=0):
     if fractions is None and set(have) == {"train", "val"}:
         halves = split_records(have["val"], (0.5, 0.5), seed, names=("val", "test"))
         return {"train": list(have["train"]), **halves}
+    if fractions is None and set(have) == {"all"} and dataset.test_share:
+        have = split_records(_pool(have), (1 - dataset.test_share, dataset.test_share), seed, names=("train", "test"))
     if fractions is None and set(have) == {"train", "test"}:
         parts = split_records(have["train"], (1 - CHOOSING_SHARE, CHOOSING_SHARE), seed, names=("train", "val"))
         return {**parts, "test": list(have["test"])}
