@@ -9,13 +9,15 @@ import dataclasses
 import difflib
 
 from minidamage import config as _config
-from minidamage.models import damagenet, mask_rcnn
+from minidamage.models import context_cracknet, damagenet, mask_rcnn
 
 # name: (model class, config class, the paper's recipe, the changes that `--data demo` makes)
 MODELS = {
     "damagenet": (damagenet.DamageNet, damagenet.DamageNetConfig, damagenet.RECIPE, damagenet.DEMO),
     "maskrcnn_resnet50_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNConfig, mask_rcnn.RECIPE, mask_rcnn.DEMO),
     "maskrcnn_resnet101_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNResNet101Config, mask_rcnn.RECIPE_RESNET101, mask_rcnn.DEMO),
+    "context_cracknet": (context_cracknet.ContextCrackNet, context_cracknet.ContextCrackNetConfig, context_cracknet.RECIPE,
+                         context_cracknet.DEMO),
 }
 
 

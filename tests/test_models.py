@@ -1,4 +1,4 @@
-"""One row a model: its size, its task, that it trains, detects and travels through its config. A new model adds its row."""
+"""One row a model: its size, its task, that it trains, predicts and travels through its config. A new model adds its row."""
 import dataclasses
 
 import pytest
@@ -16,13 +16,19 @@ ROWS = [
     ("maskrcnn_resnet101_fpn", 91, 63_341_297),
     ("damagenet", 4, 53_370_359),
 ]
+# segmenters: name, classes + 1, parameters, and the fields that make it small
+SEGMENTERS = [
+    ("context_cracknet", 2, 82_050_597, dict(body="resnet18", image_size=96, sequence_size=96, attention_rank=8, attention_heads=2,
+                                             feed_forward=16)),
+]
+SMALL_FIELDS = {**{name: SMALL for name, *_ in ROWS}, **{name: small for name, _, _, small in SEGMENTERS}}
 
 
 def test_every_model_has_its_row():
-    assert {name for name, *_ in ROWS} == set(minidamage.MODELS)
+    assert set(SMALL_FIELDS) == set(minidamage.MODELS)
 
 
-@pytest.mark.parametrize("name, num_classes, params", ROWS)
+@pytest.mark.parametrize("name, num_classes, params", [*ROWS, *(row[:3] for row in SEGMENTERS)])
 def test_size_and_contract(name, num_classes, params):
     model = minidamage.build_model(name, num_classes=num_classes)
     assert sum(p.numel() for p in model.parameters()) == params
@@ -33,23 +39,35 @@ def test_size_and_contract(name, num_classes, params):
     assert dataclasses.replace(model.config, **demo["config"]) != model.config
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in ROWS])
+def pictures_for(model):
+    """(images, targets) of the model's task; a segmenter's are of one size, with a label map."""
+    images, targets = two_pictures()
+    if model.task == "detection":
+        return images, targets
+    size = tuple(min(sides) for sides in zip(*(image.shape[-2:] for image in images)))
+    images = [image[:, :size[0], :size[1]] for image in images]
+    labels = [(target["masks"] * target["labels"].view(-1, 1, 1).to(torch.uint8)).amax(0) for target in targets]
+    return images, [{"label_map": label[:size[0], :size[1]]} for label in labels]
+
+
+@pytest.mark.parametrize("name", SMALL_FIELDS)
 def test_config_rebuilds_the_model(name):
-    model = minidamage.build_model(name, 3, **SMALL).eval()
+    model = minidamage.build_model(name, 3, **SMALL_FIELDS[name]).eval()
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(model.config).items()}       # as JSON brings it
     twin = minidamage.build_model(name, 3, **fields).eval()
     assert twin.config == model.config
     twin.load_state_dict(model.state_dict())
-    images, _ = two_pictures()
+    images, _ = pictures_for(model)
     for a, b in zip(model(images), twin(images)):
-        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["masks"], b["masks"])
+        assert torch.equal(a["boxes"], b["boxes"]) and torch.equal(a["masks"], b["masks"]) if model.task == "detection" else torch.equal(a, b)
 
 
-@pytest.mark.parametrize("name", [name for name, *_ in ROWS])
+@pytest.mark.filterwarnings("ignore:Context-CrackNet. E and F")
+@pytest.mark.parametrize("name", SMALL_FIELDS)
 def test_demo_configuration_trains_a_step(name):
     config = minidamage.MODELS[name][3]["config"]
     model = minidamage.build_model(name, 4, **config).train()
-    images, targets = two_pictures()
+    images, targets = pictures_for(model)
     losses = model(images, targets)
     sum(losses.values()).backward()
     assert all(torch.isfinite(loss) for loss in losses.values())
