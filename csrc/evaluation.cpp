@@ -1,5 +1,6 @@
 // The Python face (pybind11, no torch) of run-length masks, their shapes, distances and skeletons, and COCO matching. Rules: rle.h,
-// mask_shapes.h, skeleton.h, coco_match.h. masks.py, skeleton.py and metrics/coco.py call these functions and check the user's input first; what protects memory is checked again here.
+// mask_shapes.h, skeleton.h, coco_match.h. masks.py, skeleton.py and metrics/coco.py call these functions and check the user's input first;
+// what protects memory is checked again here.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>

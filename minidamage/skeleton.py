@@ -87,11 +87,11 @@ def links(line):
     right, down = line[:, :-1] & line[:, 1:], line[:-1] & line[1:]
     falling = line[:-1, :-1] & line[1:, 1:] & ~line[:-1, 1:] & ~line[1:, :-1]
     rising = line[1:, :-1] & line[:-1, 1:] & ~line[:-1, :-1] & ~line[1:, 1:]
-    for there, a, b, length in ((right, number[:, :-1], number[:, 1:], 1.0), (down, number[:-1], number[1:], 1.0),
-                                (falling, number[:-1, :-1], number[1:, 1:], DIAGONAL), (rising, number[1:, :-1], number[:-1, 1:], DIAGONAL)):
+    for there, a, b, step in ((right, number[:, :-1], number[:, 1:], 1.0), (down, number[:-1], number[1:], 1.0),
+                              (falling, number[:-1, :-1], number[1:, 1:], DIAGONAL), (rising, number[1:, :-1], number[:-1, 1:], DIAGONAL)):
         starts.append(a[there])
         ends.append(b[there])
-        lengths.append(np.full(int(there.sum()), length))
+        lengths.append(np.full(int(there.sum()), step))
     return np.concatenate(starts), np.concatenate(ends), np.concatenate(lengths)
 
 
@@ -162,8 +162,10 @@ def _boxes(labels, n):
     of = labels[rows, columns] - 1
     boxes = np.empty((n, 4), np.int64)
     boxes[:, :2], boxes[:, 2:] = max(labels.shape), 0
-    for column, values, extreme in ((0, columns, np.minimum), (1, rows, np.minimum), (2, columns + 1, np.maximum), (3, rows + 1, np.maximum)):
-        extreme.at(boxes[:, column], of, values)
+    np.minimum.at(boxes[:, 0], of, columns)
+    np.minimum.at(boxes[:, 1], of, rows)
+    np.maximum.at(boxes[:, 2], of, columns + 1)
+    np.maximum.at(boxes[:, 3], of, rows + 1)
     return boxes
 
 
