@@ -28,9 +28,16 @@ class Recipe:
     ema_decay: float = 0.0                    # 0: off
     hflip: float = 0.5                        # probability
     rotate: float = 0.0                       # degrees, uniform in [-rotate, rotate]
+    vflip: float = 0.0                        # probability
+    rot90: float = 0.0                        # probability of a turn by 90, 180 or 270 degrees (of 180 where the picture is no square)
+    shift: float = 0.0                        # share of width and height, uniform in [-shift, shift]
+    scale: float = 0.0                        # factor, uniform in [1 - scale, 1 + scale]
+    shift_scale_rotate: float = 1.0           # probability that a picture is shifted, scaled and rotated at all
     brightness: float = 0.0                   # factor, uniform in [1 - brightness, 1 + brightness]
     contrast: float = 0.0
     saturation: float = 0.0
+    hue: float = 0.0                          # share of the colour circle, uniform in [-hue, hue]
+    noise: float = 0.0                        # Gaussian, a pixel and channel; its standard deviation is uniform in [0, noise] of 0..255
     select_by: str = "segm/AP"                # the metric that picks best.pt, named as in metrics.csv
 
 

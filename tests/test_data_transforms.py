@@ -51,9 +51,9 @@ def test_picture_and_mask_meet_without_a_half_pixel_shift(flip, angle):
 
 
 def test_rotation_turns_clockwise_about_the_centre_by_hand():
-    matrix = transforms.matrix_of(False, 90.0, 80, 80)
+    matrix = transforms.matrix_of(transforms.Draw(angle=90.0), 80, 80)
     np.testing.assert_allclose(transforms.warp_points([[40, 0], [80, 40], [40, 40]], matrix), [[80, 40], [40, 80], [40, 40]], atol=1e-9)
-    np.testing.assert_allclose(transforms.warp_points([[0, 5]], transforms.matrix_of(True, 0.0, 80, 80)), [[80, 5]])
+    np.testing.assert_allclose(transforms.warp_points([[0, 5]], transforms.matrix_of(transforms.Draw(flip=True), 80, 80)), [[80, 5]])
 
 
 def test_flip_is_exact_in_pixels_masks_and_boxes():

@@ -9,13 +9,14 @@ import os
 import numpy as np
 
 from minidamage.data import coco, vehide, via, voc
-from minidamage.data.dataset import DetectionDataset, collate, limit
+from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
+from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import read_image
 from minidamage.data.record import Dataset, Record, class_counts, problem_kinds, summary
 
-__all__ = ["load_dataset", "read_image", "DetectionDataset", "collate", "limit", "Dataset", "Record", "summary", "class_counts",
-           "problem_kinds", "LAYOUTS"]
+__all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "SegmentationDataset", "collate", "limit", "Dataset", "Record",
+           "summary", "class_counts", "problem_kinds", "LAYOUTS"]
 
 # Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=, voc_boxes=) -> Dataset; a
 # new format is one file, which turns what its annotations say into objects.RawObject, and one row here.
@@ -76,6 +77,7 @@ def _follow(dataset, class_names):
     table = np.array([0] + [position.get(n.lower(), 0) for n in dataset.class_names])
     for record in records:
         record.labels = table[record.labels].astype(np.int64)
+        record.label_map = record.label_map and record.label_map.renumbered(table)
     old = {n.lower(): i for n, i in zip(dataset.class_names, dataset.category_ids)}
     spare = iter(range(max(dataset.category_ids, default=0) + 1, 10 ** 9))
     dataset.category_ids = tuple(old[n.lower()] if n.lower() in old else next(spare) for n in class_names)

@@ -9,6 +9,8 @@ import re
 
 import numpy as np
 
+from minidamage.data.label_maps import LabelMapFile
+
 
 @dataclasses.dataclass
 class Record:
@@ -25,6 +27,17 @@ class Record:
     area: np.ndarray                          # [G] float64, pixels: the data set's figure, or the outline's
     annotation_ids: np.ndarray                # [G] int64
     group: str = ""                           # vehicle or photograph: one group never lies in two splits; "" = not known
+    label_map: LabelMapFile | None = None     # pixel labels in a file of their own; such a record has no objects (G = 0)
+
+    @property
+    def present(self):
+        """The labels that this picture shows, ascending: those of its objects, or of its label map. Empty: undamaged."""
+        return self.label_map.present if self.label_map else tuple(np.unique(self.labels[~self.crowd]).tolist())
+
+    @property
+    def undamaged(self):
+        """Whether nothing is marked on this picture: no object, crowd or other, and no foreground pixel."""
+        return not self.present if self.label_map else len(self.labels) == 0
 
 
 @dataclasses.dataclass
@@ -38,12 +51,14 @@ class Dataset:
     parts: dict[str, list[Record]]            # "all", or the parts that the layout itself has: "train", "val", "test"
     problems: list[str]                       # one line a bad record: "<file>[, annotation <id>]: <what>; <what was done>"
     notes: list[str] = dataclasses.field(default_factory=list)     # what the reader decided: names joined, keys chosen, ...
+    unnamed: bool = False                     # the one class has a name of the reader's, not of the files: any one-class model's will do
     test_share: float = 0.0                   # where the files name no test part: the share that the set's papers report on; 0: not known
 
 
 def class_counts(records, num_names):
-    """Objects of each class in `records`, crowd regions left out: int64 [num_names]."""
-    labels = [r.labels[~r.crowd] for r in records]
+    """Objects of each class in `records`, crowd regions left out: int64 [num_names]. A label map counts as one object of each class
+    that it shows."""
+    labels = [np.asarray(r.present, np.int64) if r.label_map else r.labels[~r.crowd] for r in records]
     return np.bincount(np.concatenate(labels) - 1 if labels else [], minlength=num_names).astype(np.int64)
 
 
@@ -59,12 +74,15 @@ def problem_kinds(problems):
 
 def summary(dataset):
     """What was read, for people: layout, parts, the class-id map with counts, notes, and problems gathered by kind."""
-    parts = "; ".join(f"{name} {len(records)} pictures ({sum(len(r.labels) == 0 for r in records)} without objects)"
+    of_pixels = any(r.label_map for records in dataset.parts.values() for r in records)
+    what = "all background" if of_pixels else "without objects"
+    parts = "; ".join(f"{name} {len(records)} pictures ({sum(r.undamaged for r in records)} {what})"
                       for name, records in dataset.parts.items())
     lines = [f"data: {dataset.path} read as {dataset.layout}: {parts}"]
     counts = {name: class_counts(records, len(dataset.class_names)) for name, records in dataset.parts.items()}
     width = max((len(n) for n in dataset.class_names), default=0)
-    lines.append(f"  label  {'class':<{width}}  id in the files  " + "  ".join(f"{p:>7}" for p in counts))
+    lines.append(f"  label  {'class':<{width}}  {'value in masks' if of_pixels else 'id in the files':>15}  "
+                 + "  ".join(f"{p:>7}" for p in counts) + ("  (pictures that show it)" if of_pixels else ""))
     many = len(dataset.class_names) > 30                       # then only the classes that occur
     for k, name in enumerate(dataset.class_names):
         if many and not any(c[k] for c in counts.values()):

@@ -54,8 +54,8 @@ def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
         members.setdefault(g, []).append(i)
     rng = np.random.default_rng([int(seed), 1])
     shuffled = [list(members.values())[k] for k in rng.permutation(len(members))]
-    damaged = [m for m in shuffled if any(len(records[i].labels) for i in m)]
-    undamaged = [m for m in shuffled if not any(len(records[i].labels) for i in m)]
+    undamaged = [m for m in shuffled if all(records[i].undamaged for i in m)]
+    damaged = [m for m in shuffled if not all(records[i].undamaged for i in m)]
     chosen = [[] for _ in names]
     for stratum in (damaged, undamaged):           # the second evens out what the first could not divide
         _deal(stratum, shares, chosen)

@@ -1,8 +1,10 @@
-"""Augmentation of one picture with its objects: horizontal flip, rotation, brightness (DamageNet's three), contrast, saturation.
+"""Augmentation of one picture with its objects or its label map: flips, 90-degree turns, shift-scale-rotate, colour jitter, noise.
 
 Geometry is one 3x3 matrix in outer-corner pixel coordinates (the first pixel covers 0..1): the corners of polygons are multiplied by it
-exactly and rasterised afterwards; the picture is resampled once, through its inverse, at pixel centres. Both
+exactly and rasterised afterwards; the picture is resampled once, bilinearly, and a label map once, by the nearest pixel, through its
+inverse, at pixel centres. All
 therefore meet at the same place, with no half-pixel shift (tests/test_data_transforms.py draws shapes to hold that).
+What a shift, a rotation or a smaller scale uncovers is FILL in the picture and 255 (not judged) in a label map.
 """
 import dataclasses
 import math
@@ -11,10 +13,13 @@ import numpy as np
 from PIL import Image, ImageEnhance, ImageStat
 
 from minidamage import masks as mask_codec
+from minidamage.data.label_maps import IGNORE
 from minidamage.data.objects import polygon_area
 
 FILL = (124, 116, 104)                         # what a rotation uncovers: the mean colour of ImageNet, 0 after normalisation
 MIN_VISIBLE = 0.1                              # an object with less of its area left in the picture is no target. Not stated in the paper
+# RGB to luma and two colour axes (NTSC's YIQ): a turn of the last two is a turn of the hue that keeps the brightness.
+YIQ = np.array([[0.299, 0.587, 0.114], [0.596, -0.274, -0.322], [0.211, -0.523, 0.312]])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,26 +31,60 @@ class Draw:
     brightness: float = 1.0
     contrast: float = 1.0
     saturation: float = 1.0
+    vflip: bool = False
+    quarter_turns: int = 0                     # clockwise, 0..3, after the flips; an odd number only where the picture is a square
+    shift: tuple = (0.0, 0.0)                  # shares of width and height, right and down
+    scale: float = 1.0
+    hue: float = 0.0                           # share of the colour circle
+    noise: float = 0.0                         # standard deviation, of 0..255
+    noise_seed: int = 0
 
 
 def draw(recipe, rng):
     """One Draw from a Recipe's ranges. Every number is drawn whatever the ranges, so that switching one augmentation off leaves the
     others as they were under the same seed."""
     u = rng.random(5)
+    v = rng.random(9)
     spread = lambda width, v: 1.0 + width * (2.0 * v - 1.0)
-    return Draw(flip=bool(u[0] < recipe.hflip), angle=recipe.rotate * (2.0 * u[1] - 1.0), brightness=spread(recipe.brightness, u[2]),
-                contrast=spread(recipe.contrast, u[3]), saturation=spread(recipe.saturation, u[4]))
+    moved = v[0] < recipe.shift_scale_rotate
+    return Draw(flip=bool(u[0] < recipe.hflip), angle=recipe.rotate * (2.0 * u[1] - 1.0) if moved else 0.0,
+                brightness=spread(recipe.brightness, u[2]), contrast=spread(recipe.contrast, u[3]),
+                saturation=spread(recipe.saturation, u[4]), vflip=bool(v[1] < recipe.vflip),
+                quarter_turns=1 + int(3 * v[3]) if v[2] < recipe.rot90 else 0,
+                shift=(recipe.shift * (2.0 * v[4] - 1.0), recipe.shift * (2.0 * v[5] - 1.0)) if moved else (0.0, 0.0),
+                scale=spread(recipe.scale, v[6]) if moved else 1.0, hue=recipe.hue * (2.0 * v[7] - 1.0),
+                noise=recipe.noise * v[8], noise_seed=int(v[8] * 2 ** 53) if recipe.noise else 0)
 
 
-def matrix_of(flip, angle, width, height):
-    """[3, 3] float64: flips, then turns about the picture's centre; maps points of the picture to points of the new one."""
-    matrix = np.eye(3)
-    if flip:
-        matrix = np.array([[-1.0, 0, width], [0, 1, 0], [0, 0, 1]])
-    if angle:
-        c, s, x, y = math.cos(math.radians(angle)), math.sin(math.radians(angle)), width / 2, height / 2
-        matrix = np.array([[c, -s, x - c * x + s * y], [s, c, y - s * x - c * y], [0, 0, 1]]) @ matrix
-    return matrix
+def matrix_of(draw, width, height):
+    """[3, 3] float64: flips, quarter turns, then scale, rotation and shift about the picture's centre; maps points of the picture to points
+    of the new one, which has the same size."""
+    x, y = width / 2, height / 2
+    matrix = np.diag([-1.0 if draw.flip else 1.0, -1.0 if draw.vflip else 1.0, 1.0])                 # about the centre, as all below
+    for _ in range(_quarter_turns(draw, width, height)):
+        matrix = np.array([[0.0, -1, 0], [1, 0, 0], [0, 0, 1]]) @ matrix
+    if _resampled(draw):
+        c, s = draw.scale * math.cos(math.radians(draw.angle)), draw.scale * math.sin(math.radians(draw.angle))
+        matrix = np.array([[c, -s, draw.shift[0] * width], [s, c, draw.shift[1] * height], [0, 0, 1]]) @ matrix
+    return np.array([[1.0, 0, x], [0, 1, y], [0, 0, 1]]) @ matrix @ np.array([[1.0, 0, -x], [0, 1, -y], [0, 0, 1]])
+
+
+def _quarter_turns(draw, width, height):
+    """A picture that is no square keeps its shape: pictures of a batch have one size. It is turned by 180 degrees then, or not."""
+    return draw.quarter_turns if width == height or draw.quarter_turns != 1 and draw.quarter_turns != 3 else 0
+
+
+def _resampled(draw):
+    return bool(draw.angle or draw.scale != 1.0 or any(draw.shift))
+
+
+def move(pixels, draw, matrix, fill=FILL, resample=Image.Resampling.BILINEAR):
+    """A picture [H, W, 3] or a label map [H, W] under a Draw whose matrix this is; flips and quarter turns are exact."""
+    if _resampled(draw):
+        return warp_picture(pixels, matrix, fill, resample)
+    height, width = pixels.shape[:2]
+    pixels = pixels[::-1 if draw.vflip else 1, ::-1 if draw.flip else 1]
+    return np.ascontiguousarray(np.rot90(pixels, -_quarter_turns(draw, width, height)))              # numpy turns the other way
 
 
 def warp_points(points, matrix):
@@ -95,9 +134,9 @@ def boxes_of_masks(masks):
 
 
 def recolour(image, draw):
-    """Brightness, then contrast about the picture's mean grey, then saturation, as factors (1 = unchanged) on uint8 [H, W, 3].
+    """Brightness, then contrast about the picture's mean grey, then saturation, as factors (1 = unchanged), hue, noise; uint8 [H, W, 3].
 
-    The first two are one table of 256 entries a channel.
+    The first two are one table of 256 entries a channel, the hue is one 3x3 matrix.
     """
     picture = Image.fromarray(image)
     if draw.brightness != 1.0 or draw.contrast != 1.0:
@@ -106,7 +145,24 @@ def recolour(image, draw):
         picture = picture.point(np.clip(np.rint(table), 0, 255).astype(int).tolist() * 3)
     if draw.saturation != 1.0:
         picture = ImageEnhance.Color(picture).enhance(draw.saturation)
-    return np.array(picture)
+    if draw.hue:
+        picture = picture.convert("RGB", hue_matrix(draw.hue))
+    return add_noise(np.array(picture), draw.noise, draw.noise_seed) if draw.noise else np.array(picture)
+
+
+def hue_matrix(hue):
+    """The 12 numbers, rows of [R, G, B, 1], that turn the hue by a share of the circle (1/3 takes red to about green)."""
+    c, s = math.cos(2 * math.pi * hue), math.sin(2 * math.pi * hue)
+    turn = np.linalg.inv(YIQ) @ np.array([[1, 0, 0], [0, c, s], [0, -s, c]]) @ YIQ
+    return np.pad(turn, ((0, 0), (0, 1))).ravel().tolist()
+
+
+def add_noise(image, deviation, seed):
+    """uint8 [H, W, 3] with Gaussian noise of this standard deviation (0..255) on every pixel and channel, rounded and clipped."""
+    noise = np.random.default_rng(seed).standard_normal(image.shape, np.float32)
+    noise *= np.float32(deviation)
+    noise += image
+    return np.clip(np.rint(noise, out=noise), 0, 255, out=noise).astype(np.uint8)
 
 
 def apply(image, record, draw, with_masks=True):
@@ -117,17 +173,14 @@ def apply(image, record, draw, with_masks=True):
     of the object's area that is still in the picture). An object without a mask is its box.
     """
     height, width = image.shape[:2]
-    matrix = matrix_of(draw.flip, draw.angle, width, height)
-    if draw.angle:
-        image = warp_picture(image, matrix)
-    elif draw.flip:
-        image = np.ascontiguousarray(image[:, ::-1])
-    image = recolour(image, draw)
+    matrix = matrix_of(draw, width, height)
+    image = recolour(move(image, draw, matrix), draw)
 
     scale = np.diag([width / record.width, height / record.height, 1.0])
     objects = matrix @ scale
     boxes = warp_boxes(record.boxes.astype(np.float64), objects, width, height)
-    full = np.prod((record.boxes[:, 2:] - record.boxes[:, :2]).astype(np.float64), axis=1) * scale[0, 0] * scale[1, 1]
+    grown = abs(np.linalg.det(objects))                  # how many pixels of the sample one of the record's becomes
+    full = np.prod((record.boxes[:, 2:] - record.boxes[:, :2]).astype(np.float64), axis=1) * grown
     visible = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / np.maximum(full, 1e-9)
     if not with_masks:
         return image, boxes.astype(np.float32), None, visible
@@ -137,11 +190,18 @@ def apply(image, record, draw, with_masks=True):
         masks[i] = warp_mask(outline, objects, height, width)
     pixels = masks.sum((1, 2), dtype=np.int64)
     # against the outline's own area: what the file gives as "area" may be the box's, and a thin scratch fills little of its box
-    whole = np.array([_outline_area(m, r) for m, r in zip(record.masks, record.area)]) * scale[0, 0] * scale[1, 1]
+    whole = np.array([_outline_area(m, r) for m, r in zip(record.masks, record.area)]) * grown
     visible = np.where(pixels > 0, pixels / np.maximum(whole, 1e-9), 0.0)
-    if draw.angle:
+    if _resampled(draw):
         boxes = np.where((pixels > 0)[:, None], boxes_of_masks(masks), boxes)
     return image, boxes.astype(np.float32), masks, visible
+
+
+def apply_to_label_map(image, labels, draw):
+    """One picture and its label map under a Draw: (image uint8 [H, W, 3], labels uint8 [H, W]); what is uncovered becomes IGNORE."""
+    matrix = matrix_of(draw, image.shape[1], image.shape[0])
+    labels = move(labels, draw, matrix, IGNORE, Image.Resampling.NEAREST)
+    return recolour(move(image, draw, matrix), draw), labels
 
 
 def _outline_area(segmentation, listed):
