@@ -1,7 +1,15 @@
-"""How sure a number is: bootstrap intervals over pictures. Source: B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993."""
+"""How sure a number is: bootstrap intervals over pictures, and the signed-rank test over data sets.
+
+Sources: B. Efron, R. Tibshirani, An Introduction to the Bootstrap, 1993; F. Wilcoxon, Individual comparisons by ranking methods, 1945;
+S. Holm, A simple sequentially rejective multiple test procedure, 1979.
+"""
 import dataclasses
+import math
 
 import numpy as np
+
+LARGEST_EXACT = 50                                            # pairs without ties; with ties LARGEST_ENUMERATED
+LARGEST_ENUMERATED = 13                                       # 2**13 sign patterns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,3 +53,83 @@ def bootstrap(values, statistic=np.nanmean, other=None, level=0.95, samples=2000
     known = drawn[~np.isnan(drawn)]                                   # NaN: a draw where the statistic has no value
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
     return Interval(number(slice(None)), float(low), float(high), level, drawn)
+
+
+# ---------------------------------------------------------------------------------------------- over data sets
+
+@dataclasses.dataclass(frozen=True)
+class SignedRank:
+    """statistic: the smaller of the two rank sums; p: two-sided; n: pairs that differ; method: "exact" or "normal"."""
+
+    statistic: float
+    p: float
+    n: int
+    method: str
+
+
+def wilcoxon(a, b):
+    """Wilcoxon's signed-rank test of paired values (one model's and another's, a value a data set): could the differences be chance?
+
+    Pairs without a difference are left out; equal differences share their mean rank. The p-value is exact where all 2**n signs can be
+    counted: up to 50 pairs without ties or zeros, up to 13 with them; else the normal approximation, corrected for ties but not for
+    continuity. Equal to scipy's `wilcoxon` with its defaults, but for pairs that never differ: p is then 1. Ten data sets that all point
+    one way give 2 / 1024 = .00195, which the crack paper's Table 5 prints eight times.
+    Raises ValueError for lists of different length, none at all, or values that are not finite.
+    """
+    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
+    if a.shape != b.shape or a.ndim != 1 or len(a) == 0:
+        raise ValueError(f"wilcoxon expects two lists of paired values, got shapes {list(a.shape)} and {list(b.shape)}")
+    if not (np.isfinite(a).all() and np.isfinite(b).all()):
+        raise ValueError("wilcoxon expects finite values; leave out the data sets where one of the two has none")
+    differences = a - b
+    nonzero = differences[differences != 0]
+    n = len(nonzero)
+    if n == 0:
+        return SignedRank(0.0, 1.0, 0, "exact")
+    ranks, ties = _mean_ranks(np.abs(nonzero))
+    plus = float(ranks[nonzero > 0].sum())
+    minus = n * (n + 1) / 2 - plus
+    if len(ties) == n and n == len(a) and n <= LARGEST_EXACT:
+        below = _rank_sum_shares(n)[:int(min(plus, minus)) + 1].sum()
+        return SignedRank(min(plus, minus), min(1.0, 2 * float(below)), n, "exact")
+    if len(a) <= LARGEST_ENUMERATED:
+        signs = (np.arange(2 ** n)[:, None] >> np.arange(n)) & 1                          # [2**n, n]
+        sums = signs @ ranks
+        p = 2 * min((sums <= plus).mean(), (sums >= plus).mean())
+        return SignedRank(min(plus, minus), min(1.0, float(p)), n, "exact")
+    variance = (n * (n + 1) * (2 * n + 1) - (ties ** 3 - ties).sum() / 2) / 24
+    z = abs(plus - n * (n + 1) / 4) / math.sqrt(variance)
+    return SignedRank(min(plus, minus), math.erfc(z / math.sqrt(2)), n, "normal")
+
+
+def _mean_ranks(values):
+    """(ranks from 1 up, equal values sharing their mean; how many share each rank)."""
+    _, which, ties = np.unique(values, return_inverse=True, return_counts=True)
+    last = np.cumsum(ties)
+    return (last - (ties - 1) / 2)[which], ties
+
+
+def _rank_sum_shares(n):
+    """[n (n + 1) / 2 + 1]: the share of the 2**n sign patterns whose positive ranks sum to each value."""
+    shares = np.zeros(n * (n + 1) // 2 + 1)
+    shares[0] = 1
+    for rank in range(1, n + 1):
+        shares[rank:] += shares[:-rank].copy()
+        shares /= 2
+    return shares
+
+
+def holm(p_values):
+    """[m] p-values adjusted for m tests at once (Holm): those below .05 are differences with a family-wise error of at most .05."""
+    p_values = np.asarray(p_values, np.float64)
+    order = np.argsort(p_values, kind="stable")
+    adjusted = np.empty(len(p_values))
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(p_values[order] * np.arange(len(p_values), 0, -1)))
+    return adjusted
+
+
+def mean_std(values):
+    """(mean, sample standard deviation with n - 1) of the values that are not NaN; NaN where there are too few."""
+    values = np.asarray(values, np.float64)
+    values = values[~np.isnan(values)]
+    return (float(values.mean()) if len(values) else float("nan")), (float(values.std(ddof=1)) if len(values) > 1 else float("nan"))
