@@ -169,7 +169,10 @@ class DetectionResult:
         self.class_names, self.image_ids, self.scored, self.protocol = tuple(class_names), image_ids, scored, protocol
         self.arrays = {t: {name: s.arrays[name] for name in ("precision", "recall", "scores")} for t, s in scored.items()}
         self.stats = {name: value for t, s in scored.items() for name, value in coco.summarize(s.arrays, f"{t}/").items()}
-        self.per_class = {name: self._class_numbers(k) for k, name in enumerate(self.class_names)}
+
+    @functools.cached_property
+    def per_class(self):
+        return {name: self._class_numbers(k) for k, name in enumerate(self.class_names)}
 
     def _class_numbers(self, k):
         numbers = {}
