@@ -9,15 +9,33 @@ import dataclasses
 import difflib
 
 from minidamage import config as _config
-from minidamage.models import context_cracknet, damagenet, mask_rcnn
+from minidamage.models import (context_cracknet, custom_segnets, custom_unets, damagenet, deeplabv3, deeplabv3plus, faster_rcnn,
+                               fcn, fpn, linknet, manet, mask_rcnn, pan, pspnet, unet, unetplusplus)
 
 # name: (model class, config class, the paper's recipe, the changes that `--data demo` makes)
 MODELS = {
     "damagenet": (damagenet.DamageNet, damagenet.DamageNetConfig, damagenet.RECIPE, damagenet.DEMO),
     "maskrcnn_resnet50_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNConfig, mask_rcnn.RECIPE, mask_rcnn.DEMO),
     "maskrcnn_resnet101_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNResNet101Config, mask_rcnn.RECIPE_RESNET101, mask_rcnn.DEMO),
+    "fasterrcnn_resnet50_fpn": (faster_rcnn.FasterRCNN, faster_rcnn.FasterRCNNConfig, faster_rcnn.RECIPE, faster_rcnn.DEMO),
     "context_cracknet": (context_cracknet.ContextCrackNet, context_cracknet.ContextCrackNetConfig, context_cracknet.RECIPE,
                          context_cracknet.DEMO),
+    "unet": (unet.Unet, unet.UnetConfig, unet.RECIPE, unet.DEMO),
+    "unetplusplus": (unetplusplus.UnetPlusPlus, unetplusplus.UnetPlusPlusConfig, unetplusplus.RECIPE, unetplusplus.DEMO),
+    "deeplabv3": (deeplabv3.DeepLabV3, deeplabv3.DeepLabV3Config, deeplabv3.RECIPE, deeplabv3.DEMO),
+    "deeplabv3plus": (deeplabv3plus.DeepLabV3Plus, deeplabv3plus.DeepLabV3PlusConfig, deeplabv3plus.RECIPE, deeplabv3plus.DEMO),
+    "fpn": (fpn.FPN, fpn.FPNConfig, fpn.RECIPE, fpn.DEMO),
+    "pspnet": (pspnet.PSPNet, pspnet.PSPNetConfig, pspnet.RECIPE, pspnet.DEMO),
+    "linknet": (linknet.Linknet, linknet.LinknetConfig, linknet.RECIPE, linknet.DEMO),
+    "manet": (manet.MAnet, manet.MAnetConfig, manet.RECIPE, manet.DEMO),
+    "pan": (pan.PAN, pan.PANConfig, pan.RECIPE, pan.DEMO),
+    "fcn_resnet50": (fcn.FCN, fcn.FCNConfig, fcn.RECIPE, fcn.DEMO),
+    "deeplabv3_resnet50": (fcn.DeepLabV3ResNet50, fcn.DeepLabV3ResNet50Config, fcn.RECIPE, fcn.DEMO_DEEPLABV3),
+    "custom_segnet1": (custom_segnets.CustomSegNet1, custom_segnets.CustomConfig, custom_segnets.RECIPE, custom_segnets.DEMO_SEGNET1),
+    "custom_segnet2": (custom_segnets.CustomSegNet2, custom_segnets.CustomConfig, custom_segnets.RECIPE, custom_segnets.DEMO),
+    "custom_segnet3": (custom_segnets.CustomSegNet3, custom_segnets.CustomConfig, custom_segnets.RECIPE, custom_segnets.DEMO),
+    "custom_unet": (custom_unets.CustomUNet, custom_segnets.CustomConfig, custom_unets.RECIPE, custom_unets.DEMO),
+    "custom_unet2": (custom_unets.CustomUNet2, custom_unets.CustomUNet2Config, custom_unets.RECIPE, custom_unets.DEMO),
 }
 
 

@@ -167,7 +167,7 @@ def load_pretrained(model, path):
     file cannot be read or nothing in it fits.
     """
     from minidamage.layers.resnet import load_body
-    from minidamage.models.mask_rcnn import modern_name
+    from minidamage.models.faster_rcnn import modern_name
 
     path = os.fspath(path)
     if not os.path.isfile(path):

@@ -1,4 +1,6 @@
 """Small detectors and pictures that several test files share."""
+import dataclasses
+
 import numpy as np
 import torch
 
@@ -11,9 +13,20 @@ SMALL = dict(body="resnet18", norm="group", min_size=96, max_size=128, fpn_chann
              box_detections_per_img=8, mask_layers=(16, 16), mask_dim_reduced=16)
 
 
+def small_fields(name):
+    """SMALL without the fields that a model does not have."""
+    known = {field.name for field in dataclasses.fields(minidamage.MODELS[name][1])}
+    return {key: value for key, value in SMALL.items() if key in known}
+
+
 def small_model(name="maskrcnn_resnet50_fpn", num_classes=3, seed=0, **fields):
     torch.manual_seed(seed)
-    return minidamage.build_model(name, num_classes, **{**SMALL, **fields})
+    return minidamage.build_model(name, num_classes, **{**small_fields(name), **fields})
+
+
+def without_masks(targets):
+    """Targets as a set with boxes alone gives them."""
+    return [{key: value for key, value in target.items() if key != "masks"} for target in targets]
 
 
 def two_pictures(seed=0):

@@ -1,4 +1,5 @@
-"""A photograph on its way through the detector, stage by stage (DamageNet, Fig. 6 A-G), from `model.detect(images, stages=True)`.
+"""A photograph on its way through the detector, stage by stage (DamageNet, Fig. 6 A-G; A-D without a mask branch), from
+`model.detect(images, stages=True)`.
 
 Also the way to see where a model goes wrong: no proposal on the damage (B), a context map that is blind to it (C), a box
 that slipped (D), a mask that is faint (E) or that post-processing spoils (F, G).
@@ -19,11 +20,11 @@ HEAT = np.array([(0, 0, 4), (31, 12, 72), (85, 15, 109), (136, 34, 106), (186, 5
 
 
 def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
-    """Returns the strip: seven captioned pictures in two rows, uint8 [H', W', 3].
+    """Returns the strip: seven captioned pictures in two rows, or four without a mask branch, uint8 [H', W', 3].
 
     image: uint8 [H, W, 3]. stages: one picture's dict, as the models' `stages_of` makes it: proposals [P, 4] and objectness [P];
-    features {level name: [C, h, w]}; boxes [D, 4], labels [D], scores [D]; masks_raw [D, 1, M, M] probabilities inside the boxes;
-    masks_threshold and masks_final, D RLE dicts each. Boxes and masks are in pixels of `image`.
+    features {level name: [C, h, w]}; boxes [D, 4], labels [D], scores [D]; with a mask branch masks_raw [D, 1, M, M] probabilities
+    inside the boxes, masks_threshold and masks_final, D RLE dicts each. Boxes and masks are in pixels of `image`.
     kept: indices of the D that are findings (those above their score thresholds), None for all. context: whether the pyramid has
     the dilated context block; it only names picture C. cell: longest side of one picture, pixels.
     """
@@ -33,8 +34,6 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
     kept = np.arange(len(stages["boxes"])) if kept is None else np.asarray(kept, dtype=np.int64)
     boxes, scores, labels = (stages[name].numpy()[kept] for name in ("boxes", "scores", "labels"))
     labels = labels.astype(np.int64)
-    before = [mask_array(stages["masks_threshold"][i], H, W) for i in kept]
-    final = [mask_array(stages["masks_final"][i], H, W) for i in kept]
     scale = cell / max(H, W)                                  # B, C and E are drawn in their final size
     size = max(1, round(W * scale)), max(1, round(H * scale))
     small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
@@ -45,15 +44,24 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
         f"A  picture, {W} x {H}": image,
         f"B  proposals, the best {shown} of {len(proposals)}": _draw_proposals(small, proposals * scale, stages["objectness"]),
         f"C  features {'with' if context else 'without'} dilated context, {span}": _draw_map(small, stages["features"]),
-        f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True),
-        "E  raw mask, probability": _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)}
+        f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True)}
+    if "masks_raw" in stages:
+        pictures["E  raw mask, probability"] = _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)
+        _add_masks(pictures, image, labels, boxes, scores, stages, kept, class_names)
+    return grid(list(pictures.values()), list(pictures), columns=4, cell=cell)
+
+
+def _add_masks(pictures, image, labels, boxes, scores, stages, kept, class_names):
+    """Pictures F and G: what the threshold left and filling added, what dropping islands took away."""
+    H, W, _ = image.shape
+    before = [mask_array(stages["masks_threshold"][i], H, W) for i in kept]
+    final = [mask_array(stages["masks_final"][i], H, W) for i in kept]
     filled = [old | new for old, new in zip(before, final)]
     added, canvas = _draw_change(image, labels, filled, [new & ~old for old, new in zip(before, final)], FILLED, class_names)
     pictures["F  threshold and filling" + f": {added:,} px filled (yellow)" * bool(added)] = canvas
     removed = sum(int((old & ~new).sum()) for old, new in zip(before, final))
     pictures["G  final" + f": {removed:,} px of islands removed" * bool(removed)] = draw_detections(
         image, boxes, labels, scores, final, class_names, enlarge=True)
-    return grid(list(pictures.values()), list(pictures), columns=4, cell=cell)
 
 
 def _draw_proposals(image, proposals, objectness):
