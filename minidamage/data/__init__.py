@@ -4,11 +4,13 @@
     parts = split.three_parts(dataset)                     # what trains, what chooses, what is reported
     train = DetectionDataset(parts["train"], recipe, seed=0, train=True)
 """
+import collections
 import os
+import re
 
 import numpy as np
 
-from minidamage.data import coco, vehide, via, voc
+from minidamage.data import coco, crackforest, mask_folders, vehide, via, voc
 from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
@@ -23,13 +25,16 @@ __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "Segme
 LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
            ("COCO JSON", coco),
            ("VGG Image Annotator 1 or 2", via),
-           ("Pascal VOC XML", voc))
+           ("Pascal VOC XML", voc),
+           ("CrackForest (image, groundTruth or seg)", crackforest),
+           ("pictures and masks (images, masks; train_img, train_lab; a.jpg, a_mask.png)", mask_folders))
 
 
 def load_dataset(path, images=None, attribute=None, class_names=None, quiet=False, voc_boxes="pixels"):
     """Reads a data set, whatever its layout, and prints what it took with the class-id map.
 
-    path: folder or annotation file. images: folder of the pictures, where the annotation file does not say it.
+    path: folder or annotation file; PATH:NAME,NAME keeps the pictures whose names begin so (one of the sets pooled in a folder).
+    images: folder of the pictures, where the annotation file does not say it.
     attribute: VIA only, the region attribute with the class. class_names: labels follow this list (a checkpoint's), so that
     a set with fewer classes, or in another order, fits the model. quiet: print nothing (`summary(dataset)` returns the text).
     voc_boxes: Pascal VOC only, "pixels" (numbers of pixels from 1, as VOC has them) | "corners" (coordinates as they stand).
@@ -37,7 +42,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     Bad objects and pictures are dropped, clipped or kept as Dataset.problems says, one line each. Raises ValueError for a path
     that is missing or in no known layout, an unknown class name (listing the known), broken JSON and a set without pictures.
     """
-    path = os.fspath(path)
+    asked, (path, beginnings) = os.fspath(path), _selection(os.fspath(path))
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     for _, layout in LAYOUTS:
@@ -53,6 +58,8 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         name = layout.__name__.rsplit(".", 1)[-1]
         raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "
                          f"({type(error).__name__}: {error})") from error
+    if beginnings:
+        _keep(dataset, asked, beginnings)
     records = [r for part in dataset.parts.values() for r in part]
     if not records:
         why = f"; first of {len(dataset.problems)} problems: {dataset.problems[0]}" if dataset.problems else ""
@@ -65,8 +72,33 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     return dataset
 
 
+def _selection(path):
+    """("PATH", ["NAME", ...]) of "PATH:NAME,NAME"; ("PATH", []) of a path as it stands."""
+    folder, colon, names = path.rpartition(":")
+    return (folder, [n for n in names.split(",") if n]) if colon and not os.path.exists(path) and os.path.exists(folder) else (path, [])
+
+
+def _keep(dataset, asked, beginnings):
+    """Keeps the pictures whose names begin with one of the words, which end there ("Volker" is not "Volkers_1.jpg")."""
+    first_word = lambda record: re.match(r"[^_\W]*", os.path.basename(record.file))[0]
+    begins = lambda record: [b for b in beginnings if re.match(re.escape(b) + r"(?![^_\W])", os.path.basename(record.file))]
+    lacking = set(beginnings) - {b for records in dataset.parts.values() for r in records for b in begins(r)}
+    if lacking:
+        words = collections.Counter(first_word(r) for records in dataset.parts.values() for r in records)
+        raise ValueError(f"{asked}: no picture's name begins with {', '.join(sorted(lacking))}; they begin with "
+                         + ", ".join(f"{w} ({n})" for w, n in words.most_common(12)) + (", ..." if len(words) > 12 else ""))
+    dataset.parts = {part: kept for part, records in dataset.parts.items() for kept in [[r for r in records if begins(r)]] if kept}
+    dataset.path = asked
+    dataset.notes.append(f"only the pictures whose names begin with {' or '.join(beginnings)}")
+
+
 def _follow(dataset, class_names):
     """Renumbers the labels by a given list of names; ValueError when the set has objects of a class that is not in it."""
+    if dataset.unnamed and len(class_names) == 1:
+        if dataset.class_names != class_names:
+            dataset.notes.append(f"the one class is taken as the model's, {class_names[0]}")
+        dataset.class_names = class_names
+        return
     position = {name.lower(): k + 1 for k, name in enumerate(class_names)}
     records = [r for part in dataset.parts.values() for r in part]
     counts = class_counts(records, len(dataset.class_names))

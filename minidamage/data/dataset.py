@@ -85,8 +85,8 @@ class DetectionDataset(RecordDataset):
         of_pixels = [r.file for r in self.records if r.label_map]
         if of_pixels:
             raise ValueError(f"a detector expects pictures with boxes or outlines, got {len(of_pixels)} with a mask of pixel labels "
-                             f"(first: {of_pixels[0]}), which do not say what is one object and what is two. Train a segmentation model on them, "
-                             "or annotate the objects")
+                             f"(first: {of_pixels[0]}), which do not say what is one object and what is two. Train a segmentation "
+                             "model on them, or annotate the objects")
         self.max_side = max_side
         self.with_masks = any(m is not None for r in self.records for m in r.masks) or not any(len(r.masks) for r in self.records)
 
