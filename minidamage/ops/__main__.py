@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from . import _extension, _toolchain
+from .focal_loss import sigmoid_focal_loss_reference, softmax_focal_loss_reference
 from .nms import nms_padded_reference, nms_reference
 from .paste_masks import expand_boxes, paste_masks_bool_reference, paste_masks_reference, paste_masks_rle_reference
 from .roi_align import roi_align_backward_reference, roi_align_reference
@@ -40,6 +41,8 @@ def examples():
         "paste_masks": (paste_masks_reference, (masks, places, 256, 256, 1)),
         "paste_masks_bool": (paste_masks_bool_reference, (masks, places, 256, 256, 1, 0.5)),
         "paste_masks_rle": (paste_masks_rle_reference, (masks, places, 256, 256, 1, 0.5)),
+        "sigmoid_focal_loss": (sigmoid_focal_loss_reference, (grad, grad.sigmoid(), 0.25, 2.0, 0)),
+        "softmax_focal_loss": (softmax_focal_loss_reference, (features[0][0, 0, :5].T.contiguous(), idxs[:64], 0.25, 2.0, 1, -100)),
     }
 
 
