@@ -4,8 +4,9 @@ import json
 import numpy as np
 import pytest
 
-from minidamage.data import DetectionDataset, class_counts, load_dataset
+from minidamage.data import DetectionDataset, SegmentationDataset, class_counts, label_map, load_dataset
 from minidamage.data import split
+from minidamage.data.label_maps import counts_of, read_seg, read_values
 
 
 def load(path):
@@ -79,3 +80,73 @@ def test_pictures_and_masks_agree_with_records(real_data, folder):
             pixels = target["masks"].sum((1, 2)).numpy()
             large = record.area > 400
             np.testing.assert_allclose(pixels[large], record.area[large], rtol=0.12)
+
+
+# ---- label maps -----------------------------------------------------------------------------------------------------------------------
+
+def foreground(record):
+    return (label_map(record) == 1).mean()
+
+
+def test_deepcrack(real_data):
+    data = load(real_data / "deepcrack")
+    assert data.layout == "mask folders" and {p: len(r) for p, r in data.parts.items()} == {"train": 300, "test": 237}
+    assert data.class_names == ("crack",) and data.category_ids == (255,) and not data.problems
+    bits = [r for r in data.parts["test"] if read_values(r.label_map.file)[1] == "1-bit"]
+    assert len(bits) == 47 and all(foreground(r) > 0.001 for r in bits)
+    assert all(r.label_map.counts == counts_of(label_map(r)) for r in bits + data.parts["train"][:40])
+    parts = split.three_parts(data)
+    assert {p: len(r) for p, r in parts.items()} == {"train": 270, "val": 30, "test": 237}
+    assert not {r.group for r in parts["train"]} & {r.group for r in parts["val"]} - {""}
+
+
+def test_crackforest(real_data):
+    data = load(real_data / "cfd")
+    assert data.layout == "crackforest" and len(data.parts["all"]) == 118 and not data.problems
+    assert any("37 pictures without ground truth" in n for n in data.notes)
+    record = next(r for r in data.parts["all"] if r.file.endswith("101.jpg"))
+    regions = read_values(record.label_map.file)[0]
+    assert (regions > 1).mean() > 0.35 and foreground(record) == pytest.approx(0.0577, abs=1e-3)       # not flooded
+    for record in data.parts["all"]:
+        runs = read_seg(record.label_map.file.replace("groundTruth", "seg").replace(".mat", ".seg"))
+        np.testing.assert_array_equal(label_map(record), np.isin(runs, (1, 3)))
+    assert {p: len(r) for p, r in split.three_parts(data).items()} == {"train": 85, "val": 9, "test": 24}
+
+
+def test_cracks448_and_its_sets(real_data):
+    data = load(real_data / "cracks448")
+    assert len(data.parts["all"]) == 204 and sum(r.undamaged for r in data.parts["all"]) == 3 and not data.problems
+    for name, count in {"CRACK500": 30, "GAPS384": 30, "Rissbilder": 30, "Volker": 30, "cracktree200": 30, "Sylvie": 28, "forest": 18,
+                        "Eugen": 8}.items():
+        assert len(load(f"{real_data / 'cracks448'}:{name}").parts["all"]) == count
+    groups = {r.file.split("/")[-1]: r.group for r in data.parts["all"]}
+    assert groups["CRACK500_20160328_153706_1281_1.jpg"] == groups["CRACK500_20160328_153706_1921_1.jpg"] == \
+        "photograph CRACK500_20160328_153706"
+    assert groups["Eugen_Muller_8980_79_365_456_521.jpg"] != groups["Eugen_Muller_8980a_25_22_747_752.jpg"]
+    parts = split.three_parts(data)
+    where = {r.file.split("/")[-1]: part for part, records in parts.items() for r in records}
+    assert all(where[f"Sylvie_Chambon_{n}.jpg"] == where[f"forest_{n}.jpg"] for n in ("006", "022", "038"))       # the same bytes
+
+
+def test_own_photographs_with_soft_masks(real_data):
+    data = load(real_data / "own_photos_masks")
+    assert len(data.parts["all"]) == 9 and data.class_names == ("Severe Damages",) and not data.problems
+    assert [r.file.split("/")[-1] for r in data.parts["all"] if r.undamaged] == ["8.jpg"]
+    five = next(r for r in data.parts["all"] if r.file.endswith("/5.jpg"))
+    assert foreground(five) == pytest.approx(0.4315, abs=1e-3)
+
+
+@pytest.mark.parametrize("folder, classes", [("car_vehide_layout", 5), ("car_vehide_layout/coco", 8), ("car_via_damage", 1),
+                                             ("coco_tiny", 80)])
+def test_sets_with_outlines_feed_segmentation(real_data, folder, classes):
+    data = load(real_data / folder)
+    records = data.parts["train"][:12]
+    dataset = SegmentationDataset(records, image_size=320)
+    for i, record in enumerate(records):
+        labels = label_map(record)
+        assert labels.shape == (record.height, record.width) and set(np.unique(labels)) <= {0, *range(1, classes + 1), 255}
+        whole = record.area[~record.crowd].sum()
+        assert (labels > 0).sum() <= labels.size and ((labels > 0) & (labels < 255)).sum() <= 1.1 * whole + 50
+        image, target = dataset[i]
+        assert tuple(image.shape) == (3, 320, 320) and tuple(target["label_map"].shape) == (320, 320) and target["replaced"] == ""
+        assert abs(((target["label_map"] > 0).float().mean() - (labels > 0).mean())) < 0.01

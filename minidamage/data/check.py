@@ -12,6 +12,7 @@ import numpy as np
 
 from minidamage import masks as mask_codec
 from minidamage.data import duplicates
+from minidamage.data.check_masks import check_masks
 from minidamage.data.pictures import picture_header, read_image
 from minidamage.data.record import class_counts
 
@@ -31,7 +32,10 @@ class Finding:
 def check(dataset, quick=False):
     """All findings of a Dataset. quick: headers and annotations only, no picture is decoded, no duplicates are sought."""
     everything = [(part, r) for part, records in dataset.parts.items() for r in records]
-    findings = _problems(dataset) + _sizes(everything) + _ids(dataset) + _classes(dataset) + _objects(everything)
+    findings = _problems(dataset) + _sizes(everything) + _ids(dataset) + _classes(dataset)
+    findings += [Finding(*line) for line in check_masks(everything, dataset.class_names, quick)]
+    if any(not r.label_map for _, r in everything):
+        findings += _objects(everything)
     if not quick:
         findings += _decoding(everything) + _copies(everything)
     findings += _vehicles(everything)
@@ -76,6 +80,7 @@ def _ids(dataset):
 
 def _classes(dataset):
     out, names = [], np.array(dataset.class_names)
+    what = "pictures" if any(r.label_map for records in dataset.parts.values() for r in records) else "objects"
     counts = {part: class_counts(records, len(names)) for part, records in dataset.parts.items()}
     learned = counts.get("train", counts.get("all"))
     for part, count in counts.items():
@@ -83,12 +88,12 @@ def _classes(dataset):
         if len(unseen):
             out.append(Finding("error", f"{part} has objects of classes that train lacks: they can only be missed", tuple(unseen)))
     if learned is not None and not learned.any():
-        out.append(Finding("error", "no object in the part that trains: there is nothing to learn"))
+        out.append(Finding("error", "nothing is marked in the part that trains: there is nothing to learn"))
     if learned is not None:
         rare = [f"{n} ({c})" for n, c in zip(names, learned) if 0 < c < RARE]
         if rare:
-            out.append(Finding("warning", f"{len(rare)} classes have fewer than {RARE} training objects", tuple(rare)))
-    empty = {part: sum(len(r.labels) == 0 for r in records) for part, records in dataset.parts.items()}
+            out.append(Finding("warning", f"{len(rare)} classes have fewer than {RARE} training {what}", tuple(rare)))
+    empty = {part: sum(r.undamaged for r in records) for part, records in dataset.parts.items()}
     out.append(Finding("note", "pictures without objects, kept as undamaged: "
                        + ", ".join(f"{part} {n} of {len(dataset.parts[part])}" for part, n in empty.items())))
     return out
@@ -195,7 +200,9 @@ def _vehicles(everything):
         parts_of["photograph " + duplicates.original_name(r.file) + " in " + os.path.dirname(r.file)].add(part)
     straddling = sorted(g for g, parts in parts_of.items() if len(parts) > 1)
     groups = {r.group for _, r in everything if r.group}
-    out = [Finding("note", f"{len(groups)} vehicles known by the time in the file names")] if groups else []
+    cut = sum(g.startswith("photograph ") for g in groups)
+    out = [Finding("note", f"{len(groups) - cut} vehicles known by the time in the file names")] if len(groups) > cut else []
+    out += [Finding("note", f"{cut} photographs of which several crops are in the set, by the file names")] if cut else []
     if straddling:
         out.append(Finding("error", f"{len(straddling)} vehicles or photographs lie in more than one part; "
                                     "--split 70/15/15 keeps them together", tuple(straddling)))

@@ -7,7 +7,9 @@ therefore meet at the same place, with no half-pixel shift (tests/test_data_tran
 What a shift, a rotation or a smaller scale uncovers is FILL in the picture and 255 (not judged) in a label map.
 """
 import dataclasses
+import functools
 import math
+import statistics
 
 import numpy as np
 from PIL import Image, ImageEnhance, ImageStat
@@ -158,11 +160,22 @@ def hue_matrix(hue):
 
 
 def add_noise(image, deviation, seed):
-    """uint8 [H, W, 3] with Gaussian noise of this standard deviation (0..255) on every pixel and channel, rounded and clipped."""
-    noise = np.random.default_rng(seed).standard_normal(image.shape, np.float32)
-    noise *= np.float32(deviation)
+    """uint8 [H, W, 3] with Gaussian noise of this standard deviation (0..255) on every pixel and channel, rounded and clipped.
+
+    16 random bits a value look up a normal quantile (up to 4.2 deviations), already scaled and rounded: less than half the
+    time of standard_normal, which would be rounded to the same whole numbers.
+    """
+    steps = np.rint(deviation * _normal_quantiles()).astype(np.int16)
+    noise = steps[np.random.default_rng(seed).integers(0, len(steps), image.shape, np.uint16)]
     noise += image
-    return np.clip(np.rint(noise, out=noise), 0, 255, out=noise).astype(np.uint8)
+    return np.clip(noise, 0, 255, out=noise).astype(np.uint8)
+
+
+@functools.cache
+def _normal_quantiles():
+    """float32 [65536]: the quantiles of a standard normal at the middles of 65536 equal shares."""
+    upper = [statistics.NormalDist().inv_cdf((i + 0.5) / 65536) for i in range(32768, 65536)]
+    return np.array([-v for v in reversed(upper)] + upper, np.float32)
 
 
 def apply(image, record, draw, with_masks=True):

@@ -1,0 +1,67 @@
+"""The part of the data set doctor (check.py) that looks at masks of pixel labels: what they store, how much of it is damage."""
+import collections
+import os
+
+import numpy as np
+
+from minidamage.data.mask_values import scan
+
+INVERTED = 0.5                                 # share of foreground above which a mask is probably the wrong way round
+SPECK = 4                                      # pixels of foreground; fewer are a slip of the brush, or compression
+
+
+def check_masks(everything, class_names, quick=False):
+    """[(level, text, examples)] for the records with label maps among [(part, record)]; nothing where there are none."""
+    marked = [(part, r) for part, r in everything if r.label_map]
+    if not marked:
+        return []
+    share = np.array([sum(n for _, n in _counts(r)) / (r.width * r.height) for _, r in marked])
+    name = lambda i: f"{marked[i][0]}/{os.path.basename(marked[i][1].file)}"
+    out = [_foreground(marked, share, class_names)]
+    empty = np.flatnonzero(share == 0)
+    if len(empty):
+        out.append(("note", f"{len(empty)} masks are empty: taken as undamaged; look at a few", tuple(map(name, empty))))
+    specks = [i for i in np.flatnonzero(share) if share[i] * marked[i][1].width * marked[i][1].height < SPECK]
+    if specks:
+        out.append(("warning", f"{len(specks)} masks have fewer than {SPECK} foreground pixels", tuple(map(name, specks))))
+    inverted = np.flatnonzero(share > INVERTED)
+    if len(inverted):
+        out.append(("warning", f"{len(inverted)} masks have more foreground than background: inverted, or pictures taken from very near",
+                    tuple(f"{name(i)} ({share[i]:.0%})" for i in inverted)))
+    if not quick:
+        out += _values([r for _, r in marked])
+    return out
+
+
+def _counts(record):
+    return [pair for layer in (record.label_map, *record.label_map.layers) for pair in layer.counts]
+
+
+def _foreground(marked, share, class_names):
+    by_part = {}
+    for (part, _), s in zip(marked, share):
+        by_part.setdefault(part, []).append(s)
+    parts = ", ".join(f"{part} {np.mean(s):.2%}" for part, s in by_part.items())
+    of_class = collections.Counter()
+    for _, record in marked:
+        for label, pixels in _counts(record):
+            of_class[label] += pixels
+    classes = "; by class: " + ", ".join(f"{n} {of_class[k + 1]} px" for k, n in enumerate(class_names)) if len(class_names) > 1 else ""
+    low, middle, high = np.percentile(share, (0, 50, 100))
+    return ("note", f"foreground: {parts} of the pixels; a picture {low:.2%} to {high:.2%}, half of them under {middle:.2%}{classes}", ())
+
+
+def _values(records):
+    """What the files store: their kinds, and a histogram of the values."""
+    files = [layer.file for r in records for layer in (r.label_map, *r.label_map.layers)]
+    stats = [s for s in scan(files, []).values() if s]
+    kinds = collections.Counter(s.kind for s in stats)
+    pixels = sum(s.pixels for s in stats)
+    order = np.flatnonzero(pixels).tolist()
+    if len(order) > 12:                        # grey: sixteen steps say more than two hundred lines
+        steps = pixels.reshape(16, 16).sum(1)
+        listed = ", ".join(f"{16 * k}-{16 * k + 15} {steps[k] / pixels.sum():.2%}" for k in range(16) if steps[k])
+    else:
+        listed = ", ".join(f"{v} {pixels[v] / pixels.sum():.2%}" for v in order)
+    of_kind = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
+    return [("note", f"values in the {len(stats)} mask files ({of_kind}): {listed}", ())]

@@ -1,0 +1,77 @@
+"""The data set doctor on masks: values, share of foreground, empty and inverted masks, copies across parts."""
+import numpy as np
+from PIL import Image
+
+from data_sets import picture
+from minidamage.data import load_dataset
+from minidamage.data.__main__ import main as doctor
+from minidamage.data.check import check
+from test_data_mask_folders import MASK, mask, pairs
+
+
+def findings(path, **kwargs):
+    return {f.text: f for f in check(load_dataset(path, quiet=True), **kwargs)}
+
+
+def only(found, text):
+    matching = [f for t, f in found.items() if text in t]
+    assert len(matching) == 1, (text, list(found))
+    return matching[0]
+
+
+def mask_set(tmp_path):
+    for part, names in (("train", "abcd"), ("test", "efg")):
+        pairs(tmp_path, f"{part}_img/{{}}.jpg", f"{part}_lab/{{}}.png", names)
+    mask(tmp_path / "train_lab/a.png", MASK * 0)
+    mask(tmp_path / "train_lab/b.png", 255 - MASK * 255)
+    speck = MASK * 0
+    speck[0, :2] = 255
+    mask(tmp_path / "test_lab/e.png", speck)
+    return tmp_path
+
+
+def test_masks_are_counted_and_odd_ones_named(tmp_path):
+    found = findings(mask_set(tmp_path))
+    area = MASK.mean()
+    note = only(found, "foreground: train")
+    assert f"train {(0 + (1 - area) + 2 * area) / 4:.2%}, test {(2 / MASK.size + 2 * area) / 3:.2%}" in note.text and note.level == "note"
+    assert only(found, "masks are empty").examples == ("train/a.jpg",)
+    assert only(found, "more foreground than background").examples == (f"train/b.jpg ({1 - area:.0%})",)
+    assert only(found, "fewer than 4 foreground pixels").examples == ("test/e.jpg",)
+    assert "values in the 7 mask files (7 grey): 0 " in only(found, "values in the").text and ", 255 " in only(found, "values in").text
+    assert not any("values in the" in t for t in findings(tmp_path, quick=True)) and not any("with outlines" in t for t in found)
+
+
+def test_one_class_a_line_and_nothing_marked(tmp_path):
+    values = MASK.copy()
+    values[12:16, 14:20] = 2
+    text = only(findings(pairs(tmp_path / "a", values=values)), "foreground: all").text
+    assert f"class 1 {int((values == 1).sum()) * 3} px, class 2 72 px" in text
+    assert only(findings(pairs(tmp_path / "b", values=MASK * 0)), "nothing is marked in the part that trains").level == "error"
+
+
+def test_soft_masks_have_a_histogram_in_steps(tmp_path):
+    soft = np.array(Image.fromarray(MASK * 255).resize((256, 192), 0).rotate(10).resize((64, 48), Image.Resampling.LANCZOS))
+    text = only(findings(pairs(tmp_path, values=soft)), "values in the").text
+    assert "0-15 " in text and "240-255 " in text
+
+
+def test_copies_and_crops_in_two_parts_are_errors(tmp_path):
+    mask_set(tmp_path)
+    (tmp_path / "test_img/e.jpg").write_bytes((tmp_path / "train_img/c.jpg").read_bytes())
+    for part, name in (("train", "q-1"), ("train", "q-2"), ("test", "q-3")):
+        picture(tmp_path / f"{part}_img/{name}.jpg", seed=len(name) + ord(name[-1]))
+        mask(tmp_path / f"{part}_lab/{name}.png")
+    found = findings(tmp_path)
+    copies = only(found, "lie in different parts")
+    assert copies.level == "error" and any("train/c.jpg = test/e.jpg (the same bytes)" in e for e in copies.examples)
+    assert only(found, "vehicles or photographs lie in more than one part").examples == ("photograph q",)
+    assert only(found, "1 photographs of which several crops")
+
+
+def test_the_command(tmp_path, capsys):
+    assert doctor([str(mask_set(tmp_path)), "--quick"]) == 0
+    out = capsys.readouterr().out
+    assert "read as mask folders" in out and "masks are empty" in out
+    mask(tmp_path / "test_lab/f.png", MASK * 128)
+    assert doctor([str(tmp_path)]) == 2 and "more than one way" in capsys.readouterr().err
