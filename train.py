@@ -2,6 +2,7 @@
 
     python train.py                                                    the drawn demo set, DamageNet, a laptop, minutes
     python train.py --model damagenet --data vehide/ --pretrained resnet50.pth
+    python train.py --model context_cracknet --data deepcrack/         pictures and masks
     python train.py --resume                                           the newest run, from where it stopped
 
 Read top to bottom: the loop, validation, the learning rate, then how a run is set up from the command line. Every run
@@ -16,20 +17,22 @@ import time
 import numpy as np
 import torch
 
-from minidamage import MODELS, masks, run_folder
+from minidamage import MODELS, run_folder
 from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
 from minidamage.data import collate
-from minidamage.layers.detector import masks_in_form
+from minidamage.layers.segmenter import label_map_of
 from minidamage.metrics.detection import CocoEvaluator
+from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
 from minidamage.training import DEFAULTS, iou_types, is_out_of_memory, set_up, what_broke
+from minidamage.tuning import (add_picture, score_mask_thresholds, score_pixel_thresholds, take_mask_threshold,
+                               take_pixel_threshold)
 from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
-MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part after training
 PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
-HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")          # of an epoch's line
+HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "pixel/IoU", "pixel/Dice")              # of an epoch's line
 
 
 class NonFiniteLoss(ValueError):
@@ -51,7 +54,7 @@ def train(run, stop):
         for images, targets in training_batches(run):
             step = state.epoch * steps_per_epoch + state.step
             for group in run.optimizer.param_groups:
-                group["lr"] = lr_at(step, steps_per_epoch, recipe)
+                group["lr"] = lr_at(step, steps_per_epoch, recipe) * state.lr_scale
             if step == 0:
                 keep(run, "first_batch.png", lambda path: draw_first_batch(path, images, targets, run.identity["class_names"]))
 
@@ -159,96 +162,78 @@ def validate(run, stop, progress):
     """
     model = run.model if run.ema is None else run.ema.model
     model.eval()
-    evaluate = {"detection": validate_detection}[model.task]          # segmentation: one more line here
-    batches = [[i] for i in range(len(run.val_set))]                  # one at a time: pictures of any size, least memory
-    return evaluate(run, model, loader(run, run.val_set, batches), stop, progress)
-
-
-def validate_detection(run, model, batches, stop, progress):
     records, names = run.val_set.records, run.identity["class_names"]
-    evaluator, sums, shown = CocoEvaluator(names, iou_types(model)), {}, []
-    for images, targets in batches:
+    predict, evaluator = ((predict_detections, CocoEvaluator(names, iou_types(model))) if model.task == "detection" else
+                          (predict_label_map, PixelEvaluator(names)))
+    sums, shown = {}, []
+    for images, targets in loader(run, run.val_set, [[i] for i in range(len(records))]):       # one at a time: any size, least memory
         if stop.requested:
             return None
         image, target = images[0], targets[0]
         progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  validation {target['index'] + 1}/{len(records)}")
-        losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
+        losses, prediction = predict(model, images, targets)
         for name, value in check_losses(read_losses(losses)(), targets, run, validating=True).items():
             sums[name] = sums.get(name, 0.0) + value
-        add_picture(evaluator, target, detections[0], image.shape[-2:])
+        add_picture(evaluator, target, prediction, image.shape[-2:])
         if target["index"] in pictures_to_show(records):
-            shown.append((image, target, detections[0]))
+            shown.append((image, target, prediction))
     result = evaluator.evaluate()
-    run.identity["thresholds"] = result.best_thresholds()             # per class, best F1 on this part; never on test
+    if model.task == "detection":
+        run.identity["thresholds"] = result.best_thresholds()         # per class, best F1 on this part; never on test
     means = {name: value / len(records) for name, value in sums.items()}
     metrics = {"loss": sum(means.values()), **means, **result.stats}
     if math.isnan(metrics[run.recipe.select_by]):
-        progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *result.causes]))
+        causes = result.causes if model.task == "detection" else ["no damage in the validation part, and none found"]
+        progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *causes]))
     if is_better(metrics, run):
         title = f"Validation, epoch {run.state.epoch + 1}"
         keep(run, "val_predictions.png", lambda path: draw_predictions(path, shown, names, run.identity["thresholds"], title))
     return metrics
 
 
-def add_picture(evaluator, target, detection, size):
-    """Gives one picture's truth and detections to the evaluator, masks as run lengths."""
-    height, width = size
-    rles = masks.encode(target["masks"].numpy()) if "masks" in target else None
-    evaluator.add_truth(target["index"], target["boxes"], target["labels"], rles, target["iscrowd"], target["area"], height, width)
-    evaluator.add_detections(target["index"], detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
+def predict_detections(model, images, targets):
+    """(losses, the detections of one picture in its own pixels, masks as run lengths)."""
+    losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
+    return losses, detections[0]
+
+
+def predict_label_map(model, images, targets):
+    """(losses, {"label_map": [H, W]} of one picture, at the size it is trained at; one class: where its probability is above 0.5)."""
+    losses, probabilities = model.losses_and_probabilities(images, targets)
+    return losses, {"label_map": label_map_of(probabilities[0]).cpu()}
 
 
 def pictures_to_show(records):
-    """Indices of the pictures in val_predictions.png: spread over those with objects, and the last one without any."""
-    damaged = [i for i, record in enumerate(records) if len(record.labels)]
-    whole = [i for i, record in enumerate(records) if not len(record.labels)][-1:]
+    """Indices of the pictures in val_predictions.png: spread over those with damage, and the last one without any."""
+    damaged = [i for i, record in enumerate(records) if not record.undamaged]
+    whole = [i for i, record in enumerate(records) if record.undamaged][-1:]
     spread = np.linspace(0, len(damaged) - 1, min(PICTURES_SHOWN - len(whole), len(damaged))).round().astype(int)
     return {damaged[i] for i in spread} | set(whole)
 
 
 @torch.no_grad()
-def tune_mask_threshold(run, stop):
-    """Chooses tau, the probability from which a pixel belongs to a mask, by segm/AP on the validation part, and writes it into best.pt.
+def tune_threshold(run, stop):
+    """Chooses the probability from which a pixel is damage on the validation part (tuning.py) and writes it into best.pt.
 
-    DamageNet, section III.A: tau is tuned; on which part is not stated, and ours is never the test part. `--set mask_threshold=...`
-    is kept as it is. best.pt is marked as tuned either way: a run that is killed before resumes here.
+    `--set mask_threshold=...` is kept as it is. best.pt is marked as tuned either way: a run that is killed before resumes here.
     """
     model, checkpoint = load_checkpoint(run.path("best.pt"), run.device)
     checkpoint["train"]["tuned"] = True
+    batches, names = loader(run, run.val_set, [[i] for i in range(len(run.val_set))]), checkpoint["class_names"]
+    stopped = f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {run.folder}"
     if "segm" in iou_types(model) and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
-        results = score_mask_thresholds(run, stop, model, checkpoint["class_names"])
+        results = score_mask_thresholds(model, batches, names, iou_types(model), stop)
         if results is None:
-            print(f"stopped before the mask threshold was chosen: {run.path('best.pt')} keeps {model.config.mask_threshold}; "
-                  f"choose it with\n  python train.py --resume {run.folder}")
+            print(f"stopped before the mask threshold was chosen: {stopped.format(model.config.mask_threshold)}")
             return
         take_mask_threshold(checkpoint, results, model.config.mask_threshold)
+    elif model.task == "segmentation" and len(names) == 1:
+        result = score_pixel_thresholds(model, batches, stop)
+        if result is None:
+            print(f"stopped before the pixel threshold was chosen: {stopped.format(0.5)}")
+            return
+        take_pixel_threshold(checkpoint, result)
     keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
-
-
-def score_mask_thresholds(run, stop, model, class_names):
-    """{tau: DetectionResult} of the validation part, the network run once; None when a signal came."""
-    evaluators = {tau: CocoEvaluator(class_names, iou_types(model)) for tau in MASK_THRESHOLDS}
-    for images, targets in loader(run, run.val_set, [[i] for i in range(len(run.val_set))]):
-        if stop.requested:
-            return None
-        size, raw = tuple(images[0].shape[-2:]), model.detect(images, mask_form="raw")[0]
-        for tau, evaluator in evaluators.items():
-            rles = masks_in_form(raw["masks"], raw["boxes"], size, "rle", tau, model.refine_masks)
-            add_picture(evaluator, targets[0], {**raw, "masks": rles}, size)
-    return {tau: evaluator.evaluate() for tau, evaluator in evaluators.items()}
-
-
-def take_mask_threshold(checkpoint, results, default):
-    """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN."""
-    found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
-    if not found:
-        print(f"mask threshold {default}, as it was: segm/AP on the validation part is 0, or not a number, at every other as well")
-        return
-    tau = max(found, key=lambda tau: (found[tau], -abs(tau - default)))
-    checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
-    checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
-    tried = ", ".join(f"{tau} {result.stats['segm/AP']:.4f}" for tau, result in results.items())
-    print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {tried}")
 
 
 def is_better(metrics, run):
@@ -264,7 +249,7 @@ def is_better(metrics, run):
 
 
 def finish_epoch(run, metrics, progress):
-    """Writes metrics.csv, curves.png, best.pt and last.pt; returns whether this epoch is the best so far."""
+    """Writes metrics.csv, curves.png, best.pt, last.pt, with --keep-epochs epoch-001.pt; returns whether it is the best so far."""
     state, select_by = run.state, run.recipe.select_by
     steps = max(state.step, 1)
     train_losses = {f"train/{name}": value / steps for name, value in state.sums.items()}
@@ -275,10 +260,13 @@ def finish_epoch(run, metrics, progress):
         state.best, state.best_loss, state.best_epoch = metrics[select_by], metrics["loss"], state.epoch
     state.history.append(row)
     state.epoch, state.step, state.sums, state.seconds = state.epoch + 1, 0, {}, 0.0
+    watch_plateau(state, run.recipe, metrics["loss"])
     keep(run, "metrics.csv", lambda path: run_folder.write_metrics(path, state.history))
     keep(run, "curves.png", lambda path: curves_from_csv(run.path("metrics.csv"), path))
     if better:
         save(run, "best.pt", metrics)
+    if run.args.keep_epochs:
+        save(run, f"epoch-{state.epoch:03d}.pt", metrics)
     save(run, "last.pt", metrics)                                     # last: a kill between the two repeats the epoch, and its best.pt
     progress.line(f"epoch {state.epoch}/{run.recipe.epochs}  train loss {row['train/loss']:.4f}  val loss {metrics['loss']:.4f}  "
                   f"{'  '.join(f'{name} {metrics[name]:.3f}' for name in HEADLINES if name in metrics)}  "
@@ -287,7 +275,7 @@ def finish_epoch(run, metrics, progress):
 
 
 def save(run, file, metrics):
-    """Writes last.pt (all that a resume needs) or best.pt (what evaluate.py and predict.py need)."""
+    """Writes last.pt (all that a resume needs), or best.pt or epoch-001.pt (what evaluate.py and predict.py need)."""
     weights = run.model.state_dict()
     averaged = weights if run.ema is None else run.ema.model.state_dict()
     state = {**run.identity, "weights": averaged, "metrics": metrics, "train": {"epoch": run.state.epoch}}
@@ -322,11 +310,26 @@ def lr_at(step, steps_per_epoch, recipe):
     warmup = min(recipe.warmup_iters, total // 3)
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
-    if recipe.schedule == "constant":
+    if recipe.schedule in ("constant", "plateau"):                    # plateau: watch_plateau scales it, from what was measured
         return lr
     if recipe.schedule == "cosine":
         return lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
     return lr * recipe.gamma ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)      # "step"
+
+
+def watch_plateau(state, recipe, loss):
+    """Schedule "plateau", after each epoch: `plateau_patience` epochs without a lower validation loss scale the rate by `plateau_factor`.
+
+    Context-CrackNet, section 4.2.1. torch's ReduceLROnPlateau waits for one epoch more, and for a loss that is lower by 1e-4.
+    """
+    if recipe.schedule != "plateau":
+        return
+    if state.lowest_loss is None or loss < state.lowest_loss:
+        state.lowest_loss, state.epochs_on_plateau = loss, 0
+        return
+    state.epochs_on_plateau += 1
+    if state.epochs_on_plateau >= recipe.plateau_patience:
+        state.lr_scale, state.epochs_on_plateau = state.lr_scale * recipe.plateau_factor, 0
 
 
 def parse_arguments(argv=None):
@@ -338,7 +341,8 @@ def parse_arguments(argv=None):
     add("--data", metavar="PATH", help="data set folder or annotation file, any known layout; 'demo' draws one (default: demo)")
     add("--epochs", type=int, help="passes over the training part (default: the model's recipe; the demo has its own)")
     add("--batch-size", type=int, help="pictures a step (default: recipe)")
-    add("--size", type=int, help="shorter side of the resized picture, pixels; the longer side's limit moves with it (default: config)")
+    add("--size", type=int, help="pixels of the resized picture: both sides (segmenters), or the shorter, and the limit of the longer with "
+        "it (default: config)")
     add("--lr", type=float, help="learning rate at this batch size, as it stands (default: the recipe's, scaled linearly with the batch)")
     add("--seed", type=int, help=f"of weights, order and augmentation (default: {DEFAULTS['seed']})")
     add("--split-seed", type=int, help=f"of split and --limit, which runs of several --seed share (default: {DEFAULTS['split_seed']})")
@@ -350,6 +354,7 @@ def parse_arguments(argv=None):
     add("--clip", type=float, metavar="NORM", help="largest gradient norm, 0 = off (default: recipe)")
     add("--patience", type=int, metavar="EPOCHS", help="stop when the metric has not improved for so many epochs, 0 = never (default)")
     add("--select", metavar="METRIC", help="what chooses best.pt, a val/ column of metrics.csv such as segm/AP50 or loss (default: recipe)")
+    add("--keep-epochs", action="store_true", help="keep every epoch's weights (epoch-001.pt, ...), for evaluate.py --test-epochs")
     add("--limit", type=float, metavar="SHARE", help="train and validate on a seeded share, such as 0.4; test stays whole (default: 1)")
     add("--split", metavar="A/B/C", help="pool all and split train/val/test by vehicle, such as 70/15/15 (default: the set's own parts)")
     add("--pretrained", metavar="FILE", help="start weights: a ResNet (torchvision, timm), detector or checkpoint; says what is left out")
@@ -380,6 +385,8 @@ def introduce(run):
 def in_use(recipe):
     """{field: value} of the recipe, without what is off and what another choice leaves without effect."""
     idle = (() if recipe.optimizer == "sgd" else ("momentum",)) + (() if recipe.schedule == "step" else ("milestones", "gamma"))
+    idle += () if recipe.schedule == "plateau" else ("plateau_patience", "plateau_factor")
+    idle += () if recipe.rotate or recipe.shift or recipe.scale else ("shift_scale_rotate",)
     return {name: value for name, value in dataclasses.asdict(recipe).items() if value and name not in idle}
 
 
@@ -431,7 +438,7 @@ def perform(run):
                   f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n"
                   f"  python train.py --resume {run.folder}")
             return stop.exit_code
-        tune_mask_threshold(run, stop)
+        tune_threshold(run, stop)
     say_goodbye(run, time.perf_counter() - start)
     return stop.exit_code or (1 if run.unsaved else 0)
 

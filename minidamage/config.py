@@ -20,9 +20,11 @@ class Recipe:
     lr_batch_size: int = 16                   # 0: the rate is taken as it stands
     momentum: float = 0.9                     # sgd only
     weight_decay: float = 1e-4
-    schedule: str = "step"                    # step | cosine | constant
+    schedule: str = "step"                    # step | cosine | constant | plateau
     milestones: tuple[int, ...] = ()          # epochs at which `step` multiplies the rate by `gamma`
     gamma: float = 0.1
+    plateau_patience: int = 5                 # epochs without a lower validation loss after which `plateau` multiplies the rate
+    plateau_factor: float = 0.5               # ... by this
     warmup_iters: int = 500                   # linear warm-up, steps; cut to a third of the run when the run is short
     clip_grad_norm: float = 0.0               # 0: off
     ema_decay: float = 0.0                    # 0: off
@@ -38,7 +40,7 @@ class Recipe:
     saturation: float = 0.0
     hue: float = 0.0                          # share of the colour circle, uniform in [-hue, hue]
     noise: float = 0.0                        # Gaussian, a pixel and channel; its standard deviation is uniform in [0, noise] of 0..255
-    select_by: str = "segm/AP"                # the metric that picks best.pt, named as in metrics.csv
+    select_by: str = ""                       # the metric that picks best.pt, named as in metrics.csv; "": training.default_metric
 
 
 def apply_settings(config, settings):

@@ -19,15 +19,16 @@ from minidamage import MODELS, run_folder
 from minidamage.checkpoint import (build_from_checkpoint, choose_device, load_pretrained, load_weights, read_checkpoint,
                                    set_rng_state)
 from minidamage.config import Recipe, apply_settings, from_dict
-from minidamage.data import DetectionDataset, limit, load_dataset
+from minidamage.data import DetectionDataset, SegmentationDataset, limit, load_dataset
 from minidamage.data.split import from_names, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics.detection import CocoEvaluator
+from minidamage.metrics.segmentation import PixelEvaluator
 
 DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off",
-            "deterministic": False, "patience": 0, "set": [], "split": None}
-CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp"}
-OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant")
+            "deterministic": False, "keep_epochs": False, "patience": 0, "set": [], "split": None}
+CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp", "keep_epochs"}
+OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant", "plateau")
 
 
 @dataclasses.dataclass
@@ -42,6 +43,9 @@ class State:
     best: float | None = None                                         # of recipe.select_by
     best_loss: float | None = None                                    # validation loss of that epoch
     best_epoch: int = -1
+    lr_scale: float = 1.0                                             # schedule "plateau": product of its steps so far
+    lowest_loss: float | None = None                                  # ... lowest validation loss so far
+    epochs_on_plateau: int = 0                                        # ... epochs since then, or since the last step
 
 
 @dataclasses.dataclass
@@ -55,8 +59,8 @@ class Run:
     model: torch.nn.Module
     optimizer: torch.optim.Optimizer
     scaler: torch.amp.GradScaler
-    train_set: DetectionDataset
-    val_set: DetectionDataset
+    train_set: DetectionDataset | SegmentationDataset
+    val_set: DetectionDataset | SegmentationDataset
     identity: dict                                                    # the checkpoint's keys that never change in a run
     ema: "Ema | None" = None
     state: State = dataclasses.field(default_factory=State)
@@ -99,13 +103,10 @@ def set_up(given):
         recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
         parts = from_names(dataset, checkpoint["split"])
         model = build_from_checkpoint(checkpoint, path)
+    recipe = dataclasses.replace(recipe, select_by=recipe.select_by or default_metric(model))
     check_recipe(recipe, metric_names(model))
     model.to(args.device)
-    train_set = DetectionDataset(parts["train"], recipe, seed=args.seed, train=True, max_side=max(2 * model.config.max_size, 1600))
-    val_set = DetectionDataset(parts["val"])
-    if "segm" in iou_types(model) and not train_set.with_masks:
-        raise ValueError(f"{dataset.path}: expected objects with outlines, because {args.model} learns masks, got boxes alone")
-    val_set.with_masks = train_set.with_masks                         # a val part of boxes alone, beside outlines: the box is the mask
+    train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
 
     folder = os.path.dirname(path) if checkpoint else run_folder.new_run_folder(args.out, args.model, args.data)
     run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
@@ -121,10 +122,24 @@ def set_up(given):
     return run
 
 
+def make_datasets(model, parts, recipe, seed, path):
+    """(what trains, what chooses) as the model's task needs them: outlines in original pixels, or label maps at the model's size."""
+    if model.task == "segmentation":
+        size = model.config.image_size
+        return (SegmentationDataset(parts["train"], recipe, seed=seed, train=True, image_size=size),
+                SegmentationDataset(parts["val"], image_size=size))
+    train_set = DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600))
+    val_set = DetectionDataset(parts["val"])
+    if "segm" in iou_types(model) and not train_set.with_masks:
+        raise ValueError(f"{path}: expected objects with outlines, because {model.name} learns masks, got boxes alone")
+    val_set.with_masks = train_set.with_masks                         # a val part of boxes alone, beside outlines: the box is the mask
+    return train_set, val_set
+
+
 def restore(run, checkpoint, path):
     """Puts weights, optimiser, averages, random generators and counters back, exactly as they were."""
     train = checkpoint["train"]
-    run.state = State(**{field.name: train[field.name] for field in dataclasses.fields(State)})
+    run.state = State(**{field.name: train[field.name] for field in dataclasses.fields(State) if field.name in train})
     if run.state.epoch >= run.recipe.epochs and is_tuned(run):
         raise ValueError(f"{path}: this run has done its {run.state.epoch} epochs; to go on, give it more: --epochs {2 * run.state.epoch}")
     if run.ema is not None:                                           # the model was built with the averaged weights
@@ -137,7 +152,7 @@ def restore(run, checkpoint, path):
 
 
 def is_tuned(run):
-    """Whether best.pt carries the mark of train.py's last act, the choice of the mask threshold: a kill may come between the two."""
+    """Whether best.pt carries the mark of train.py's last act, the choice of the threshold: a kill may come between the two."""
     return bool(read_checkpoint(run.path("best.pt"))["train"].get("tuned"))
 
 
@@ -174,8 +189,8 @@ def split_parts(dataset, args):
             counts = ", ".join(f"{key} {len(value)}" for key, value in parts.items())
             raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none ({counts}); add pictures, or give another "
                              "--split or --limit")
-    if not any((~record.crowd).any() for record in parts["train"]):
-        raise ValueError(f"{dataset.path}: expected objects to learn from in the train part, got {len(parts['train'])} pictures "
+    if not any(record.present for record in parts["train"]):
+        raise ValueError(f"{dataset.path}: expected damage to learn from in the train part, got {len(parts['train'])} pictures "
                          f"without any; what is wrong with them: python -m minidamage.data {dataset.path}")
     return parts
 
@@ -192,7 +207,7 @@ def settle(args):
         milestones = tuple(round(milestone * recipe.epochs / in_epochs) for milestone in recipe.milestones)
         recipe = dataclasses.replace(recipe, milestones=milestones)
     if hasattr(args, "size"):
-        config = dataclasses.replace(config, min_size=args.size, max_size=round(args.size * config.max_size / config.min_size))
+        config = resized(config, args.size)
     fields = {which: {field.name for field in dataclasses.fields(which)} for which in (config_class, Recipe)}
     for setting in args.set:
         key = setting.partition("=")[0]
@@ -205,6 +220,16 @@ def settle(args):
             raise ValueError(f"--set {setting}: neither {config_class.__name__} nor the recipe has a field {key!r}; did you mean "
                              f"{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]!r}? Fields: {', '.join(known)}")
     return config, recipe
+
+
+def resized(config, size):
+    """The config for pictures of another size, everything that goes with it included."""
+    if not hasattr(config, "image_size"):                             # a detector's
+        return dataclasses.replace(config, min_size=size, max_size=round(size * config.max_size / config.min_size))
+    config = dataclasses.replace(config, image_size=size)
+    if hasattr(config, "sequence_size"):                              # Context-CrackNet: E and F are learned for the padded picture
+        config = dataclasses.replace(config, sequence_size=math.ceil(size / 32) * 32)
+    return config
 
 
 def override(recipe, given):
@@ -271,7 +296,11 @@ def check_recipe(recipe, names):
               "momentum": (lambda v: 0 <= v < 1, "from 0 to below 1"), "weight_decay": not_negative, "gamma": above_zero,
               "warmup_iters": not_negative, "clip_grad_norm": (not_negative[0], "0 (off) or a gradient norm"),
               "ema_decay": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"), "hflip": share,
-              "rotate": (lambda v: 0 <= v <= 180, "0 to 180 degrees"), "brightness": share, "contrast": share, "saturation": share}
+              "rotate": (lambda v: 0 <= v <= 180, "0 to 180 degrees"), "brightness": share, "contrast": share, "saturation": share,
+              "vflip": share, "rot90": share, "shift": share, "scale": (lambda v: 0 <= v < 1, "from 0 to below 1"),
+              "shift_scale_rotate": share, "hue": (lambda v: 0 <= v <= 0.5, "from 0 to 0.5, half the colour circle"),
+              "noise": (lambda v: 0 <= v <= 255, "0 to 255 grey levels"), "plateau_patience": one_or_more,
+              "plateau_factor": (lambda v: 0 < v < 1, "above 0 and below 1")}
     for field, (fits, expected) in ranges.items():
         value = getattr(recipe, field)
         if not fits(value):
@@ -285,13 +314,21 @@ def check_recipe(recipe, names):
 
 
 def iou_types(model):
-    """("bbox", "segm"), or ("bbox",) for a detector without a mask branch."""
+    """("bbox", "segm"); ("bbox",) for a detector without a mask branch; () for a segmenter, whose pixels are no instances."""
+    if model.task == "segmentation":
+        return ()
     return ("bbox", "segm") if getattr(model.roi_heads, "mask_predictor", None) is not None else ("bbox",)
 
 
 def metric_names(model):
     """Names of the validation metrics that may choose best.pt, without their val/ in metrics.csv."""
-    return ["loss", *CocoEvaluator(["damage"], iou_types(model)).evaluate().stats]
+    evaluator = PixelEvaluator(["damage"]) if model.task == "segmentation" else CocoEvaluator(["damage"], iou_types(model))
+    return ["loss", *evaluator.evaluate().stats]
+
+
+def default_metric(model):
+    """What picks best.pt where the recipe leaves it open: pooled IoU of the damage, or AP of masks, or of boxes where there are none."""
+    return "pixel/IoU" if model.task == "segmentation" else f"{iou_types(model)[-1]}/AP"
 
 
 def print_report(report, path):
@@ -316,9 +353,9 @@ def what_broke(error, run):
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = lines[-1] if lines[0].startswith("Caught ") else lines[0]             # a worker's error comes with its traceback
     memory_lacks, resume = is_out_of_memory(error), f"python train.py --resume {run.folder}"
-    config, args = run.model.config, run.args
+    args, size = run.args, getattr(run.model.config, "image_size", None) or getattr(run.model.config, "min_size", "...")
     less = [f"{resume} --workers 0"] * (args.workers > 0) + [f"{resume} --amp bf16"] * (args.amp == "off")
-    advice = [*less, f"a new run with smaller pictures or batches than its --size {config.min_size} --batch-size {run.recipe.batch_size}"]
+    advice = [*less, f"a new run with smaller pictures or batches than its --size {size} --batch-size {run.recipe.batch_size}"]
     if not memory_lacks:
         advice = [f"python -m minidamage.data {args.data}   (what is wrong with the pictures)", f"{resume}   (once it is mended)"]
     return (f"{'out of memory' if memory_lacks else 'training cannot go on'} in epoch {run.state.epoch + 1}, step {run.state.step + 1}: "

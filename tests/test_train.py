@@ -18,7 +18,7 @@ import torch
 
 import minidamage
 import train
-from minidamage import run_folder, training
+from minidamage import run_folder, training, tuning
 from minidamage.checkpoint import load_checkpoint, read_checkpoint
 from minidamage.config import Recipe
 from minidamage.data import load_dataset
@@ -78,7 +78,7 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
     assert not model.training and checkpoint["class_names"] == config["class_names"] and checkpoint["split"] == split
     assert set(checkpoint["thresholds"]) <= set(checkpoint["class_names"]) and "optimizer" not in checkpoint["train"]
-    assert checkpoint["config"]["mask_threshold"] in train.MASK_THRESHOLDS
+    assert checkpoint["config"]["mask_threshold"] in tuning.MASK_THRESHOLDS
     assert isinstance(model([torch.zeros(3, 48, 64, dtype=torch.uint8)])[0]["boxes"], torch.Tensor)
     printed = capsys.readouterr().out
     assert "python evaluate.py" in printed and "python predict.py" in printed and "val_predictions.png" in printed
@@ -137,7 +137,8 @@ def stop_at(monkeypatch, steps, validations=()):
             return function(*arguments, validating=True) if validating else function(*arguments)
         return call
     monkeypatch.setattr(train, "check_losses", counted("step", steps, check_losses))
-    monkeypatch.setattr(train, "add_picture", counted("picture", validations, add_picture))
+    for module in (train, tuning):
+        monkeypatch.setattr(module, "add_picture", counted("picture", validations, add_picture))
 
 
 @pytest.mark.parametrize("steps, validations, more", [
@@ -175,14 +176,14 @@ def test_a_stop_while_the_mask_threshold_is_chosen_is_said(command, tmp_path, mo
 @pytest.mark.parametrize("more", [(), ("--set", "mask_threshold=0.6"), ("--patience", 1, "--set", "lr=1e-12", "--epochs", 9)],
                          ids=["chosen", "given", "stopped early"])
 def test_a_run_killed_before_the_mask_threshold_resumes_there(command, tmp_path, monkeypatch, capsys, more):
-    tune = train.tune_mask_threshold
-    monkeypatch.setattr(train, "tune_mask_threshold", lambda *arguments: sys.exit("killed"))
+    tune = train.tune_threshold
+    monkeypatch.setattr(train, "tune_threshold", lambda *arguments: sys.exit("killed"))
     with pytest.raises(SystemExit, match="killed"):
         train.main(command("--epochs", 1, *more))
     folder = only_run(tmp_path)
     epochs = read_checkpoint(os.path.join(folder, "last.pt"))["train"]["epoch"]
     assert epochs < 9
-    monkeypatch.setattr(train, "tune_mask_threshold", tune)
+    monkeypatch.setattr(train, "tune_threshold", tune)
     capsys.readouterr()
     assert train.main(["--resume", folder]) == 0
     printed = capsys.readouterr().out
@@ -198,10 +199,10 @@ def test_mask_threshold_by_hand(capsys):
     def result(ap):
         return argparse.Namespace(stats={"segm/AP": ap}, best_thresholds=lambda: {"dent": ap})
     checkpoint = {"config": {"mask_threshold": 0.5}, "thresholds": {}, "metrics": {"loss": 1.0, "segm/AP": 0.1}}
-    train.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.4: result(0.25), 0.5: result(0.1), 0.7: result(0.25)}, default=0.5)
+    tuning.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.4: result(0.25), 0.5: result(0.1), 0.7: result(0.25)}, default=0.5)
     assert checkpoint == {"config": {"mask_threshold": 0.4}, "thresholds": {"dent": 0.25}, "metrics": {"loss": 1.0, "segm/AP": 0.25}}
     assert "mask threshold 0.4, " in (printed := capsys.readouterr().out) and "0.3 0.0000, 0.4 0.2500, 0.5 0.1000, 0.7 0.2500" in printed
-    train.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.5: result(math.nan)}, default=0.5)
+    tuning.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.5: result(math.nan)}, default=0.5)
     assert checkpoint["config"]["mask_threshold"] == 0.4 and "as it was" in capsys.readouterr().out
 
 
@@ -451,7 +452,7 @@ def test_a_set_without_objects_is_refused(command, tmp_path, capsys):
         with open(os.path.join(pictures, name), "w", encoding="utf-8") as file:
             json.dump({key: {**entry, "regions": []} for key, entry in content.items()}, file)
     assert train.main(command("--data", pictures)) == 2
-    assert "expected objects to learn from in the train part, got 2 pictures without any" in capsys.readouterr().err
+    assert "expected damage to learn from in the train part, got 2 pictures without any" in capsys.readouterr().err
 
 
 def test_boxes_without_outlines(command, data, tmp_path, capsys):

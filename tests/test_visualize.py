@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from minidamage import masks as mask_codec
@@ -81,6 +82,19 @@ def test_a_small_picture_is_enlarged_with_its_mask_and_box_pixel_by_pixel():
     rows, columns = np.nonzero(blue[200:])                            # from the box's upper edge: the tag is above it
     assert (columns.min(), columns.max() + 1, rows.max() + 201) == (4 * 30, 4 * 90, 4 * 70)
     assert [overlay.enlargement(*size) for size in ((192, 192), (192, 256), (321, 10), (3000, 4000))] == [3, 2, 1, 1]
+
+
+def test_a_label_map_tints_each_class_and_greys_what_is_not_judged():
+    image, label_map = np.full((400, 400, 3), 200, np.uint8), np.zeros((400, 400), np.uint8)
+    label_map[20:60, 20:60], label_map[100:140, 20:60], label_map[200:240] = 1, 2, 255
+    drawn = overlay.draw_label_map(image, torch.from_numpy(label_map), ["dent", "scratch"]).astype(int)
+    dent, scratch, grey = drawn[40, 40], drawn[120, 40], drawn[220, 200]
+    assert dent[2] > dent[0] + 40 and scratch[0] > scratch[2] + 40 and len(set(grey.tolist())) == 1 and grey[0] < 200
+    assert (drawn[20, 40] == overlay.NAMED_COLOURS["dent"]).all() and (drawn[300, 300] == 200).all()
+    assert (image == 200).all()
+    assert overlay.draw_label_map(image[:100, :100], label_map[:100, :100], ["dent"], enlarge=True).shape == (600, 600, 3)
+    with pytest.raises(ValueError, match=r"expected a label map of the picture's size \[400, 400\], got \[40, 400\]"):
+        overlay.draw_label_map(image, label_map[:40], ["dent", "scratch"])
 
 
 def test_truth_from_polygons_says_crowd():

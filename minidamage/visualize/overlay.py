@@ -25,6 +25,7 @@ ALIASES = {"mop lom": "dent", "mop": "dent", "tray son": "scratch", "vo kinh": "
            "glass shatter": "broken glass", "rach": "tear", "thung": "puncture", "mat bo phan": "missing part",
            "be den": "broken lamp", "lamp broken": "broken lamp"}
 MASK_OPACITY = 0.38
+NOT_JUDGED = (128, 128, 128)                                           # of the pixels that a label map leaves out
 
 
 def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=False):
@@ -58,6 +59,24 @@ def draw_truth(image, boxes, labels, masks, class_names, crowd=None, enlarge=Fal
     crowd = np.zeros(len(names), bool) if crowd is None else np.asarray(crowd).reshape(-1)
     texts = [f"{name} (crowd)" if flag else name for name, flag in zip(names, crowd)]
     return _draw_objects(image, boxes, names, texts, masks, np.arange(len(boxes)), class_names, enlarge)
+
+
+def draw_label_map(image, label_map, class_names, enlarge=False):
+    """Returns a copy of the photograph with each class's pixels tinted and outlined, in the colours that its objects would have.
+
+    image: as in `draw_detections`. label_map: [H, W] integers (array or CPU tensor), 0 background, 1..K, 255 not judged (grey).
+    Raises ValueError where the sizes differ.
+    """
+    image, label_map = to_picture(image), np.asarray(label_map)
+    if label_map.shape != image.shape[:2]:
+        raise ValueError(f"expected a label map of the picture's size {list(image.shape[:2])}, got {list(label_map.shape)}")
+    factor = enlargement(*label_map.shape) if enlarge else 1
+    canvas, colours = enlarged(image, factor), class_colours(class_names)
+    line = max(1, line_width(*canvas.shape[:2]) // 2)                  # thin: a crack is hardly wider than an outline
+    for label in np.unique(label_map[label_map > 0]).tolist():
+        colour = NOT_JUDGED if label == 255 else colours[_class_name(label, class_names)]
+        paint_mask(canvas, repeated(label_map == label, factor), colour, line)
+    return canvas
 
 
 def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge):

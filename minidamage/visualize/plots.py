@@ -143,7 +143,8 @@ def curves_from_csv(csv_path, png_path, title=""):
     if losses:
         plots.append(line_plot(losses, "Loss", "epoch", "sum of the loss terms"))
     metrics = [name.removeprefix("val/") for name in columns if name.startswith("val/") and not _is_loss(name)]
-    shown = [name for name in ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50") if name in metrics] or metrics[:6]
+    known = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "pixel/IoU", "pixel/precision", "pixel/recall")
+    shown = [name for name in known if name in metrics] or metrics[:6]
     if shown:
         curves = [curve(f"val/{name}", name, SERIES[k % len(SERIES)], mark_best="max") for k, name in enumerate(shown)]
         trained = [curve(f"train/{name}", "", SERIES[k % len(SERIES)], dash=True)

@@ -1,0 +1,80 @@
+"""The threshold that turns probabilities into pixels, chosen on the validation part once training is done; train.py writes it into best.pt.
+
+A detector's: tau of DamageNet, section III.A, tuned there too; on which part is not stated, and ours is never the test part. A
+segmenter's of one class: where the pooled F1, and so the pooled IoU, is highest. With several classes the likeliest wins: nothing to
+choose.
+"""
+from minidamage import masks
+from minidamage.layers.detector import masks_in_form
+from minidamage.layers.segmenter import IGNORE
+from minidamage.metrics.detection import CocoEvaluator
+from minidamage.metrics.thresholds import ThresholdSweep
+
+MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part
+
+
+def add_picture(evaluator, target, prediction, size):
+    """Gives one picture's truth and prediction to the evaluator of its task. size: (h, w) of the picture.
+
+    target, prediction: with label_map [h, w], for a PixelEvaluator; or boxes, labels, ... and masks, as a detector's dataset and
+    model give them (the prediction's as run lengths), for a CocoEvaluator.
+    """
+    if "label_map" in target:
+        truth = target["label_map"].numpy()
+        evaluator.add_label_maps(truth, prediction["label_map"].numpy(), ignore=truth == IGNORE)
+        return
+    height, width = size
+    rles = masks.encode(target["masks"].numpy()) if "masks" in target else None
+    evaluator.add_truth(target["index"], target["boxes"], target["labels"], rles, target["iscrowd"], target["area"], height, width)
+    evaluator.add_detections(target["index"], prediction["boxes"], prediction["scores"], prediction["labels"], prediction.get("masks"))
+
+
+def score_mask_thresholds(model, batches, class_names, iou_types, stop):
+    """{tau: DetectionResult} of the validation part, the network run once; None when a signal came."""
+    evaluators = {tau: CocoEvaluator(class_names, iou_types) for tau in MASK_THRESHOLDS}
+    for images, targets in batches:
+        if stop.requested:
+            return None
+        size, raw = tuple(images[0].shape[-2:]), model.detect(images, mask_form="raw")[0]
+        for tau, evaluator in evaluators.items():
+            rles = masks_in_form(raw["masks"], raw["boxes"], size, "rle", tau, model.refine_masks)
+            add_picture(evaluator, targets[0], {**raw, "masks": rles}, size)
+    return {tau: evaluator.evaluate() for tau, evaluator in evaluators.items()}
+
+
+def take_mask_threshold(checkpoint, results, default):
+    """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN."""
+    found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
+    if not found:
+        print(f"mask threshold {default}, as it was: segm/AP on the validation part is 0, or not a number, at every other as well")
+        return
+    tau = max(found, key=lambda tau: (found[tau], -abs(tau - default)))
+    checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
+    checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
+    tried = ", ".join(f"{tau} {result.stats['segm/AP']:.4f}" for tau, result in results.items())
+    print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {tried}")
+
+
+def score_pixel_thresholds(model, batches, stop):
+    """The SweepResult of the validation part, at the size it is trained at; None when a signal came."""
+    sweep = ThresholdSweep()
+    for images, targets in batches:
+        if stop.requested:
+            return None
+        probabilities, truth = model.probabilities(images, at="model")[0], targets[0]["label_map"]
+        sweep.add(probabilities[0], truth, ignore=truth == IGNORE)
+    return sweep.evaluate()
+
+
+def take_pixel_threshold(checkpoint, result):
+    """Writes the best threshold into a checkpoint dict, as thresholds {class name: probability}; nothing where F1 is 0 or NaN.
+
+    metrics keep what was measured at 0.5, epoch by epoch.
+    """
+    best = result.best()
+    if not best["F1"] > 0:
+        print("pixel threshold 0.5, as it was: no pixel of the validation part is found at any")
+        return
+    checkpoint["thresholds"] = {checkpoint["class_names"][0]: best["threshold"]}
+    print(f"pixel threshold {best['threshold']}, chosen on the validation part: IoU {best['IoU']:.4f}, against "
+          f"{checkpoint['metrics']['pixel/IoU']:.4f} at 0.5 (kept as thresholds in best.pt)")

@@ -1,0 +1,242 @@
+"""train.py with a segmenter: what a run leaves, exact resumes on a plateau schedule, signals, the threshold, every epoch kept, mistakes."""
+import argparse
+import csv
+import json
+import os
+import signal
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import minidamage
+import train
+from minidamage import training, tuning
+from minidamage.checkpoint import load_checkpoint, read_checkpoint
+from minidamage.config import Recipe
+from minidamage.data.synthetic import make_demo
+from minidamage.metrics.thresholds import ThresholdSweep
+from test_train import only_run, same, start, stop_at
+
+SMALL = ("body=resnet18", "image_size=64", "sequence_size=64", "attention_rank=4", "attention_heads=2", "feed_forward=8", "warmup_iters=0",
+         "lr=0.003")
+FILES = ["best.pt", "config.json", "curves.png", "first_batch.png", "last.pt", "metrics.csv", "split.json", "val_predictions.png"]
+
+
+@pytest.fixture(scope="module")
+def cracks(tmp_path_factory):
+    """Twelve pictures of 72 x 56 pixels with a dark line on noise, and their masks: 9 to train, 1 to choose, 2 to report."""
+    folder, rng = tmp_path_factory.mktemp("sets") / "cracks", np.random.default_rng(1)
+    (folder / "images").mkdir(parents=True), (folder / "masks").mkdir()
+    for i in range(12):
+        y, x = np.mgrid[:56, :72]
+        mask = np.abs(y - rng.uniform(10, 46) - rng.uniform(-0.5, 0.5) * (x - 36)) < 2
+        picture = rng.integers(90, 160, (56, 72, 3), dtype=np.uint8)
+        picture[mask] = 20
+        Image.fromarray(picture).save(folder / "images" / f"road{i:02d}.png")
+        Image.fromarray(mask.astype(np.uint8) * 255).save(folder / "masks" / f"road{i:02d}.png")
+    return folder
+
+
+@pytest.fixture
+def command(cracks, tmp_path):
+    """command("--epochs", 2) -> the argument list of a tiny run into tmp_path."""
+    def arguments(*more):
+        sets = [word for setting in SMALL for word in ("--set", setting)]
+        return [str(word) for word in ("--model", "context_cracknet", "--data", cracks, "--out", tmp_path, "--device", "cpu",
+                                       "--batch-size", 3, *sets, *more)]
+    return arguments
+
+
+def test_a_run_leaves_everything(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 3, "--keep-epochs", "--set", "lr=0.01")) == 0
+    folder, printed = only_run(tmp_path), capsys.readouterr().out
+    assert os.path.basename(folder) == "context_cracknet-cracks-001"
+    assert sorted(os.listdir(folder)) == sorted([*FILES, "epoch-001.pt", "epoch-002.pt", "epoch-003.pt"])
+    assert all(Image.open(os.path.join(folder, name)).size[0] > 100 for name in FILES if name.endswith(".png"))
+    rows = list(csv.DictReader(open(os.path.join(folder, "metrics.csv"), encoding="utf-8")))
+    assert {"train/loss_bce", "train/loss_dice", "val/loss_dice", "val/pixel/IoU", "val/pixel/image/IoU"} <= rows[0].keys()
+    assert float(rows[0]["val/loss"]) == pytest.approx(float(rows[0]["val/loss_bce"]) + float(rows[0]["val/loss_dice"]), rel=1e-4)
+    config = json.load(open(os.path.join(folder, "config.json"), encoding="utf-8"))
+    assert config["run"]["recipe"]["select_by"] == "pixel/IoU" and config["run"]["recipe"]["schedule"] == "plateau"
+
+    model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
+    assert checkpoint["train"]["tuned"] and checkpoint["class_names"] == ["crack"] and model.config.image_size == 64
+    threshold = checkpoint["thresholds"]["crack"]
+    assert 0 < threshold < 1 and f"pixel threshold {threshold}, chosen on the validation part" in printed
+    best = max(range(3), key=lambda k: float(rows[k]["val/pixel/IoU"]))
+    assert checkpoint["metrics"]["pixel/IoU"] == pytest.approx(float(rows[best]["val/pixel/IoU"]), rel=1e-4)
+    for k in range(3):
+        kept, state = load_checkpoint(os.path.join(folder, f"epoch-{k + 1:03d}.pt"))
+        assert state["train"] == {"epoch": k + 1} and state["metrics"]["loss"] == pytest.approx(float(rows[k]["val/loss"]), rel=1e-4)
+        for mine, other in ((best, "best.pt"), (2, "last.pt")):
+            if k == mine:
+                assert same(kept.state_dict(), read_checkpoint(os.path.join(folder, other))["weights"])
+
+
+def test_it_learns_and_the_numbers_are_the_evaluators(command, tmp_path):
+    """Trained without augmentation for 12 epochs: the line is found on pictures that it has not seen."""
+    plain = [word for field in ("hflip", "vflip", "rot90", "shift_scale_rotate", "noise", "brightness", "contrast", "saturation", "hue")
+             for word in ("--set", f"{field}=0")]
+    assert train.main(command("--epochs", 12, *plain, "--set", "dropout=0")) == 0
+    folder = only_run(tmp_path)
+    model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
+    run = training.set_up(train.parse_arguments(command("--epochs", 1)))
+    counts = np.zeros(3)
+    for image, target in (run.val_set[i] for i in range(len(run.val_set))):
+        assert image.shape == (3, 64, 64) and target["label_map"].shape == (64, 64)
+        found = model.probabilities([image])[0][0] > 0.5
+        truth = target["label_map"] == 1
+        counts += [(found & truth).sum(), (found & ~truth).sum(), (~found & truth).sum()]
+    assert checkpoint["metrics"]["pixel/IoU"] == pytest.approx(counts[0] / counts.sum()) and counts[0] / counts.sum() > 0.5
+
+
+def test_several_classes(command, tmp_path, capsys):
+    data = make_demo(str(tmp_path / "sets" / "cars"), images=10, size=64, seed=3, val_fraction=0.4)
+    assert train.main(command("--epochs", 1, "--data", data)) == 0
+    folder, printed = only_run(tmp_path), capsys.readouterr().out
+    assert "threshold" not in printed and "loss_ce" in open(os.path.join(folder, "metrics.csv"), encoding="utf-8").readline()
+    model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
+    assert checkpoint["thresholds"] == {} and checkpoint["train"]["tuned"]
+    assert model.head.out_channels == len(checkpoint["class_names"]) + 1 > 2
+
+
+# --- stop and resume
+
+@pytest.mark.parametrize("steps, validations, more", [
+    ((2,), (), ()),                                                   # in the middle of an epoch
+    ((5, 8), (2,), ("--ema", "0.9", "--workers", "1")),
+], ids=["mid-epoch", "thrice, ema, worker"])
+def test_stop_and_resume_on_a_plateau_equals_a_straight_run(command, tmp_path, monkeypatch, steps, validations, more):
+    watch = train.watch_plateau
+    monkeypatch.setattr(train, "watch_plateau", lambda state, recipe, loss: watch(state, recipe, 1.0))         # never a lower loss
+    plateau = ("--epochs", 4, "--set", "plateau_patience=1", *more)
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    assert train.main(command(*plateau, "--out", straight)) == 0
+    stop_at(monkeypatch, steps, validations)
+    assert train.main(command(*plateau, "--out", stopped)) == 143
+    stops = 1
+    while train.main(["--resume", "--out", str(stopped)]) == 143:
+        stops += 1
+    assert stops == len(steps) + len(validations)
+    for file in ("last.pt", "best.pt"):
+        one, other = (read_checkpoint(os.path.join(only_run(folder), file)) for folder in (straight, stopped))
+        assert all(same(one[key], other[key]) for key in ("weights", "metrics", "thresholds", "config"))
+        one["train"].pop("rng", None), other["train"].pop("rng", None)
+        assert same(one["train"], other["train"])
+    history = read_checkpoint(os.path.join(only_run(stopped), "last.pt"))["train"]["history"]
+    assert [row["lr"] for row in history] == [0.003, 0.003, 0.0015, 0.00075]
+
+
+def test_plateau_by_hand():
+    """Two epochs without a lower loss halve the rate; counting starts again then, and at each lower loss. An equal loss is not lower."""
+    state, recipe, scales = training.State(), Recipe(schedule="plateau", plateau_patience=2, plateau_factor=0.5), []
+    for loss in (1.0, 0.9, 0.9, 0.95, 0.95, 0.8, 0.85, 0.85, 0.82):
+        train.watch_plateau(state, recipe, loss)
+        scales.append(state.lr_scale)
+    assert scales == [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25, 0.25] and state.lowest_loss == 0.8
+    assert train.lr_at(7, 2, Recipe(schedule="plateau", lr=0.2, lr_batch_size=0, warmup_iters=0)) == 0.2
+    train.watch_plateau(state, Recipe(schedule="constant"), 9.0)
+    assert state.lr_scale == 0.25 and state.epochs_on_plateau == 1
+
+
+def test_a_stop_while_the_threshold_is_chosen_is_said_and_resumed(command, tmp_path, monkeypatch, capsys):
+    add, seen = ThresholdSweep.add, []
+
+    def add_and_stop(self, *arguments, **named):
+        seen.append(1)
+        if len(seen) == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return add(self, *arguments, **named)
+    monkeypatch.setattr(ThresholdSweep, "add", add_and_stop)
+    assert train.main(command("--epochs", 1, "--split", "50/25/25")) == 143
+    folder = only_run(tmp_path)
+    assert f"best.pt keeps 0.5; choose it with\n  python train.py --resume {folder}" in capsys.readouterr().out
+    assert read_checkpoint(os.path.join(folder, "best.pt"))["thresholds"] == {}
+    assert train.main(["--resume", folder]) == 0
+    assert "epoch 2/" not in capsys.readouterr().out and read_checkpoint(os.path.join(folder, "best.pt"))["train"]["tuned"]
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(command, tmp_path):
+    process, _ = start(command("--epochs", 500), tmp_path)
+    process.send_signal(signal.SIGINT)
+    printed = process.communicate(timeout=120)[0]
+    assert process.returncode == 130 and "Traceback" not in printed and f"python train.py --resume {only_run(tmp_path)}" in printed
+    assert "optimizer" in read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))["train"]
+
+
+def test_a_run_of_an_older_version_resumes_without_the_plateaus_counters(command, tmp_path):
+    assert train.main(command("--epochs", 1)) == 0
+    path = os.path.join(only_run(tmp_path), "last.pt")
+    older = torch.load(path, weights_only=True)
+    for name in ("lr_scale", "lowest_loss", "epochs_on_plateau"):
+        del older["train"][name]
+    torch.save(older, path)
+    assert train.main(["--resume", path, "--epochs", "2"]) == 0
+    assert read_checkpoint(path)["train"]["lr_scale"] == 1.0
+
+
+# --- the threshold
+
+def test_pixel_threshold_by_hand(capsys):
+    sweep = ThresholdSweep()
+    sweep.add(torch.tensor([[0.305, 0.4, 0.2, 0.1]]), torch.tensor([[1, 1, 0, 0]]))
+    checkpoint = {"class_names": ["crack"], "thresholds": {}, "metrics": {"pixel/IoU": 0.0}}
+    tuning.take_pixel_threshold(checkpoint, sweep.evaluate())
+    assert checkpoint["thresholds"] == {"crack": 0.3} and "IoU 1.0000, against 0.0000 at 0.5" in capsys.readouterr().out
+    empty = ThresholdSweep()
+    empty.add(torch.zeros(1, 4), torch.tensor([[0, 0, 0, 1]]))
+    tuning.take_pixel_threshold(checkpoint, empty.evaluate())
+    assert checkpoint["thresholds"] == {"crack": 0.3} and "0.5, as it was" in capsys.readouterr().out
+
+
+# --- settings and mistakes
+
+def test_size_moves_what_goes_with_it(command):
+    config, _ = training.settle(argparse.Namespace(model="context_cracknet", data="x", set=[], size=240))
+    assert (config.image_size, config.sequence_size) == (240, 256)
+    config, recipe = training.settle(argparse.Namespace(model="context_cracknet", data="demo", set=[]))
+    assert config.image_size == config.sequence_size == 160 and recipe.schedule == "cosine" and recipe.vflip == 0
+
+
+def test_out_of_memory_names_the_size(command, tmp_path, monkeypatch, capsys):
+    def greedy(self, images, targets=None):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+    monkeypatch.setattr(minidamage.MODELS["context_cracknet"][0], "forward", greedy)
+    assert train.main(command("--epochs", 1)) == 1
+    assert "--size 64 --batch-size 3" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--select", "pixel/IuO"), "did you mean 'pixel/IoU'"),
+    (("--select", "segm/AP"), "there is no 'segm/AP'"),
+    (("--set", "schedule=plateu"), "did you mean 'plateau'"),
+    (("--set", "plateau_factor=1"), "plateau_factor: expected above 0 and below 1, got 1.0"),
+    (("--set", "plateau_patience=0"), "plateau_patience: expected 1 or more"),
+    (("--set", "hue=0.9"), "hue: expected from 0 to 0.5"),
+    (("--size", "16"), "--size: expected 32 pixels or more, got 16"),
+    (("--set", "sequence_size=50"), "sequence_size: expected a multiple of 32"),
+], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
+def test_mistakes_in_the_command(command, tmp_path, capsys, more, message):
+    arguments = command(*more)
+    assert train.main(arguments) == 2
+    assert message in (printed := capsys.readouterr().err) and "Traceback" not in printed
+    assert [name for name in os.listdir(tmp_path) if name.startswith(("context", "damagenet"))] == []
+
+
+def test_a_detector_wants_objects(cracks, tmp_path, capsys):
+    assert train.main(["--data", str(cracks), "--out", str(tmp_path), "--device", "cpu"]) == 2
+    assert "a detector expects pictures with boxes or outlines, got 9 with a mask of pixel labels" in capsys.readouterr().err
+
+
+def test_masks_that_are_all_background(command, cracks, tmp_path, capsys):
+    dark = tmp_path / "sets" / "dark"
+    for name in ("images", "masks"):
+        (dark / name).mkdir(parents=True)
+    for i in range(6):
+        (dark / "images" / f"{i}.png").write_bytes((cracks / "images" / f"road{i:02d}.png").read_bytes())
+        Image.fromarray(np.zeros((56, 72), np.uint8)).save(dark / "masks" / f"{i}.png")
+    assert train.main(command("--data", dark, "--split", "40/30/30")) == 2
+    printed = capsys.readouterr().err
+    assert "expected damage to learn from in the train part, got 2 pictures without any" in printed and "Traceback" not in printed
