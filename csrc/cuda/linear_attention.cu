@@ -1,0 +1,187 @@
+// Linear attention on a GPU: what lies between the matrix products. Read ../linear_attention.h first, then ../cpu/linear_attention.cpp.
+//
+// The plain algorithm: S = Q K^T, P = softmax of its rows, O = P V, each a kernel over [B H, N, k]: for 2 x 8 heads of 12,544 positions and
+// k = 256 that is 51 million scores, 205 MB in float32, written, read, written as P and read again: 0.6 GB beside the 13 MB of Q and of O in
+// bfloat16. Arithmetic: 4 N k A flops forward, 10 N k A backward, all of it in matrix products, which tensor cores do in microseconds: what
+// lies between them is a matter of bytes.
+// What is done about it:
+//  1. Rows are taken in chunks whose scores fill at most SCORES_BYTES (bindings/linear_attention.cpp), less than the second-level cache:
+//     the products and the kernels here hand S and P to each other there, and memory sees Q and O alone. That also bounds what is allocated.
+//  2. One warp owns a row and holds it in registers, k up to 512: S is read once, P written once, 6 bytes a score in half precision. Neighbouring
+//     lanes have neighbouring scores, so each access of a warp is 128 consecutive bytes. The row's maximum and sum are shuffles.
+//  3. Scores stay in float32 for every dtype but float64: in bfloat16 a score of 10 would be off by 2 %, and so would its exponential. P, of
+//     size 1, is rounded to the dtype for the tensor cores.
+//  4. Backward keeps the log-sum-exp of a row, 4 bytes, in place of 2 k bytes of P; one kernel makes P and dS from S and dP at once.
+// No atomics: every number has one owner, and two runs give equal bytes where the framework's products do.
+// Gain of each step: not measured on a GPU yet.
+#include "../linear_attention.h"
+
+namespace minidamage {
+namespace {
+
+constexpr int LANES = 32, WARPS = 8;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+
+template <typename A>
+MD_DEVICE A largest_of_warp(A value) {
+  for (int offset = LANES / 2; offset > 0; offset /= 2) {
+    const A other = __shfl_xor_sync(ALL_LANES, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
+template <typename A>
+MD_DEVICE A sum_of_warp(A value) {
+  for (int offset = LANES / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
+  return value;
+}
+
+// The row of this warp; the rows of a launch are walked with a stride of all warps.
+MD_DEVICE int64_t first_row() { return static_cast<int64_t>(blockIdx.x) * WARPS + threadIdx.y; }
+MD_DEVICE int64_t row_step() { return static_cast<int64_t>(gridDim.x) * WARPS; }
+
+// scores [rows, k], P [rows, k]. Warp: a row. V: numbers of the row that a lane holds in registers; 0: any k, the row is read three times.
+template <typename T, int V>
+__global__ void attention_softmax(const accumulate_t<T>* __restrict__ scores, ScoreRows at, accumulate_t<T> scale, T* __restrict__ P,
+                                  accumulate_t<T>* __restrict__ log_sum_exp) {
+  using A = accumulate_t<T>;
+  const int lane = threadIdx.x;
+  const int64_t k = at.k;
+  for (int64_t r = first_row(); r < at.heads * at.rows; r += row_step()) {
+    const A* row = scores + r * k;
+    A held[V > 0 ? V : 1];
+    A largest = -A(INFINITY);
+    const auto look = [&](A score) { largest = score > largest ? score : largest; };  // passes over NaN: its exponential does not
+    if constexpr (V > 0) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const int64_t j = lane + i * LANES;
+        held[i] = j < k ? row[j] * scale : -A(INFINITY);
+        look(held[i]);
+      }
+    } else {
+      for (int64_t j = lane; j < k; j += LANES) look(row[j] * scale);
+    }
+    largest = largest_of_warp(largest);
+    A sum = A(0);
+    if constexpr (V > 0) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        if (lane + i * LANES >= k) continue;
+        held[i] = A(exp(held[i] - largest));
+        sum += held[i];
+      }
+    } else {
+      for (int64_t j = lane; j < k; j += LANES) sum += A(exp(row[j] * scale - largest));
+    }
+    sum = sum_of_warp(sum);
+    const A part = A(1) / sum;
+    if constexpr (V > 0) {
+#pragma unroll
+      for (int i = 0; i < V; ++i) {
+        const int64_t j = lane + i * LANES;
+        if (j < k) P[r * k + j] = from_accumulate<T>(held[i] * part);
+      }
+    } else {
+      for (int64_t j = lane; j < k; j += LANES) P[r * k + j] = from_accumulate<T>(A(exp(row[j] * scale - largest)) * part);
+    }
+    if (log_sum_exp && lane == 0) log_sum_exp[at.position(r)] = largest + A(log(sum));
+  }
+}
+
+// output, grad_output [B, N, H, d]; mean [B, H, N]. Warp: one (b, h, n), its lanes neighbouring channels.
+template <typename T>
+__global__ void attention_mean(int64_t B, int64_t N, int64_t H, int64_t d, const T* __restrict__ output, const T* __restrict__ grad_output,
+                               accumulate_t<T>* __restrict__ mean) {
+  using A = accumulate_t<T>;
+  for (int64_t r = first_row(); r < B * N * H; r += row_step()) {  // r = (b N + n) H + h, the order in memory
+    A sum = A(0);
+    for (int64_t c = threadIdx.x; c < d; c += LANES) sum += to_accumulate(output[r * d + c]) * to_accumulate(grad_output[r * d + c]);
+    sum = sum_of_warp(sum);
+    const int64_t h = r % H, n = r / H % N, b = r / H / N;
+    if (threadIdx.x == 0) mean[(b * H + h) * N + n] = sum;
+  }
+}
+
+// scores, grad_P, P, grad_scores [rows, k]; log_sum_exp, mean [B, H, N]. Warp: a row.
+template <typename T>
+__global__ void attention_grad_scores(const accumulate_t<T>* __restrict__ scores, const accumulate_t<T>* __restrict__ grad_P,
+                                      const accumulate_t<T>* __restrict__ log_sum_exp, const accumulate_t<T>* __restrict__ mean, ScoreRows at,
+                                      accumulate_t<T> scale, T* __restrict__ P, T* __restrict__ grad_scores) {
+  using A = accumulate_t<T>;
+  for (int64_t r = first_row(); r < at.heads * at.rows; r += row_step()) {
+    const A shift = log_sum_exp[at.position(r)], centre = mean[at.position(r)];
+    for (int64_t j = threadIdx.x; j < at.k; j += LANES) {
+      const int64_t e = r * at.k + j;
+      const A p = A(exp(scores[e] * scale - shift));
+      P[e] = from_accumulate<T>(p);
+      grad_scores[e] = from_accumulate<T>(p * (grad_P[e] - centre) * scale);
+    }
+  }
+}
+
+inline dim3 blocks_of_rows(int64_t rows) { return dim3(blocks_for(rows, WARPS)); }
+inline dim3 threads() { return dim3(LANES, WARPS); }
+
+// run(T()) with the type of the tensors that are rounded; A says which are possible.
+template <typename Run>
+void in_storage_type(float, DType dtype, const Run& run) {
+  if (dtype == DType::float32) run(float());
+  if (dtype == DType::float16) run(__half());
+  if (dtype == DType::bfloat16) run(__nv_bfloat16());
+}
+template <typename Run>
+void in_storage_type(double, DType, const Run& run) {
+  run(double());
+}
+
+template <typename T, int V>
+void launch_softmax(const accumulate_t<T>* scores, const ScoreRows& at, accumulate_t<T> scale, void* P, accumulate_t<T>* log_sum_exp,
+                    void* stream) {
+  MD_LAUNCH((attention_softmax<T, V>), blocks_of_rows(at.heads * at.rows), threads(), 0, stream, scores, at, scale, static_cast<T*>(P),
+            log_sum_exp);
+}
+
+}  // namespace
+
+template <typename A>
+void attention_softmax_cuda(const A* scores, const ScoreRows& at, A scale, DType dtype, void* P, A* log_sum_exp, void* stream) {
+  in_storage_type(A(), dtype, [&](auto zero) {
+    using T = decltype(zero);
+    if (at.k <= 2 * LANES) launch_softmax<T, 2>(scores, at, scale, P, log_sum_exp, stream);
+    else if (at.k <= 8 * LANES) launch_softmax<T, 8>(scores, at, scale, P, log_sum_exp, stream);
+    else if (at.k <= 16 * LANES) launch_softmax<T, 16>(scores, at, scale, P, log_sum_exp, stream);
+    else launch_softmax<T, 0>(scores, at, scale, P, log_sum_exp, stream);
+  });
+}
+
+template <typename A>
+void attention_mean_cuda(int64_t B, int64_t N, int64_t H, int64_t d, DType dtype, const void* output, const void* grad_output, A* mean,
+                         void* stream) {
+  in_storage_type(A(), dtype, [&](auto zero) {
+    using T = decltype(zero);
+    MD_LAUNCH(attention_mean<T>, blocks_of_rows(B * N * H), threads(), 0, stream, B, N, H, d, static_cast<const T*>(output),
+              static_cast<const T*>(grad_output), mean);
+  });
+}
+
+template <typename A>
+void attention_grad_scores_cuda(const A* scores, const A* grad_P, const A* log_sum_exp, const A* mean, const ScoreRows& at, A scale,
+                                DType dtype, void* P, void* grad_scores, void* stream) {
+  in_storage_type(A(), dtype, [&](auto zero) {
+    using T = decltype(zero);
+    MD_LAUNCH(attention_grad_scores<T>, blocks_of_rows(at.heads * at.rows), threads(), 0, stream, scores, grad_P, log_sum_exp, mean, at,
+              scale, static_cast<T*>(P), static_cast<T*>(grad_scores));
+  });
+}
+
+#define INSTANTIATE(A)                                                                                                            \
+  template void attention_softmax_cuda<A>(const A*, const ScoreRows&, A, DType, void*, A*, void*);                                \
+  template void attention_mean_cuda<A>(int64_t, int64_t, int64_t, int64_t, DType, const void*, const void*, A*, void*);           \
+  template void attention_grad_scores_cuda<A>(const A*, const A*, const A*, const A*, const ScoreRows&, A, DType, void*, void*, void*);
+INSTANTIATE(float)
+INSTANTIATE(double)
+#undef INSTANTIATE
+
+}  // namespace minidamage

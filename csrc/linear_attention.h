@@ -1,0 +1,83 @@
+// Linear attention (Linformer: Wang et al., 2020): every one of N queries attends to the same k projected keys. What both machines share.
+// Read minidamage/ops/linear_attention.py first, for the formula; then cpu/linear_attention.cpp, the plain form, then
+// cuda/linear_attention.cu. The whole op is a chain of matrix products around one core:
+//     S = Q K^T / sqrt(d) [N, k],   P = softmax of the rows of S,   O = P V;      of every picture and head
+// and backward, with P recomputed from S and the row's log-sum-exp L = log sum_j exp(S_j):
+//     P = exp(S - L),   dP = dO V^T,   dS = P (dP - mean),   mean = sum_j P_j dP_j = sum_c O_c dO_c,
+//     dQ = dS K / sqrt(d),   dK = dS^T Q / sqrt(d),   dV = P^T dO.
+// S and P of all N rows never exist at once.
+//
+// Layout: queries, outputs and their gradients [B, N, H, d], keys and values [B, k, H, d], log-sum-exp [B, H, N].
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+
+namespace minidamage {
+
+// ---- CPU, cpu/linear_attention.cpp; T is float or double --------------------------------------------------------------------
+
+// C [M, N] = bias + sum of A B over the terms; A [M, K], B [K, N]. Element (i, j) of an operand is at i * row + j * column.
+template <typename T>
+struct ProductTerm {
+  int64_t K;
+  const T* A;
+  int64_t A_row, A_column;
+  const T* B;
+  int64_t B_row, B_column;
+};
+template <typename T>
+struct Product {
+  int64_t M, N;
+  T* C;  // [M, N], rows C_row apart
+  int64_t C_row;
+  const T* bias;  // [N], or null
+  std::vector<ProductTerm<T>> terms;
+};
+// A product is computed in blocks, any of them at any time on any thread: each owns its part of C.
+template <typename T>
+int64_t product_blocks(const Product<T>& product);
+template <typename T>
+void product_cpu(const Product<T>& product, int64_t begin, int64_t end);
+
+template <typename T>
+struct Attention {
+  int64_t B, N, k, H, d;
+  T scale;          // 1 / sqrt(d)
+  const T* query;   // [B, N, H, d]
+  const T* keys;    // [B, k, H, d]
+  const T* values;  // [B, k, H, d]
+};
+
+// One work item is a head of a picture and a segment of its rows: item (b H + h) segments + s.
+// Writes output [B, N, H, d] and, unless null, log_sum_exp [B, H, N].
+template <typename T>
+void attention_cpu(const Attention<T>& problem, int64_t segments, T* output, T* log_sum_exp, int64_t begin, int64_t end);
+// Overwrites grad_query [B, N, H, d]; grad_keys, grad_values: [segments, B, k, H, d], to be added up over the segments. How many
+// segments there are must depend on the shapes alone, never on the threads: the sums would change with it.
+template <typename T>
+void attention_backward_cpu(const Attention<T>& problem, int64_t segments, const T* output, const T* log_sum_exp, const T* grad_output,
+                            T* grad_query, T* grad_keys, T* grad_values, int64_t begin, int64_t end);
+
+// ---- CUDA, cuda/linear_attention.cu; dtype is that of P, dS, output and grad_output; A is float, or double for double -----------
+//
+// A chunk of scores, [heads, rows, k]: rows first ... first + rows - 1 of the N of every head of every picture.
+struct ScoreRows {
+  int64_t heads, rows, k, N, first;
+  // Where row r of the chunk stands in [heads, N].
+  MD_HD int64_t position(int64_t r) const { return r / rows * N + first + r % rows; }
+};
+// scores of A become P of dtype, [heads, rows, k]: the softmax of scores times scale. log_sum_exp [heads, N] of A, or null.
+template <typename A>
+void attention_softmax_cuda(const A* scores, const ScoreRows& at, A scale, DType dtype, void* P, A* log_sum_exp, void* stream);
+// mean [B, H, N] of A: the sum over channels of output * grad_output, both [B, N, H, d] of dtype.
+template <typename A>
+void attention_mean_cuda(int64_t B, int64_t N, int64_t H, int64_t d, DType dtype, const void* output, const void* grad_output, A* mean,
+                         void* stream);
+// From scores and grad_P [heads, rows, k] of A, log_sum_exp and mean [heads, N]: P, and dS times scale, [heads, rows, k] of dtype.
+template <typename A>
+void attention_grad_scores_cuda(const A* scores, const A* grad_P, const A* log_sum_exp, const A* mean, const ScoreRows& at, A scale,
+                                DType dtype, void* P, void* grad_scores, void* stream);
+
+}  // namespace minidamage
