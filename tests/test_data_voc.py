@@ -53,7 +53,8 @@ def test_difficult_may_be_missing_and_is_neither_target_nor_alarm(tmp_path):
 
 
 def test_boxes_at_and_over_the_border(tmp_path):
-    pair(tmp_path, tmp_path, "a", [("dent", (0, 0, 64, 48)), ("dent", (60, 40, 70, 60)), ("dent", (70, 1, 80, 9)), ("dent", (1.5, 2, 9, 9))])
+    boxes = [(0, 0, 64, 48), (60, 40, 70, 60), (70, 1, 80, 9), (1.5, 2, 9, 9)]
+    pair(tmp_path, tmp_path, "a", [("dent", box) for box in boxes])
     data = load(tmp_path)
     np.testing.assert_array_equal(data.parts["all"][0].boxes, [[0, 0, 64, 48], [59, 39, 64, 48], [0.5, 1, 9, 9]])
     assert [p.split("annotation ")[1] for p in data.problems] == [
@@ -107,7 +108,8 @@ def test_the_xml_names_its_picture_not_the_filename_in_it(tmp_path):
 
 def test_vocs_own_layout_and_lists(tmp_path):
     for i in range(5):
-        pair(tmp_path / "JPEGImages", tmp_path / "Annotations", f"{i:06d}", [(name, (1, 1, 9, 9)) for name in KNOWN_SETS["Pascal VOC"]], seed=i)
+        everything = [(name, (1, 1, 9, 9)) for name in KNOWN_SETS["Pascal VOC"]]
+        pair(tmp_path / "JPEGImages", tmp_path / "Annotations", f"{i:06d}", everything, seed=i)
     lists = {"train": "000000\n000001\n", "trainval": "000000\n000001\n000002\n", "val": "000002 1\n", "test": "000003\n000009\n",
              "aeroplane_train": "000004 -1\n"}
     for name, content in lists.items():

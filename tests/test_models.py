@@ -9,8 +9,8 @@ from detection_cases import small_fields, two_pictures
 from minidamage.config import Recipe, apply_settings
 
 # name, classes + 1, parameters at the default configuration. The 50-layer Mask and Faster R-CNN have torchvision's published counts; a
-# ResNet-101 has 18,992,128 parameters more than a ResNet-50, 52,224 of them in norms, which are frozen here; four classes save 87 * (1025 * 5 + 257) = 468,234 in
-# the predictors, and four context blocks add 4 * (4 * 9 * 256 * 256 + 4) = 9,437,200.
+# ResNet-101 has 18,992,128 parameters more than a ResNet-50, 52,224 of them in norms, which are frozen here; four classes save
+# 87 * (1025 * 5 + 257) = 468,234 in the predictors, and four context blocks add 4 * (4 * 9 * 256 * 256 + 4) = 9,437,200.
 ROWS = [
     ("maskrcnn_resnet50_fpn", 91, 44_401_393),
     ("maskrcnn_resnet101_fpn", 91, 63_341_297),
@@ -26,7 +26,7 @@ SEGMENTERS = [
     ("unetplusplus", 2, 48_985_745, dict(body="resnet18", image_size=64, decoder_channels=(64, 32, 16, 16, 16))),
     ("deeplabv3", 2, 39_633_729, dict(body="resnet18", image_size=64, decoder_channels=32, atrous_rates=(1, 2))),
     ("deeplabv3plus", 2, 26_677_585, dict(body="resnet18", image_size=64, decoder_channels=32, atrous_rates=(1, 2))),
-    ("fpn", 2, 26_116_033, dict(body="resnet18", image_size=64, pyramid_channels=32, segmentation_channels=32)),
+    ("fpn", 2, 26_116_033, dict(body="resnet18", image_size=64, pyramid_channels=32, segmentation_channels=64)),
     ("pspnet", 2, 24_300_993, dict(body="resnet18", image_size=64, decoder_channels=64)),
     ("linknet", 2, 31_177_777, dict(body="resnet18", image_size=64)),
     ("manet", 2, 147_439_993, dict(body="resnet18", image_size=64)),

@@ -12,8 +12,8 @@ def main(arguments=None):
     parser.add_argument("path", help="folder of the data set, or its annotation file (VehiDE, VIA 1 or 2, COCO, Pascal VOC)")
     parser.add_argument("--images", help="folder of the pictures, where the annotation file does not say it")
     parser.add_argument("--attribute", help="VIA: the region attribute that holds the class (default: detected)")
-    parser.add_argument("--voc-boxes", choices=VOC_BOXES, default="pixels", help="Pascal VOC: what the numbers of a box are, pixels counted "
-                        "from 1 or corners (default: %(default)s)")
+    parser.add_argument("--voc-boxes", choices=VOC_BOXES, default="pixels", help="Pascal VOC: what the numbers of a box are, pixels "
+                        "counted from 1 or corners (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="headers and annotations only: no decoding, no search for duplicates")
     parser.add_argument("--examples", type=int, default=3, help="how many files or annotations to name for each finding")
     args = parser.parse_args(arguments)

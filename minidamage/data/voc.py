@@ -7,7 +7,7 @@
 
 Boxes are numbers of pixels: the first is 1 and the last one counts, so xmin 1, xmax 200 is the whole of a picture 200 wide, here
 [0, 200]. Tools that write corners (0 to 200) are read with voc_boxes="corners". `difficult` objects count as crowd regions do: neither
-target nor false alarm. The picture of an XML is the one of the XML's own name; <filename> is often wrong and only asked where there is none.
+target nor false alarm. The picture of an XML is the one of the XML's own name; <filename>, often wrong, is asked where there is none.
 """
 import collections
 import difflib

@@ -11,14 +11,15 @@ from torch.nn import functional as F
 class FeaturePyramidNetwork(nn.Module):
     """in_channels: channels of the body's maps, finest first. out_channels: of every map that comes out.
 
-    extra_level: also return the sub-sampled coarsest map (torchvision's "pool", the paper's P6).
+    extra_level: also return the sub-sampled coarsest map (torchvision's "pool", the paper's P6). upsample: "nearest" | "bilinear".
     """
 
-    def __init__(self, in_channels, out_channels, extra_level=True):
+    def __init__(self, in_channels, out_channels, extra_level=True, upsample="nearest"):
         super().__init__()
         self.inner_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(c, out_channels, 1)) for c in in_channels)
         self.layer_blocks = nn.ModuleList(nn.Sequential(nn.Conv2d(out_channels, out_channels, 3, padding=1)) for _ in in_channels)
         self.extra_level = extra_level
+        self.upsample = upsample
         self.out_channels = out_channels
         for blocks in (self.inner_blocks, self.layer_blocks):
             for block in blocks:
@@ -35,7 +36,7 @@ class FeaturePyramidNetwork(nn.Module):
         merged = laterals[-1]
         pyramid = [self.layer_blocks[-1](merged)]
         for lateral, block in zip(laterals[-2::-1], list(self.layer_blocks)[-2::-1]):
-            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode="nearest")
+            merged = lateral + F.interpolate(merged, size=lateral.shape[-2:], mode=self.upsample)
             pyramid.insert(0, block(merged))
         if self.extra_level:
             pyramid.append(pyramid[-1][:, :, ::2, ::2])

@@ -17,29 +17,41 @@ def smooth_l1(prediction, target, beta=SMOOTH_L1_BETA):
     return F.smooth_l1_loss(prediction, target, beta=beta, reduction="none").sum(-1)
 
 
-def rpn_loss(objectness, bbox_deltas, bbox_targets, positive_valid, valid):
+def cross_entropy(logits, labels):
+    """[R, C], [R] int64 -> [R]."""
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def binary_cross_entropy(logits, targets):
+    """Equal shapes, targets 0..1."""
+    return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
+
+
+def rpn_loss(objectness, bbox_deltas, bbox_targets, positive_valid, valid, objectness_loss=binary_cross_entropy):
     """The RPN's two losses over the sampled anchors.
 
     objectness: [N, S] logits of S slots, positives first; bbox_deltas, bbox_targets: [N, P, 4] of the P <= S positive slots;
-    positive_valid: [N, P]; valid: [N, S] bool. Returns (objectness loss, box loss), both divided by the number of samples.
+    positive_valid: [N, P]; valid: [N, S] bool. objectness_loss: logits, targets -> a loss each (DANet has another). Returns
+    (objectness loss, box loss), both divided by the number of samples.
     """
     samples = valid.sum().clamp(min=1)
     labels = valid.new_zeros(valid.shape)
     labels[:, :positive_valid.shape[1]] = positive_valid
-    entropy = F.binary_cross_entropy_with_logits(objectness, labels.to(objectness.dtype), reduction="none")
+    entropy = objectness_loss(objectness, labels.to(objectness.dtype))
     box = smooth_l1(bbox_deltas, bbox_targets)
     return (entropy * valid).sum() / samples, (box * positive_valid).sum() / samples
 
 
-def fastrcnn_loss(class_logits, box_regression, labels, bbox_targets, valid):
+def fastrcnn_loss(class_logits, box_regression, labels, bbox_targets, valid, class_loss=cross_entropy):
     """Cross-entropy over the classes, smooth L1 on the box of the true class.
 
     class_logits: [R, K + 1]; box_regression: [R, 4 * (K + 1)]; labels: [R] int64, 0 background; bbox_targets: [R, 4], read where
-    the label is positive; valid: [R] bool. Returns (classification loss, box loss), both divided by the number of samples.
+    the label is positive; valid: [R] bool. class_loss: logits, labels -> [R] (DANet has another). Returns (classification loss, box
+    loss), both divided by the number of samples.
     """
     R = len(labels)
     samples = valid.sum().clamp(min=1)
-    entropy = F.cross_entropy(class_logits, labels, reduction="none")
+    entropy = class_loss(class_logits, labels)
     own_box = box_regression.unflatten(1, (-1, 4)).gather(1, labels.view(R, 1, 1).expand(R, 1, 4)).squeeze(1)
     box = smooth_l1(own_box, bbox_targets)
     return (entropy * valid).sum() / samples, (box * (valid & (labels > 0))).sum() / samples

@@ -136,11 +136,12 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(width, width, 3, padding=dilation, dilation=dilation, bias=False)
         self.bn2 = make_norm(norm, width)
         self.downsample = make_shortcut(in_channels, width, stride, norm)
+        self.attention = None                        # a module over the branch, before the addition, in models that have one (DANet)
 
     def forward(self, x):
         out = conv_norm(x, self.conv1, self.bn1, relu=True)
         out = conv_norm(out, self.conv2, self.bn2)
-        return out.add_(shortcut(x, self.downsample)).relu_()
+        return add_shortcut(out, x, self)
 
 
 class Bottleneck(nn.Module):
@@ -157,12 +158,13 @@ class Bottleneck(nn.Module):
         self.conv3 = nn.Conv2d(width, 4 * width, 1, bias=False)
         self.bn3 = make_norm(norm, 4 * width)
         self.downsample = make_shortcut(in_channels, 4 * width, stride, norm)
+        self.attention = None
 
     def forward(self, x):
         out = conv_norm(x, self.conv1, self.bn1, relu=True)
         out = conv_norm(out, self.conv2, self.bn2, relu=True)
         out = conv_norm(out, self.conv3, self.bn3)
-        return out.add_(shortcut(x, self.downsample)).relu_()
+        return add_shortcut(out, x, self)
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -201,8 +203,11 @@ def make_shortcut(in_channels, out_channels, stride, norm):
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), make_norm(norm, out_channels))
 
 
-def shortcut(x, downsample):
-    return x if downsample is None else conv_norm(x, downsample[0], downsample[1])
+def add_shortcut(out, x, block):
+    """The end of a block: its branch's map `out`, through the attention where there is one, plus its input; then ReLU."""
+    if block.attention is not None:
+        out = block.attention(out)
+    return out.add_(x if block.downsample is None else conv_norm(x, block.downsample[0], block.downsample[1])).relu_()
 
 
 def affine_of(norm):
@@ -223,7 +228,7 @@ def conv_norm(x, conv, norm, relu=False):
         scale, shift = affine_of(norm)
         if conv.bias is not None:
             shift = shift + conv.bias * scale
-        out = F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), shift, conv.stride, conv.padding, conv.dilation, conv.groups)
+        out = conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)                     # a deformable one has its own
     else:
         out = conv(x)
         out = normalise_as_constant(out, norm) if constant or is_one_value(out, norm) else norm(out)

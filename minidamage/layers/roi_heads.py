@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minidamage import ops
-from minidamage.layers.losses import fastrcnn_loss, maskrcnn_loss
+from minidamage.layers.losses import cross_entropy, fastrcnn_loss, maskrcnn_loss
 from minidamage.layers.matching import BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, live_counts, live_rows, pad_boxes
 
 MIN_DETECTION_SIZE = 1e-2      # pixels of the resized picture: thinner detections are dropped (torchvision's value)
@@ -134,7 +134,7 @@ class RoIHeads(nn.Module):
 
     def __init__(self, box_roi_pool, box_head, box_predictor, fg_iou_thresh, bg_iou_thresh, batch_size_per_image,
                  positive_fraction, bbox_reg_weights, score_thresh, nms_thresh, detections_per_img,
-                 mask_roi_pool=None, mask_head=None, mask_predictor=None, proposals="rpn+gt"):
+                 mask_roi_pool=None, mask_head=None, mask_predictor=None, proposals="rpn+gt", class_loss=cross_entropy):
         super().__init__()
         if proposals not in ("rpn+gt", "rpn", "gt"):
             raise ValueError(f"proposals: expected rpn+gt, rpn or gt, got {proposals!r}")
@@ -151,6 +151,7 @@ class RoIHeads(nn.Module):
         self.nms_thresh = nms_thresh
         self.detections_per_img = detections_per_img
         self.proposals = proposals
+        self.class_loss = class_loss
 
     # --- training ---
 
@@ -166,7 +167,7 @@ class RoIHeads(nn.Module):
         bbox_targets = F.pad(samples.bbox_targets, (0, 0, 0, samples.valid.shape[1] - samples.bbox_targets.shape[1]))    # [N, S, 4]
         class_logits, box_regression = self.box_predictor(self.box_head(self.box_roi_pool(features, rois)))
         loss_classifier, loss_box = fastrcnn_loss(class_logits.float(), box_regression.float(), labels,
-                                                  bbox_targets.flatten(0, 1)[rows], valid)
+                                                  bbox_targets.flatten(0, 1)[rows], valid, self.class_loss)
         losses = {"loss_classifier": loss_classifier, "loss_box_reg": loss_box}
         if self.mask_head is not None:
             losses["loss_mask"] = self.mask_loss(features, samples, targets)

@@ -15,7 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minidamage import ops
-from minidamage.layers.losses import rpn_loss
+from minidamage.layers.losses import binary_cross_entropy, rpn_loss
 from minidamage.layers.matching import BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, pad_boxes
 
 MIN_BOX_SIZE = 1e-3           # pixels: anything thinner is a collapsed prediction (torchvision's value)
@@ -90,7 +90,7 @@ class RegionProposalNetwork(nn.Module):
     """Proposes boxes and learns to. The thresholds' meaning is in the model's config, which holds a line for each."""
 
     def __init__(self, anchor_generator, head, fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction,
-                 pre_nms_top_n, post_nms_top_n, nms_thresh, score_thresh=0.0, min_proposals=0):
+                 pre_nms_top_n, post_nms_top_n, nms_thresh, score_thresh=0.0, min_proposals=0, objectness_loss=binary_cross_entropy):
         super().__init__()
         self.anchor_generator = anchor_generator
         self.head = head
@@ -102,6 +102,7 @@ class RegionProposalNetwork(nn.Module):
         self.nms_thresh = nms_thresh
         self.score_thresh = score_thresh
         self.min_proposals = min_proposals
+        self.objectness_loss = objectness_loss
 
     def forward(self, features, batch_size_px, image_sizes, targets=None, generator=None):
         """features: per level [N, C, h, w]; batch_size_px: (H, W) of the padded batch; image_sizes: [(h, w)] inside it.
@@ -163,5 +164,5 @@ class RegionProposalNetwork(nn.Module):
             bbox_targets = self.box_coder.encode(own_object, own_anchors)
         objectness, bbox_deltas = self.head.at(features, torch.cat([positives, negatives], dim=1))
         loss_objectness, loss_box = rpn_loss(objectness.float(), bbox_deltas[:, :positives.shape[1]].float(), bbox_targets, positive_valid,
-                                             torch.cat([positive_valid, negative_valid], dim=1))
+                                             torch.cat([positive_valid, negative_valid], dim=1), self.objectness_loss)
         return {"loss_objectness": loss_objectness, "loss_rpn_box_reg": loss_box}

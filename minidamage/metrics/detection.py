@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from minidamage import masks
-from minidamage.metrics import coco, coco_files, diagnosis, intervals, operating, voc
+from minidamage.metrics import coco, coco_files, confusion, diagnosis, intervals, operating, voc
 from minidamage.metrics.coco import COCO
 from minidamage.metrics.measure import peak_memory, speed, synchronize
 
@@ -220,6 +220,10 @@ class DetectionResult:
     def errors_by_picture(self, thresholds=0.5, iou_type=None):
         """int [I, 2]: false findings and missed truths of each picture (in the order of image_ids), at IoU 0.5."""
         return operating.errors_by_picture(self.scored[self._type(iou_type)], len(self.image_ids), self._threshold_list(thresholds))
+
+    def confusion(self, thresholds=0.5, iou_type=None):
+        """int [K + 1, K + 1] at the thresholds: the objects' classes by the findings', last row false alarms, last column missed."""
+        return confusion.confusion_matrix(self.scored[self._type(iou_type)], self._threshold_list(thresholds))
 
     def false_alarms(self, thresholds=0.5):
         """{"pictures": undamaged pictures, "with findings": share of them with one at least, "findings": per such picture}."""

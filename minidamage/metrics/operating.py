@@ -15,7 +15,7 @@ def best_f1(scored, categories):
     """
     out = []
     truth_counts = np.bincount(scored.truths["category"][scored.truths["crowd"] == 0], minlength=categories)
-    used = _counted(scored)
+    used = counted(scored)
     for k in range(categories):
         rows = np.flatnonzero(used & (scored.detections["category"] == k))
         rows = rows[np.argsort(-scored.detections["score"][rows], kind="stable")]
@@ -36,7 +36,7 @@ def best_f1(scored, categories):
 def at_thresholds(scored, thresholds):
     """K + 1 dicts (classes, then all together): TP, FP, FN, precision, recall, F1, matched IoU of detections at or above thresholds [K]."""
     categories = len(thresholds)
-    kept = _counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
+    kept = counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
     true = kept & (scored.arrays["dt_match"][AT_IOU] >= 0)
     per_class = lambda chosen, weights=None: np.bincount(scored.detections["category"][chosen], weights, minlength=categories)
     tp, found = per_class(true), per_class(kept)
@@ -54,7 +54,7 @@ def _numbers(tp, found, truth, iou):
 
 def errors_by_picture(scored, images, thresholds):
     """[I, 2]: false findings and missed truths of each picture at the thresholds [K]."""
-    kept = _counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
+    kept = counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
     match = scored.arrays["dt_match"][AT_IOU]
     false = np.bincount(scored.detections["image"][kept & (match < 0)], minlength=images)
     missed = scored.truths["crowd"] == 0
@@ -73,6 +73,6 @@ def false_alarms(scored, images, thresholds):
             "findings": float(per_picture.mean()) if pictures else float("nan")}
 
 
-def _counted(scored):
+def counted(scored):
     """[D] bool: looked at by COCO (the 100 best of a class in a picture) and not swallowed by a crowd region."""
     return (scored.arrays["dt_rank"] < scored.limit) & (scored.arrays["dt_ignore"][AT_IOU] == 0)

@@ -36,6 +36,20 @@ def class_tables(result):
             ("By class, AP50 by the rules of Pascal VOC (a detection looks at its nearest truth only)", voc_columns, voc_rows)]
 
 
+MOST_COLUMNS = 10                                             # classes side by side; more do not fit a page
+
+
+def rules_table(result):
+    """AP of each class in per cent as the detection papers print it, a column a class, the counting rule in the row's name. Boxes."""
+    voc, per_class = result.voc_ap("bbox"), result.per_class
+    rules = [("COCO, IoU 0.5, 101 points", [numbers["bbox/AP50"] for numbers in per_class.values()], result.stats["bbox/AP50"]),
+             *((f"Pascal VOC, IoU 0.5, {method}", [values[name] for name in per_class], values["mean"]) for method, values in voc.items()),
+             ("COCO, IoU .50:.95", [numbers["bbox/AP"] for numbers in per_class.values()], result.stats["bbox/AP"])]
+    per_cent = lambda value: None if math.isnan(value) else f"{100 * value:.2f}"
+    rows = [[rule, *map(per_cent, values), per_cent(mean)] for rule, values, mean in rules]
+    return "Box AP by class and rule, per cent", ["rule", *per_class, "mAP"], rows
+
+
 def operating_table(result, thresholds):
     """What is found at the thresholds in use, and what the best ones would be on these pictures."""
     found, best = result.at_thresholds(thresholds), result.best_f1()
