@@ -37,8 +37,11 @@ class CrackEvaluator:
         self.edges = np.asarray(PIXEL_EDGES if mm_per_px is None else MM_EDGES)
         self._tolerant, self._widths = [], []
 
-    def add(self, truth, prediction, ignore=None):
-        """truth, prediction: [H, W], non-zero is damage; ignore: [H, W] bool, pixels that are neither judged nor near to anything."""
+    def add(self, truth, prediction, ignore=None, widths=None):
+        """truth, prediction: [H, W], non-zero is damage; ignore: [H, W] bool, pixels that are neither judged nor near to anything.
+
+        widths: `pixel_widths` of the judged truth, where the caller has them already (several predictions of one picture).
+        """
         truth, prediction = np.asarray(truth) != 0, np.asarray(prediction) != 0
         if truth.shape != prediction.shape or truth.ndim != 2:
             raise ValueError("CrackEvaluator.add expects two maps [H, W] of one size, got "
@@ -48,14 +51,14 @@ class CrackEvaluator:
         to_truth, to_prediction = skeleton.squared_distances(truth)[prediction], skeleton.squared_distances(prediction)[truth]
         self._tolerant.append([[(to_truth <= t * t).sum(), len(to_truth), (to_prediction <= t * t).sum(), len(to_prediction)]
                                for t in self.tolerances])
-        self._widths.append(self._by_width(truth, prediction))
+        self._widths.append(self._by_width(truth, prediction, widths))
 
-    def _by_width(self, truth, prediction):
+    def _by_width(self, truth, prediction, widths):
         """int64 [bins, 2]: damaged pixels of each class of width, found and all."""
         counts = np.zeros((len(self.edges) + 1, 2), np.int64)
         if truth.any():
-            widths = pixel_widths(truth) * (self.mm_per_px or 1)
-            bins = np.searchsorted(self.edges, widths, side="right")
+            widths = pixel_widths(truth) if widths is None else widths
+            bins = np.searchsorted(self.edges, widths * (self.mm_per_px or 1), side="right")
             counts[:, 0] = np.bincount(bins, prediction[truth], len(counts))
             counts[:, 1] = np.bincount(bins, minlength=len(counts))
         return counts

@@ -72,6 +72,57 @@ def pixel_tables(pixels):
             ("Pixels by class", ["class", *(f"{m}, pooled" for m in shown), "IoU per picture"], classes)]
 
 
+POINT_COLUMNS = ("IoU", "Dice", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
+
+
+def segmentation_tables(sizes):
+    """sizes: {name: evaluation.segmentation.SizeScores}, evaluated. Pooled, per picture, by class, over all thresholds, any damage."""
+    points = [(f"{s.title}, {point}", s.pixel[point]) for s in sizes.values() for point in s.points]
+    columns = ["", *POINT_COLUMNS]
+    out = [("Pixels, damage against background, pooled over pictures (Dice is F1)", columns,
+            [[name, *(r.stats[f"pixel/{m}"] for m in POINT_COLUMNS)] for name, r in points]),
+           ("The same for each picture, then the mean over pictures where the quotient exists", columns,
+            [[name, *(r.stats[f"pixel/image/{m}"] for m in POINT_COLUMNS)] for name, r in points])]
+    if len(points[0][1].per_class) > 1:
+        shown = ("IoU", "Dice", "precision", "recall")
+        rows = [[label, name, *(numbers[f"pixel/{m}"] for m in shown), numbers["pixel/image/IoU"]]
+                for name, r in points for label, numbers in r.per_class.items()]
+        out.append(("By class", ["class", "", *(f"{m}, pooled" for m in shown), "IoU per picture"], rows))
+    out += _interval_tables(sizes)
+    swept = ("ODS F1", "ODS threshold", "OIS F1", "OIS F1, mean over pictures")
+    out.append(("Damage over all thresholds (chosen on these very pictures: what one could reach; ODS one for all, OIS one a picture)",
+                ["", *swept], [[s.title, *(s.swept.stats[m] for m in swept)] for s in sizes.values()]))
+    any_damage = ("Dice", "IoU", "accuracy")
+    out.append(("Any damage against background, mean over pictures, empty ones count 1 (the rule of the car-damage segmentation project)",
+                ["", *any_damage], [[name, *(r.any_damage()[f"any-damage/{m}"] for m in any_damage)] for name, r in points]))
+    return out
+
+
+def _interval_tables(sizes):
+    rows = [[f"{s.title}, {point}, {name.removeprefix('pixel/').replace('image/', 'per picture ')}", i.value, i.low, i.high]
+            for s in sizes.values() for point, found in s.intervals.items() for name, i in found.items()]
+    if not rows:
+        return []
+    one = next(iter(next(iter(next(iter(sizes.values())).intervals.values())).values()))
+    return [(f"95 % intervals ({len(one.samples)} bootstrap draws of whole pictures)", ["", "value", "low", "high"], rows)]
+
+
+def crack_tables(sizes):
+    """F1 with a tolerance at the border, and recall by the width of the truth."""
+    points = [(f"{s.title}, {point}", s.crack[point]) for s in sizes.values() for point in s.points]
+    shown = ("precision", "recall", "F1", "image/F1")
+    tolerant = [[name, f"{t} px", *(r.stats[f"tolerance {t} px/{m}"] for m in shown)] for name, r in points for t in r.tolerances]
+    out = [("With a tolerance (pixels of the size that is scored, both sides, Euclidean)",
+            ["", "tolerance", "precision", "recall", "F1", "F1 per picture"], tolerant)]
+    for s in sizes.values():
+        results = [s.crack[point] for point in s.points]
+        rows = [[name, numbers["pixels"], numbers["share"], *(r.by_width[name]["recall"] for r in results)]
+                for name, numbers in results[0].by_width.items()]
+        out.append((f"Recall by the local width of the truth, {s.title}", ["width", "damaged pixels", "share",
+                                                                          *(f"recall {point}" for point in s.points)], rows))
+    return out
+
+
 def as_text(caption, columns, rows, digits=3):
     """The table for a terminal: names left, numbers right."""
     cells = [list(columns), *([_cell(value, digits) for value in row] for row in rows)]

@@ -34,7 +34,8 @@ class ThresholdSweep:
         probability, truth = torch.as_tensor(probability), torch.as_tensor(truth)
         if probability.shape != truth.shape or truth.dim() != 2:
             raise ValueError("ThresholdSweep.add expects two maps [H, W] of one size, got "
-                             f"{list(probability.shape)} and {list(truth.shape)}; give the channel of the damage class, or 1 - the background's")
+                             f"{list(probability.shape)} and {list(truth.shape)}; give the channel of the damage class, or 1 minus the "
+                             "background's")
         thresholds = torch.as_tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
         above = torch.bucketize(probability.contiguous(), thresholds)                     # number of thresholds below the probability
         states = above + (truth.to(above.device) != 0) * (len(THRESHOLDS) + 1)

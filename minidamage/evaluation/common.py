@@ -1,0 +1,113 @@
+"""What the scoring of every task shares: the job, its place on the disk, printing, notes and the report's frame."""
+import contextlib
+import dataclasses
+import os
+
+import torch
+
+from minidamage import run_folder
+from minidamage.config import apply_settings
+from minidamage.metrics import tables
+from minidamage.visualize.report import Picture, Table, write_report
+
+
+@dataclasses.dataclass
+class Job:
+    """What evaluate.py settled: a model, the pictures to score it on, and the command line's flags."""
+
+    args: object
+    model: torch.nn.Module
+    checkpoint: dict
+    path: str                                 # of the checkpoint
+    device: torch.device
+    dataset: object                           # data.Dataset
+    part: str                                 # "test", "val", ...
+    records: list
+    own: bool                                 # whether the data set is the one that the run was trained on
+
+    @property
+    def names(self):
+        return tuple(self.checkpoint["class_names"])
+
+    @property
+    def folder(self):
+        """Where the results go: --out, or evaluation-<part>/ beside the checkpoint, with the data set's name if it is another."""
+        of_set = "" if self.own else "-" + os.path.splitext(os.path.basename(os.path.abspath(self.dataset.path)))[0]
+        return self.args.out or os.path.join(os.path.dirname(os.path.abspath(self.path)), f"evaluation{of_set}-{self.part}")
+
+    @property
+    def workers(self):
+        return self.args.workers if self.args.workers is not None else 4 if self.device.type == "cuda" else 0
+
+    def about(self):
+        """What was scored, with what: the head of results.json."""
+        trained = self.checkpoint.get("run", {}).get("args", {})
+        return {"command": run_folder.command_line(), "task": self.model.task, "checkpoint": self.path, "model": self.checkpoint["model"],
+                "trained_with": list(trained.get("set") or []), "epoch": self.checkpoint.get("train", {}).get("epoch"),
+                "data": os.path.abspath(self.dataset.path), "part": self.part, "set": self.args.set, "pictures": len(self.records),
+                **run_folder.environment(self.device)}
+
+
+@contextlib.contextmanager
+def writing(folder):
+    """Makes the folder; an OSError inside then says that it was met while writing, and where."""
+    try:
+        os.makedirs(folder, exist_ok=True)
+        yield
+    except OSError as error:
+        raise OSError(f"could not write the results into {folder}: {error}") from error
+
+
+
+def change_finish(model, settings):
+    """The model's config with --set applied; ValueError for a field that is more than the finish of its masks."""
+    for setting in settings:
+        if setting.partition("=")[0] not in model.finish_fields:
+            known = ", ".join(model.finish_fields) or "no field"
+            raise ValueError(f"--set {setting}: a trained {model.name} takes {known} here; its other fields are settled when it "
+                             "is trained (train.py --set)")
+    config = apply_settings(model.config, settings)
+    model.check_config(config)
+    return config
+
+
+def unreadable_note(files, pictures):
+    """[a sentence with every file], or [] where all pictures could be read."""
+    return [f"{len(files)} of {pictures} pictures cannot be read; each is scored as a black one, its objects missed: {', '.join(files)}"] \
+        if files else []
+
+
+def cost_text(metrics):
+    return (f"{metrics['ms per picture']:.1f} ms a picture ({metrics['pictures per second']:.2f} a second; the median picture), "
+            f"peak memory {metrics['peak memory MB']:.0f} MB")
+
+
+def print_sections(shown):
+    """Prints [(heading, [table or text, ...]), ...]; a table is (caption, columns, rows)."""
+    for heading, blocks in shown:
+        are_texts = isinstance(blocks[0], str)
+        print("\n" + ("\n" if are_texts else "\n\n").join(f"{heading}: {b}" if are_texts else tables.as_text(*b) for b in blocks))
+
+
+def write_page(folder, shown, about, plots, pictures):
+    """Writes report.html: the printed tables, plots ((heading, [Picture, ...]) is added to that section), the worst predictions
+    ([(path, caption), ...]) and how it was made."""
+    as_block = lambda block: block if isinstance(block, str) else Table(block[1], block[2], block[0])
+    blocks = [(heading, [as_block(block) for block in content]) for heading, content in shown]
+    for heading, drawn in plots:
+        next(content for name, content in blocks if name == heading).extend(drawn)
+    if pictures:
+        blocks.append(("Worst predictions", [Picture(path, caption, wide=True) for path, caption in pictures]))
+    facts = {name: str(value) for name, value in about.items() if not isinstance(value, dict)}
+    blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))
+    write_report(os.path.join(folder, "report.html"), f"{about['model']} on {about['part']} of {os.path.basename(about['data'])}", blocks,
+                 f"{about['pictures']} pictures, `{about['checkpoint']}`")
+
+
+def without_nan(value):
+    """NaN is not JSON: None instead."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and value != value else value

@@ -1,0 +1,216 @@
+"""Several evaluations side by side: one table, mean and spread over data sets, and whether a difference could be chance.
+
+    python evaluate.py --compare runs/context_cracknet-cfd-001 runs/unet-cfd-001 runs/context_cracknet-deepcrack-001 ...
+
+The first model named is held against each other one. On one data set: the paired difference of the pooled metric with its bootstrap
+interval, whole pictures drawn again for both. Over data sets: Wilcoxon's signed-rank test, a value a set, as in the crack paper's Table 5,
+with Holm's correction for the number of models; n sets cannot give a p below 2 / 2**n, so with fewer than six none is below .05.
+"""
+import collections
+import dataclasses
+import glob
+import json
+import os
+
+import numpy as np
+
+from minidamage import run_folder
+from minidamage.evaluation.common import without_nan, writing
+from minidamage.metrics import tables
+from minidamage.metrics.segmentation import NAMES, quotients
+from minidamage.metrics.statistics import bootstrap, holm, mean_std, wilcoxon
+from minidamage.visualize.plots import bar_plot, box_plot
+from minidamage.visualize.report import Picture, Table, write_report
+
+COLUMNS = {"segmentation": ("IoU", "Dice", "recall", "precision"),                        # the order of the paper's Table 3
+           "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
+
+
+@dataclasses.dataclass
+class Evaluation:
+    """One results.json. model: its name and what was trained otherwise; data: the set's name and part; stats: {metric: number};
+    counts: int64 [N, 4] of the N pictures (segmentation) or None; files: their names."""
+
+    path: str
+    task: str
+    model: str
+    data: str
+    scored: str
+    stats: dict
+    counts: np.ndarray | None
+    files: list | None
+
+
+def compare(runs, metric, size, at, draws, out):
+    """Prints the comparison; with `out` writes comparison.json and report.html there. Returns 0; ValueError for what cannot be compared."""
+    evaluations = [load(path, size, at) for path in runs]
+    check(evaluations)
+    task = evaluations[0].task
+    columns = [name for name in COLUMNS[task] if any(name in e.stats for e in evaluations)]
+    metric = metric or columns[0] if task == "segmentation" else metric or ("segm/AP" if "segm/AP" in columns else columns[0])
+    for e in evaluations:
+        if metric not in e.stats:
+            raise ValueError(f"--metric {metric}: {e.path} has {', '.join(sorted(e.stats))}")
+    if metric not in columns:
+        columns.append(metric)
+    shown = [all_table(evaluations, columns)]
+    by_model = collections.defaultdict(dict)                  # model -> {data: Evaluation}
+    for e in evaluations:
+        by_model[e.model][e.data] = e
+    sets = list(dict.fromkeys(e.data for e in evaluations))
+    if len(sets) > 1:
+        shown.append(spread_table(by_model, columns))
+    notes, paired = [], paired_table(by_model, metric, draws) if draws else None
+    tested = signed_rank_table(by_model, metric, notes)
+    shown += [table for table in (paired, tested) if table]
+    print("\n\n".join(tables.as_text(*table, digits=4) for table in shown))
+    for note in notes:
+        print(f"note: {note}")
+    if out:
+        write(out, shown, notes, by_model, sets, metric, evaluations)
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+def load(path, size, at):
+    """The Evaluation at `path`: a results.json, an evaluation folder, or a run folder with one evaluation of its test part."""
+    file = results_file(path)
+    try:
+        with open(file, encoding="utf-8") as stream:
+            content = json.load(stream)
+        model = " ".join([content["model"], *content.get("trained_with", [])])
+        part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
+        data = os.path.splitext(os.path.basename(content["data"]))[0] + part
+        if content.get("task") != "segmentation":
+            return Evaluation(file, "detection", model, data, "", content["stats"], None, None)
+        name = size if size in content["sizes"] else "native"      # pictures of the model's own size are scored once
+        scored, points = content["sizes"][name], list(content["sizes"][name]["points"])
+        point = points[-1] if at == "chosen" else points[0]
+        stats = scored["points"][point]["stats"]
+        stats = {**{name: stats[f"pixel/{name}"] for name in NAMES}, **{name: value for name, value in stats.items()}}
+        counts, files = read_pictures(os.path.join(os.path.dirname(file), "pictures.json"), name, point)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{file}: expected results.json of evaluate.py ({type(error).__name__}: {error}); evaluate the run "
+                         "again") from None
+    numbers = {key: float("nan") if value is None else value for key, value in stats.items()}
+    return Evaluation(file, "segmentation", model, data, f"{scored['pixels']}, {point}", numbers, counts, files)
+
+
+def results_file(path):
+    if os.path.isfile(path):
+        return path
+    if os.path.isfile(os.path.join(path, "results.json")):
+        return os.path.join(path, "results.json")
+    found = sorted(glob.glob(os.path.join(glob.escape(path), "evaluation-*", "results.json")))
+    preferred = [file for file in found if os.path.basename(os.path.dirname(file)) == "evaluation-test"]
+    if len(preferred or found) != 1:
+        what = ", ".join(found) if found else "none" if os.path.isdir(path) else "there is no such file or folder"
+        raise ValueError(f"--compare {path}: expected one evaluation, got {what}; run evaluate.py --checkpoint on it first, or name its "
+                         "folder")
+    return (preferred or found)[0]
+
+
+def read_pictures(path, size, point):
+    if not os.path.isfile(path):
+        return None, None
+    with open(path, encoding="utf-8") as stream:
+        content = json.load(stream)
+    return np.asarray(content["counts"][size][point], np.int64), content["files"]
+
+
+def check(evaluations):
+    if len({e.task for e in evaluations}) > 1:
+        raise ValueError("--compare: expected detectors or segmenters, got both: "
+                         + ", ".join(f"{e.path} ({e.task})" for e in evaluations))
+    seen = {}
+    for e in evaluations:
+        if (e.model, e.data) in seen:
+            raise ValueError(f"--compare: {e.path} and {seen[e.model, e.data]} are the same model ({e.model}) on the same data ({e.data}); "
+                             "name each once")
+        seen[e.model, e.data] = e.path
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
+
+def all_table(evaluations, columns):
+    scored = sorted({e.scored for e in evaluations})
+    caption = "Pooled over pictures" if evaluations[0].task == "segmentation" else "COCO"
+    one = f", {scored[0]}" * (len(scored) == 1 and bool(scored[0]))
+    rows = [[e.model, e.data, *([e.scored] if len(scored) > 1 else []), *(e.stats.get(c) for c in columns)]
+            for e in sorted(evaluations, key=lambda e: [x.data for x in evaluations].index(e.data))]
+    return f"{caption}{one}", ["model", "data", *(["scored"] if len(scored) > 1 else []), *columns], rows
+
+
+def spread_table(by_model, columns):
+    rows = []
+    for model, found in by_model.items():
+        pairs = [mean_std([as_number(e.stats.get(c)) for e in found.values()]) for c in columns]
+        rows.append([model, len(found), *(f"{mean:.4f} ± {std:.4f}" for mean, std in pairs)])
+    return "Mean ± sample standard deviation over data sets", ["model", "sets", *columns], rows
+
+
+def paired_table(by_model, metric, draws):
+    """First model minus each other one on every set that both were scored on, same pictures; None where there is none."""
+    (first, own), *others = by_model.items()
+    name, rows = metric.removeprefix("pixel/"), []
+    for model, found in others:
+        for data in [d for d in own if d in found]:
+            a, b = own[data], found[data]
+            if a.counts is None or b.counts is None or name not in NAMES or a.files != b.files:
+                continue
+            pooled = lambda drawn: float(quotients(drawn.sum(0))[name])
+            interval = bootstrap(a.counts, pooled, other=b.counts, samples=draws)
+            clear = "yes" if interval.low > 0 or interval.high < 0 else "no"
+            rows.append([model, data, len(a.files), interval.value, interval.low, interval.high, clear])
+    if not rows:
+        return None
+    return (f"{first} minus the model, pooled {name} on the same pictures, 95 % interval of {draws} paired bootstrap draws",
+            ["model", "data", "pictures", "difference", "low", "high", "clear of 0"], rows)
+
+
+def signed_rank_table(by_model, metric, notes):
+    """Wilcoxon's test of the first model against each other one over the sets they share; None with fewer than two sets."""
+    (first, own), *others = by_model.items()
+    tests = []
+    for model, found in others:
+        shared = [d for d in own if d in found]
+        pairs = [(as_number(own[d].stats[metric]), as_number(found[d].stats[metric])) for d in shared]
+        pairs = [pair for pair in pairs if np.isfinite(pair).all()]
+        if len(pairs) > 1:
+            tests.append((model, len(pairs), sum(a > b for a, b in pairs), wilcoxon(*zip(*pairs))))
+    if not tests:
+        return None
+    adjusted = holm([test.p for *_, test in tests])
+    rows = [[model, n, better, test.statistic, test.p, float(p), test.method] for (model, n, better, test), p in zip(tests, adjusted)]
+    fewest = min(n for _, n, *_ in tests)
+    if fewest < 6:
+        notes.append(f"{fewest} data sets cannot give a p below {2 / 2 ** fewest:g}: six at least are needed for .05")
+    return (f"{first} against each model over data sets, {metric}: Wilcoxon signed-rank test, two-sided",
+            ["model", "sets", "first is better on", "rank sum", "p", "p, Holm", "how"], rows)
+
+
+def as_number(value):
+    return float("nan") if value is None else float(value)
+
+
+# ---------------------------------------------------------------------------------------------------------- files
+
+def write(out, shown, notes, by_model, sets, metric, evaluations):
+    """comparison.json, bars.png (Fig. 6 of the crack paper), boxes.png (Fig. 7) and report.html."""
+    values = {model: [as_number(found[d].stats.get(metric)) if d in found else float("nan") for d in sets]
+              for model, found in by_model.items()}
+    width = int(min(max(720, 34 * len(sets) * (len(by_model) + 1)), 2400))
+    pictures = [Picture(bar_plot(sets, values, f"{metric} by data set", metric, size=(width, 460)), f"{metric} by data set", wide=True)]
+    if len(sets) > 1:
+        size = (int(min(max(720, 90 * len(values)), 2400)), 460)
+        pictures.append(Picture(box_plot(values, f"{metric} over {len(sets)} data sets", metric, size=size), f"{metric} over data sets"))
+    numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [e.path for e in evaluations],
+               "values": {model: dict(zip(sets, row)) for model, row in values.items()},
+               "tables": [{"caption": c, "columns": cols, "rows": rows} for c, cols, rows in shown], "notes": notes}
+    with writing(out):
+        run_folder.write_json(os.path.join(out, "comparison.json"), without_nan(numbers))
+        blocks = [Table(columns, rows, caption, digits=4) for caption, columns, rows in shown]
+        write_report(os.path.join(out, "report.html"), f"{len(by_model)} models on {len(sets)} data sets",
+                     [("Comparison", [*blocks, *notes]), ("Pictures", pictures), ("How this was made", [{"command": numbers["command"]}])])
+    print(f"\nwritten: {os.path.join(out, 'report.html')}, comparison.json")

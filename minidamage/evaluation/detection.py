@@ -1,0 +1,177 @@
+"""Scores a detector: COCO and VOC numbers, what is found at the thresholds in use, false alarms, pixels, intervals, worst pictures."""
+import os
+
+import numpy as np
+import torch
+
+from minidamage import masks, run_folder
+from minidamage.checkpoint import score_thresholds
+from minidamage.data import DetectionDataset
+from minidamage.evaluation.common import change_finish, cost_text, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.metrics import tables
+from minidamage.metrics.confusion import confusion_table
+from minidamage.metrics.detection import evaluate_model
+from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.progress import Progress
+from minidamage.training import iou_types
+from minidamage.visualize.matrix import matrix_plot
+from minidamage.visualize.overlay import draw_detections, draw_truth, grid, save_picture
+from minidamage.visualize.plots import precision_recall_plot
+from minidamage.visualize.report import Picture
+
+
+def score(job):
+    """Runs the detector over the job's pictures, prints the tables and writes the evaluation folder."""
+    model, records, names = job.model, job.records, job.names
+    if job.args.set:
+        model.config = change_finish(model, job.args.set)
+    thresholds = score_thresholds(job.checkpoint, job.args.score)
+    outlines = [mask is not None for record in records for mask in record.masks]
+    with_masks = "segm" in iou_types(model) and (any(outlines) or not outlines)
+
+    samples, pixels, judged, unreadable = Samples(records, with_masks), PixelEvaluator(names), [], []
+    progress = Progress(len(samples), device=job.device)
+
+    def on_picture(image, truth, detection):
+        kept = confident(detection, thresholds, names)
+        if with_masks:
+            outlines, crowds = ([r for r, c in zip(truth["rles"], truth["iscrowd"]) if c == crowd] for crowd in (False, True))
+            pixels.add_instances(truth["labels"][~truth["iscrowd"]], outlines, kept["labels"], kept["masks"], *image.shape[-2:], crowds)
+        judged.append((truth["index"], kept))
+        unreadable.extend([truth["unreadable"]] if truth["unreadable"] else [])
+        progress.note(f"{len(judged)}/{len(samples)} pictures")
+
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=job.workers)
+    metrics, result, evaluator = evaluate_model(job.model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
+    progress.clear()
+    pixel_result = pixels.evaluate() if with_masks else None
+
+    wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if job.args.draws else []
+    intervals = {name: result.interval(name, samples=job.args.draws) for name in wanted}
+
+    notes = [*unreadable_note(unreadable, len(records)), *result.causes]
+    shown = show(result, pixel_result, thresholds, metrics, intervals, notes)
+    numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable}
+    about, folder = job.about(), job.folder
+    files = {samples.image_id(i): r.file for i, r in enumerate(records)}
+    with writing(folder):
+        run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
+        run_folder.write_json(os.path.join(folder, "detections.json"), evaluator.coco_detections(job.dataset.category_ids), indent=None)
+        run_folder.write_json(os.path.join(folder, "truth.json"), evaluator.coco_truth(job.dataset.category_ids, files), indent=None)
+        pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, job.args.worst)
+        write_page(folder, shown, about, [("Accuracy", curves(result)), ("In use", confusion_picture(result, thresholds))], pictures)
+    print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, detections.json, truth.json"
+          + f" and {len(pictures)} pictures of the worst predictions" * bool(pictures))
+
+
+class Samples(torch.utils.data.Dataset):
+    """Pictures and their truth in original pixels, masks as run lengths (never dense: a 12-megapixel picture with 20 objects is 240 MB)."""
+
+    def __init__(self, records, with_masks):
+        self.records, self.with_masks, self.pictures = records, with_masks, DetectionDataset(records)
+        self.pictures.with_masks = False
+        ids = [r.image_id for r in records]
+        self.ids = ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))        # parts of two files may share ids
+
+    def __len__(self):
+        return len(self.records)
+
+    def image_id(self, index):
+        return self.ids[index]
+
+    def __getitem__(self, index):
+        record, (image, target) = self.records[index], self.pictures[index]
+        truth = {"boxes": record.boxes, "labels": record.labels, "iscrowd": np.asarray(record.crowd, bool), "area": record.area,
+                 "image_id": self.ids[index], "index": index, "file": record.file, "unreadable": target["replaced"]}
+        if self.with_masks:
+            outlines = [[box[[0, 1, 2, 1, 2, 3, 0, 3]]] if mask is None else mask for mask, box in zip(record.masks, record.boxes)]
+            truth["rles"] = [masks.segmentation_to_rle(outline, record.height, record.width) for outline in outlines]
+        return image, truth
+
+
+def confident(detection, thresholds, names):
+    """The detections at or above their class's threshold, as numpy."""
+    scores, labels = detection["scores"].float().cpu().numpy(), detection["labels"].cpu().numpy()
+    kept = np.flatnonzero(scores >= np.array([thresholds[name] for name in names])[labels - 1])
+    return {"boxes": detection["boxes"].float().cpu().numpy()[kept], "scores": scores[kept], "labels": labels[kept],
+            "masks": [detection["masks"][i] for i in kept] if "masks" in detection else None}
+
+
+# ---------------------------------------------------------------------------------------------------------- what comes out
+
+def show(result, pixels, thresholds, metrics, intervals, notes):
+    """Prints all tables and returns them for the report: [(heading, [table or text])]."""
+    alarms = result.false_alarms(thresholds)
+    alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
+                  f"{alarms['findings']:.2f} findings a picture") if alarms["pictures"] else "no undamaged picture in this part"
+    few = len(result.class_names) <= tables.MOST_COLUMNS
+    accuracy = [*tables.coco_tables(result), *([tables.rules_table(result)] if few and "bbox" in result.scored else []),
+                *tables.class_tables(result)]
+    if intervals:
+        accuracy.insert(2, tables.interval_table(intervals, len(result.image_ids)))
+    in_use = [tables.operating_table(result, thresholds)]
+    if few:
+        in_use.append(confusion_table(result.confusion(thresholds), result.class_names))
+    shown = [("Accuracy", accuracy), ("In use", in_use), ("False alarms", [alarm_text])]
+    if pixels:
+        shown.append(("Pixels", tables.pixel_tables(pixels)))
+    shown.append(("Speed and memory", [cost_text(metrics)]))
+    if notes:
+        shown.append(("Notes", notes))
+    print_sections(shown)
+    return shown
+
+
+def collect(result, pixels, thresholds, metrics, intervals, notes):
+    """Every number, for results.json."""
+    cost = {name.replace(" ", "_"): metrics[name] for name in ("ms per picture", "pictures per second", "peak memory MB")}
+    return {"stats": result.stats, "intervals": {name: (i.low, i.high) for name, i in intervals.items()}, "per_class": result.per_class,
+            "voc": {t: result.voc_ap(t) for t in result.scored}, "thresholds": thresholds,
+            "at_thresholds": result.at_thresholds(thresholds), "best_f1": result.best_f1(), "false_alarms": result.false_alarms(thresholds),
+            "confusion": {"rows": [*result.class_names, "false alarm"], "columns": [*result.class_names, "missed"],
+                          "counts": result.confusion(thresholds).tolist()},
+            "pixels": pixels.stats if pixels else {}, "pixels_per_class": pixels.per_class if pixels else {}, **cost, "notes": notes}
+
+
+def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):
+    """Writes worst-01.jpg ... (truth beside prediction) and returns their paths and captions: most wrong findings and misses first,
+    among equals the smaller overlap."""
+    wrong = result.errors_by_picture(thresholds)
+    position = {image_id: i for i, image_id in enumerate(result.image_ids)}
+    overlap = np.nan_to_num(pixels.per_image("IoU"), nan=0.0) if pixels else np.zeros(len(judged))
+    order = sorted(range(len(judged)), key=lambda j: (-sum(wrong[position[samples.image_id(judged[j][0])]]), overlap[j], j))
+    drawn = []
+    for rank, j in enumerate(order[:count], 1):
+        index, kept = judged[j]
+        false, missed = wrong[position[samples.image_id(index)]]
+        if false + missed == 0:
+            break
+        image, truth = samples[index]
+        left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"])
+        right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names)
+        caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed"
+        path = os.path.join(folder, f"worst-{rank:02d}.jpg")
+        save_picture(path, grid([left, right], ["truth", "prediction"], columns=2, title=caption))
+        drawn.append((path, caption))
+    return drawn
+
+
+def curves(result):
+    """Precision over recall at IoU 0.5, all sizes: pictures for the report."""
+    drawn = []
+    for iou_type in result.scored:
+        precision, recall = result.arrays[iou_type]["precision"][0, :, :, 0, -1], result.protocol.recall_thresholds          # [R, K]
+        known = {name: (recall, precision[:, k]) for k, name in enumerate(result.class_names) if precision[0, k] > -1}
+        if known:
+            title = f"Precision and recall, {tables.KINDS[iou_type]} IoU 0.5"
+            drawn.append(Picture(precision_recall_plot(known, title), title))
+    return drawn
+
+
+def confusion_picture(result, thresholds):
+    """The confusion matrix at the thresholds in use, for the report."""
+    matrix = result.confusion(thresholds)
+    matrix[-1, -1] = -1                                       # nothing taken for nothing: not counted, left blank
+    title = "Confusion at the thresholds in use, IoU 0.5"
+    drawn = matrix_plot(matrix, [*result.class_names, "false alarm"], [*result.class_names, "missed"], title)
+    return [Picture(drawn, title)] if len(result.class_names) <= tables.MOST_COLUMNS else []

@@ -1,0 +1,98 @@
+"""Scores every kept epoch of a run on its validation part and names the best (the car-damage segmentation project, section 5: "test each
+epoch"). The project picks on its test pictures; a number picked there is no result any more, so here it is always the validation part."""
+import copy
+import os
+import re
+
+import torch
+
+from minidamage import run_folder
+from minidamage.checkpoint import load_checkpoint
+from minidamage.data import DetectionDataset, SegmentationDataset, collate
+from minidamage.evaluation.common import writing
+from minidamage.metrics import tables
+from minidamage.metrics.detection import CocoEvaluator
+from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.layers.segmenter import label_map_of
+from minidamage.progress import Progress
+from minidamage.training import default_metric, iou_types
+from minidamage.tuning import add_picture
+
+SHOWN = {"segmentation": ("pixel/IoU", "pixel/Dice", "pixel/accuracy", "any-damage/Dice", "any-damage/IoU"),
+         "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
+
+
+def score(run, device, choose_pictures, args):
+    """Prints a row an epoch, writes test-epochs.csv into the run, says which is best and how to use it. Returns 0.
+
+    choose_pictures: evaluate.py's, which finds the data set and the part of a checkpoint. Raises ValueError where no epoch was kept.
+    """
+    kept = kept_epochs(run)
+    args = copy.copy(args)
+    args.part = "val"
+    rows, select_by = [], None
+    for path in kept:
+        model, checkpoint = load_checkpoint(path, device)
+        if select_by is None:
+            dataset, _, records, own = choose_pictures(args, checkpoint, path)
+            select_by = checkpoint.get("run", {}).get("recipe", {}).get("select_by") or default_metric(model)
+            if not own:
+                raise ValueError(f"{dataset.path} is not the set that {run} was split from; its epochs are judged on their own validation "
+                                 "part")
+            print(f"{checkpoint['model']} from {run} on {device}: {len(kept)} epochs, {len(records)} pictures (val of {dataset.path})")
+        numbers = score_epoch(model, checkpoint["class_names"], records, device)
+        epoch = int(re.search(r"epoch-(\d+)\.pt$", path)[1])
+        rows.append({"epoch": epoch, **numbers})
+        print(f"epoch {epoch}: loss {numbers['loss']:.4f}  " + "  ".join(f"{name} {numbers[name]:.4f}" for name in SHOWN[model.task]
+                                                                         if name in numbers), flush=True)
+    return finish(run, rows, select_by, SHOWN[model.task])
+
+
+def kept_epochs(run):
+    """Paths of epoch-001.pt, epoch-002.pt, ... in order."""
+    if not os.path.isdir(run):
+        raise ValueError(f"--test-epochs {run}: expected a run folder, there is none of that name")
+    found = sorted((name for name in os.listdir(run) if re.fullmatch(r"epoch-\d+\.pt", name)), key=lambda name: int(name[6:-3]))
+    if not found:
+        raise ValueError(f"--test-epochs {run}: expected epoch-001.pt, epoch-002.pt, ... in it, found none; train with --keep-epochs")
+    return [os.path.join(run, name) for name in found]
+
+
+@torch.inference_mode()
+def score_epoch(model, names, records, device):
+    """{"loss", "pixel/IoU", ...} on the records, at the size that the model trains at, at 0.5; as train.py validates."""
+    segments = model.task == "segmentation"
+    dataset = SegmentationDataset(records, image_size=model.config.image_size) if segments else DetectionDataset(records)
+    evaluator = PixelEvaluator(names) if segments else CocoEvaluator(names, iou_types(model))
+    total, progress = 0.0, Progress(len(dataset), device=device)
+    for images, targets in torch.utils.data.DataLoader(dataset, batch_size=1, collate_fn=collate):
+        if segments:
+            losses, probabilities = model.losses_and_probabilities(images, targets)
+            prediction = {"label_map": label_map_of(probabilities[0]).cpu()}
+        else:
+            losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
+            prediction = detections[0]
+        total += sum(float(value) for value in losses.values())
+        add_picture(evaluator, targets[0], prediction, images[0].shape[-2:])
+        progress.note(f"{targets[0]['index'] + 1}/{len(dataset)} pictures")
+    progress.clear()
+    result = evaluator.evaluate()
+    return {"loss": total / max(len(records), 1), **result.stats, **(result.any_damage() if segments else {})}
+
+
+def finish(run, rows, select_by, shown):
+    shown = [name for name in shown if name in rows[0]]
+    shown += [select_by] * (select_by not in (*shown, "loss"))
+    print("\n" + tables.as_text("On the validation part, at the size it trains at", ["epoch", "loss", *shown],
+                                [[row["epoch"], row["loss"], *(row[name] for name in shown)] for row in rows], digits=4))
+    with writing(run):
+        run_folder.write_metrics(os.path.join(run, "test-epochs.csv"), rows)
+    known = [row for row in rows if row[select_by] == row[select_by]]
+    if not known:
+        raise ValueError(f"{run}: {select_by} is not a number in any epoch: the validation part has no damage to find")
+    sign = -1 if select_by == "loss" else 1
+    best = max(known, key=lambda row: (sign * row[select_by], -row["loss"]))
+    path = os.path.join(run, f"epoch-{best['epoch']:03d}.pt")
+    print(f"\nbest by {select_by}: epoch {best['epoch']} ({best[select_by]:.4f}); on the pictures kept for the report:\n"
+          f"  python evaluate.py --checkpoint {path} --part test\nwritten: {os.path.join(run, 'test-epochs.csv')}")
+    return 0

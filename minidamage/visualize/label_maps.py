@@ -1,0 +1,101 @@
+"""Pictures of pixel labels: errors over the photograph, cracks that stay visible on a large one, attention maps, the map as a file.
+
+`overlay.draw_label_map` draws a truth or a prediction; this file has what only segmentation needs beyond it.
+"""
+import os
+
+import numpy as np
+from PIL import Image
+
+from minidamage.skeleton import squared_distances
+from minidamage.visualize.overlay import (NOT_JUDGED, class_colours, enlarged, enlargement, grid, line_width, paint_mask, repeated,
+                                          to_picture, write_beside)
+from minidamage.visualize.stages import heat
+
+# Right, too much, missed: green, red and blue differ in lightness too, so that colour-blind readers tell them apart.
+RIGHT, FALSE, MISSED = (60, 190, 90), (215, 30, 40), (40, 110, 255)
+DIMMED = 0.45                                                 # of the photograph's brightness under the errors
+SHOWN_AT = 900                                                # pixels: the longer side at which people look at a picture on a screen
+ATTENTION_TITLES = {"rfem3": "RFEM, stride 16", "rfem2": "RFEM, stride 8", "rfem1": "RFEM, stride 4", "rfem0": "RFEM, stride 2",
+                    "cagm": "CAGM: what enters the others"}
+
+
+def draw_errors(image, truth, prediction, enlarge=False):
+    """Returns the dimmed photograph with right (green), falsely found (red) and missed (blue) pixels, opaque: every pixel shows.
+
+    image: as in `draw_detections`. truth, prediction: [H, W] integers, 0 background, 255 in the truth is not judged (grey). A damage
+    taken for another class is drawn half and half: missed and false, in stripes. Raises ValueError where sizes differ.
+    """
+    image, truth, prediction = to_picture(image), np.asarray(truth), np.asarray(prediction)
+    if not truth.shape == prediction.shape == image.shape[:2]:
+        raise ValueError(f"draw_errors expects maps of the picture's size {list(image.shape[:2])}, got {list(truth.shape)} and "
+                         f"{list(prediction.shape)}")
+    factor = enlargement(*truth.shape) if enlarge else 1
+    canvas = (enlarged(image, factor) * DIMMED).astype(np.uint8)
+    judged = truth != 255
+    stripes = np.indices(truth.shape).sum(0) // 4 % 2 == 0
+    other = (truth > 0) & (prediction > 0) & (truth != prediction) & judged
+    layers = ((~judged, NOT_JUDGED), ((truth > 0) & (truth == prediction) & judged, RIGHT),
+              (((truth == 0) & (prediction > 0) & judged) | (other & stripes), FALSE),
+              (((truth > 0) & (prediction == 0) & judged) | (other & ~stripes), MISSED))
+    for where, colour in layers:
+        canvas[repeated(where, factor)] = colour
+    return canvas
+
+
+def draw_cracks(image, label_map, class_names):
+    """Returns a copy of the photograph with each class's pixels tinted and outlined, thin ones with a halo that survives the screen.
+
+    image: uint8 [H, W, 3]; label_map: [H, W] integers 0..K. A crack of 3 pixels on a 12-megapixel photograph is less than one pixel
+    wide on a screen: pixels around it, up to about one on the screen to each side, get a translucent halo of its colour. The
+    pixels of the map itself are tinted as everywhere else, so zooming in shows exactly what was found.
+    """
+    canvas = to_picture(image).copy()
+    H, W, _ = canvas.shape
+    factor = enlargement(H, W)
+    canvas, colours = enlarged(canvas, factor), class_colours(class_names)
+    halo = round(1.5 * max(H, W) / SHOWN_AT) if factor == 1 else 0
+    for label in np.unique(label_map[label_map > 0]).tolist():
+        mask, colour = label_map == label, colours[class_names[label - 1]]
+        if halo > 1:
+            wide = (squared_distances(mask) <= halo * halo) & (label_map == 0)
+            canvas[wide] = (canvas[wide] * 0.35 + np.array(colour) * 0.65).astype(np.uint8)
+        paint_mask(canvas, repeated(mask, factor), colour, max(1, line_width(*canvas.shape[:2]) // 2))
+    return canvas
+
+
+def draw_attention(image, maps, label_map=None, class_names=(), cell=480):
+    """Returns the strip of Context-CrackNet's Fig. 8: the picture, its prediction, and each attention map as heat over the picture.
+
+    image: uint8 [H, W, 3]. maps: {"rfem3": [H, W], ...} as model.attention_maps gives them for one picture. RFEM's gates are shown on
+    the common scale 0 to 1; CAGM's influence, which has none, from its own lowest to its highest value, printed in the title.
+    """
+    image = to_picture(image)
+    views = {f"picture, {image.shape[1]} x {image.shape[0]}": image}
+    if label_map is not None:
+        views["prediction"] = draw_cracks(image, np.asarray(label_map), class_names)
+    for name, values in maps.items():
+        values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, np.float32)
+        low, high = (0.0, 1.0) if name.startswith("rfem") else (float(values.min()), float(values.max()))
+        title = f"{ATTENTION_TITLES.get(name, name)}  ({values.min():.2f} to {values.max():.2f})"
+        views[title] = heat_over(image, (values - low) / max(high - low, 1e-9))
+    return grid(list(views.values()), list(views), columns=min(4, len(views)), cell=cell)
+
+
+def heat_over(image, values, opacity=0.62):
+    """The picture in grey with values [H, W] in 0..1 over it, dark blue to yellow."""
+    grey = image.astype(np.float32).mean(axis=2, keepdims=True)
+    return (grey * (1 - opacity) + heat(np.clip(values, 0, 1)).astype(np.float32) * opacity).astype(np.uint8)
+
+
+def save_label_map(path, label_map, class_names):
+    """Writes labels 0..K as an 8-bit palette PNG: readers of masks find the numbers, people see colours. Returns the path."""
+    colours = class_colours(class_names)
+    palette = np.zeros((256, 3), np.uint8)
+    for k, name in enumerate(class_names, 1):
+        palette[k] = colours[name]
+    palette[255] = NOT_JUDGED
+    picture = Image.fromarray(np.ascontiguousarray(label_map, np.uint8), "P")
+    picture.putpalette(palette.ravel().tolist())
+    write_beside(os.fspath(path), lambda stream: picture.save(stream, format="PNG", optimize=True))
+    return path
