@@ -160,9 +160,10 @@ def load_weights(model, weights, path="checkpoint"):
 
 
 def load_pretrained(model, path):
-    """Starts `model` from a weight file: a checkpoint of ours, a whole torchvision detector, or a ResNet body (torchvision, timm).
+    """Starts `model` from a weight file: a checkpoint of ours, a whole detector or segmenter (torchvision, segmentation_models.pytorch),
+    or a ResNet body (torchvision, timm).
 
-    Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": [...]}, names of tensors: a whole detector
+    Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": [...]}, names of tensors: a whole model
     loads where name and shape agree (another number of classes leaves the last layers random). Raises ValueError when the
     file cannot be read or nothing in it fits.
     """
@@ -180,8 +181,9 @@ def load_pretrained(model, path):
     if not isinstance(weights, dict):
         raise ValueError(f"--pretrained {path}: expected a state_dict, got {type(weights).__name__}")
     weights = next((weights[key] for key in ("weights", "state_dict", "model") if isinstance(weights.get(key), dict)), weights)
-    weights = {modern_name(key.removeprefix("module.")): value for key, value in weights.items() if torch.is_tensor(value)}
-    if not any(key.startswith(("rpn.", "roi_heads.", "decoder.")) for key in weights):
+    weights = {modern_name(key.removeprefix("module.").removeprefix("model.")): value for key, value in weights.items()
+               if torch.is_tensor(value)}
+    if not is_whole_model(weights, model):
         return load_body(model, path)
     own = model.state_dict()
     fits = [key for key in weights if key in own and weights[key].shape == own[key].shape]
@@ -192,6 +194,15 @@ def load_pretrained(model, path):
     return {"loaded": fits, "missing": [key for key in own if key not in weights], "unexpected": [key for key in weights if key not in own],
             "mismatched": [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in weights
                            if key in own and weights[key].shape != own[key].shape]}
+
+
+def is_whole_model(weights, model):
+    """Whether a state_dict holds more than a body: tensors that `model` has outside of its ResNet, or a known model's heads."""
+    from minidamage.layers.resnet import ResNet
+
+    prefixes = tuple(f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, ResNet))
+    return (any(key.startswith(("rpn.", "roi_heads.", "decoder.", "classifier.")) for key in weights)
+            or any(key in weights and not key.startswith(prefixes) for key in model.state_dict()))
 
 
 def rng_state():

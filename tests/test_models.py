@@ -16,6 +16,7 @@ ROWS = [
     ("maskrcnn_resnet101_fpn", 91, 63_341_297),
     ("damagenet", 4, 53_370_359),
     ("fasterrcnn_resnet50_fpn", 91, 41_755_286),
+    ("danet", 7, 44_422_140),                       # by its parts in test_danet.py
 ]
 # segmenters: name, classes + 1, parameters, and the fields that make it small
 SEGMENTERS = [

@@ -246,16 +246,19 @@ def normalise_as_constant(x, norm):
 
 
 def load_body(model, path):
-    """Loads a ResNet state_dict file into `model.backbone.body` (or into `model` if that is a ResNet).
+    """Loads a ResNet state_dict file into the body of `model`, a detector's or a segmenter's (or into `model` if that is a ResNet).
 
     path: a torchvision or timm file (their ResNets share the names), also wrapped as {"state_dict": ...}, {"model": ...} or
     {"model_state_dict": ...}, also with the prefixes module., model., backbone., body., backbone.body., encoder..
     Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": ["key: file [..], model [..]", ...]}: what is
     missing or mismatched keeps its initial values, so the caller has to show the report. The file's own classifier (fc.*) and
     counters (num_batches_tracked) are no surprise and are not listed. Raises ValueError, and loads nothing, for a file of another depth
-    or kind.
+    or kind, or for a model without such a body.
     """
-    body = model if isinstance(model, ResNet) else model.backbone.body
+    body = next((module for module in model.modules() if isinstance(module, ResNet)), None)
+    if body is None:
+        raise ValueError(f"{path}: expected a model with a ResNet body, got {getattr(model, 'name', type(model).__name__)}, which has none; "
+                         "give it a checkpoint of its own kind, or train it from scratch")
     state = _read_state_dict(path)
     own = body.state_dict()
     report = {"loaded": [], "missing": [], "unexpected": [], "mismatched": []}

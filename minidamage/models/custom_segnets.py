@@ -113,4 +113,5 @@ def double():
 
 def check_no_body(model, config):
     if config.body != NO_BODY:
-        raise ValueError(f"body: expected {NO_BODY}, got {config.body!r}: {type(model).__name__} has an encoder of its own; leave the field out")
+        raise ValueError(f"body: expected {NO_BODY}, got {config.body!r}: {type(model).__name__} has an encoder of its own; "
+                         "leave the field out")

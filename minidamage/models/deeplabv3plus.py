@@ -31,7 +31,8 @@ class DeepLabV3PlusConfig(DeepLabV3Config):
 RECIPE = context_cracknet.RECIPE                    # the paper trains its baselines as its own model
 
 # For the drawn demo pictures on two CPU cores: a small body, small pictures, rates that fit their 10 x 10 maps.
-DEMO = {"config": dict(body="resnet18", image_size=160, decoder_channels=64, atrous_rates=(2, 4, 6)), "recipe": context_cracknet.DEMO["recipe"]}
+DEMO = {"config": dict(body="resnet18", image_size=160, decoder_channels=64, atrous_rates=(2, 4, 6)),
+        "recipe": context_cracknet.DEMO["recipe"]}
 
 
 class DeepLabV3Plus(Segmenter):

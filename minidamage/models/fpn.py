@@ -26,14 +26,15 @@ GROUPS = 32                     # of the group normalisation (Wu and He 2018)
 @dataclasses.dataclass(frozen=True)
 class FPNConfig(SegmenterConfig):
     pyramid_channels: int = 256                     # Lin et al.
-    segmentation_channels: int = 128                # Kirillov et al.; a multiple of 32
+    segmentation_channels: int = 128                # Kirillov et al.; a multiple of 32, 64 or more
     dropout: float = 0.2                            # of whole channels, before the head; segmentation_models.pytorch
 
 
 RECIPE = context_cracknet.RECIPE                    # the paper trains its baselines as its own model
 
 # For the drawn demo pictures on two CPU cores: a small body, small pictures.
-DEMO = {"config": dict(body="resnet18", image_size=160, pyramid_channels=64, segmentation_channels=64), "recipe": context_cracknet.DEMO["recipe"]}
+DEMO = {"config": dict(body="resnet18", image_size=160, pyramid_channels=64, segmentation_channels=64),
+        "recipe": context_cracknet.DEMO["recipe"]}
 
 
 class FPN(Segmenter):
@@ -51,8 +52,9 @@ class FPN(Segmenter):
         super().check_config(config)
         if config.pyramid_channels < 1:
             raise ValueError(f"pyramid_channels: expected 1 or more, got {config.pyramid_channels}")
-        if config.segmentation_channels < GROUPS or config.segmentation_channels % GROUPS:
-            raise ValueError(f"segmentation_channels: expected a multiple of {GROUPS} (groups of the norm), got {config.segmentation_channels}")
+        if config.segmentation_channels < 2 * GROUPS or config.segmentation_channels % GROUPS:       # one value a group has no variance
+            raise ValueError(f"segmentation_channels: expected a multiple of {GROUPS} (groups of the norm), {2 * GROUPS} or more, got "
+                             f"{config.segmentation_channels}")
         if not 0 <= config.dropout < 1:
             raise ValueError(f"dropout: expected from 0 to below 1, got {config.dropout}")
 

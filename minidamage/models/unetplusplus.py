@@ -33,7 +33,8 @@ class UnetPlusPlusConfig(SegmenterConfig):
 RECIPE = context_cracknet.RECIPE                    # the paper trains its baselines as its own model
 
 # For the drawn demo pictures on two CPU cores: a small body, small pictures.
-DEMO = {"config": dict(body="resnet18", image_size=160, decoder_channels=(128, 64, 32, 16, 16)), "recipe": context_cracknet.DEMO["recipe"]}
+DEMO = {"config": dict(body="resnet18", image_size=160, decoder_channels=(128, 64, 32, 16, 16)),
+        "recipe": context_cracknet.DEMO["recipe"]}
 
 
 class UnetPlusPlus(Segmenter):
