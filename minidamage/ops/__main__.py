@@ -12,10 +12,13 @@ import warnings
 import torch
 
 from . import _extension, _toolchain
+from .deform_conv2d import (deform_conv2d_backward_input_reference, deform_conv2d_backward_weight_reference,
+                            deform_conv2d_reference)
 from .focal_loss import sigmoid_focal_loss_reference, softmax_focal_loss_reference
 from .nms import nms_padded_reference, nms_reference
 from .paste_masks import expand_boxes, paste_masks_bool_reference, paste_masks_reference, paste_masks_rle_reference
 from .roi_align import roi_align_backward_reference, roi_align_reference
+from .roi_pool import roi_pool_reference
 
 TOLERANCE = 1e-3                                # of results of size 1; a wrong kernel is off by far more
 
@@ -33,11 +36,18 @@ def examples():
     grad = torch.randn(100, 64, 7, 7, generator=random)
     masks, places = torch.rand(20, 1, 28, 28, generator=random), expand_boxes(boxes[:20], 28, 1)
     sizes = [feature.shape[2] for feature in features]
+    small, shifts = features[1][:, :, :16, :16], torch.randn(2, 18, 16, 16, generator=random)
+    factors, kernel = torch.rand(2, 9, 16, 16, generator=random), torch.randn(64, 64, 3, 3, generator=random) / 24
+    deform = (small, shifts, factors, kernel, [1, 1], [1, 1], [1, 1], 1, 1)
     return {
         "nms": (nms_reference, (boxes, scores, idxs, 0.5)),
         "nms_padded": (nms_padded_reference, (boxes, scores, idxs, 0.5, 100, scores > 0.1)),
         "multiscale_roi_align": (roi_align_reference, (features, rois, levels, [7, 7], scales, 2, False)),
         "multiscale_roi_align_backward": (roi_align_backward_reference, (grad, rois, levels, 2, sizes, sizes, scales, 2, False, True)),
+        "deform_conv2d": (deform_conv2d_reference, (*deform[:4], None, *deform[4:])),
+        "deform_conv2d_backward_input": (deform_conv2d_backward_input_reference, (small / 10, *deform)),
+        "deform_conv2d_backward_weight": (deform_conv2d_backward_weight_reference, (small / 10, *deform)),
+        "roi_pool": (roi_pool_reference, (features[0], rois, [7, 7], 1 / 4)),
         "paste_masks": (paste_masks_reference, (masks, places, 256, 256, 1)),
         "paste_masks_bool": (paste_masks_bool_reference, (masks, places, 256, 256, 1, 0.5)),
         "paste_masks_rle": (paste_masks_rle_reference, (masks, places, 256, 256, 1, 0.5)),
