@@ -1,8 +1,9 @@
-"""Finds damage in your own photographs: an overlay picture and a JSON file for each.
+"""Finds damage in your own photographs: an overlay picture and a JSON file for each; of cracks also the mask, lengths and widths.
 
     python predict.py photo.jpg                                the newest run's best.pt, results in predictions/
     python predict.py photos/ more/ --checkpoint runs/damagenet-demo-001/best.pt --out found/
-    python predict.py photo.jpg --explain                      also the model's stages, from picture to final mask
+    python predict.py photo.jpg --explain                      also the model's stages, or where its attention lies
+    python predict.py wall.jpg --checkpoint runs/context_cracknet-cracks-001 --tile 448 --mm-per-px 0.3      a large picture of cracks
 
 Everything in the JSON is in pixels of the photograph as it is seen (after its EXIF rotation), whatever size the model
 works at. The photographs themselves are never written to.
@@ -15,13 +16,18 @@ import re
 import sys
 import time
 
+import numpy as np
 import torch
 
 from minidamage import masks as mask_codec
+from minidamage import skeleton
 from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
 from minidamage.data import read_image
 from minidamage.data.pictures import is_picture_name
+from minidamage.layers.segmenter import label_map_of
 from minidamage.run_folder import find_checkpoint
+from minidamage.tiling import check_tile, suggestion, tiled_probabilities
+from minidamage.visualize.label_maps import draw_attention, draw_cracks, save_label_map
 from minidamage.visualize.overlay import draw_detections, save_picture, write_beside
 from minidamage.visualize.stages import draw_stages
 
@@ -31,6 +37,14 @@ NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes ar
          "polygons": "each has an outer ring and holes; they run along pixel edges and enclose exactly the mask's pixels",
          "rle": "the same mask as COCO run lengths (columns first, compressed)",
          "area_share": "of the photograph, not of the car: it changes with the distance the photograph was taken from"}
+MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes are x1, y1, x2, y2, with (0, 0) the outer corner of the "
+                       "first pixel; <name>.mask.png holds the label of every pixel",
+             "pieces": "connected pixels of one class (8 neighbours), the largest first",
+             "length": "steps of 1 and sqrt(2) along the skeleton, and half the width at each free end; up to 8 % too long at 22 degrees",
+             "width": "local width of the mask at each pixel of the skeleton, mean and largest; side branches shorter than the crack is "
+                      "wide are left out",
+             "mm": "lengths and widths times --mm-per-px, which holds for a flat surface seen straight on"}
+ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png")
 DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
 
 
@@ -42,18 +56,20 @@ def main(argv=None):
         device = choose_device(args.device)
         checkpoint_path = find_checkpoint(args.checkpoint, "runs", "best.pt")
         model, checkpoint = load_checkpoint(checkpoint_path, device)
-        if model.task != "detection":
-            raise ValueError(f"{checkpoint_path}: expected a detection model, got {checkpoint['model']} ({model.task}); "
-                             "name another --checkpoint")
+        check_flags(args, model)
         thresholds = score_thresholds(checkpoint, args.score)
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    print(f"{checkpoint['model']} from {checkpoint_path} on {device}; lowest score of a finding: "
-          + ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items()))
+    segments = model.task == "segmentation"
+    lowest = ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items())
+    print(f"{checkpoint['model']} from {checkpoint_path} on {device}; "
+          + ("each pixel's likeliest class" if segments and len(thresholds) > 1 else f"lowest score of a finding: {lowest}"))
     about = {"model": checkpoint["model"], "checkpoint": checkpoint_path, "class_names": list(checkpoint["class_names"]),
-             "score_thresholds": thresholds, "mask_threshold": getattr(model.config, "mask_threshold", None)}
+             "score_thresholds": thresholds}
+    about |= ({"tile": args.tile, "overlap": args.overlap, "mm_per_px": args.mm_per_px} if segments
+              else {"mask_threshold": getattr(model.config, "mask_threshold", None)})
 
     if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
         about["note"] = DEMO_NOTE
@@ -68,19 +84,25 @@ def main(argv=None):
             skipped.append(str(error))
             print(f"{number}/{len(photographs)} skipped  {error}", file=sys.stderr)
             continue
-        detections, below, stages = detect(model, image, thresholds, about["class_names"], args.explain)
         stem = output_stem(path, args.out, names)
         try:
-            write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
+            if segments:
+                classes, words = segment(model, path, image, os.path.join(args.out, stem), thresholds, about, args.explain)
+            else:
+                detections, below, stages = detect(model, image, thresholds, about["class_names"], args.explain)
+                write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
+                classes = [about["class_names"][label - 1] for label in detections["labels"]]
+                words = in_words(classes, detections["scores"]) if classes else f"nothing found{below}"
         except OSError as error:
             print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole",
                   file=sys.stderr)
             return 1
-        found.append([about["class_names"][label - 1] for label in detections["labels"]])
-        words = in_words(found[-1], detections["scores"]) if found[-1] else f"nothing found{below}"
+        found.append(classes)
         print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {words}"
               f"  {time.perf_counter() - began:.2f} s  -> {os.path.join(args.out, stem)}.overlay.jpg", flush=True)
-    print_summary(found, skipped, args)
+        if segments and not args.tile and (advice := suggestion(*image.shape[:2], model.config.image_size)):
+            print(f"    {advice}")
+    print_summary(found, skipped, args, segments)
     return 0 if found else 1
 
 
@@ -94,9 +116,33 @@ def parse_arguments(argv):
     add("--score", type=float, metavar="S", help="lowest score of a finding, 0 to 1 (default: the checkpoint's threshold of each class, "
         "chosen on its validation part; 0.5 where it has none)")
     add("--explain", action="store_true", help="also draw the model's stages: picture, proposals, context map, boxes, raw mask, filled "
-        "mask, result")
+        "mask, result; of Context-CrackNet its attention maps")
+    add("--tile", type=int, default=0, metavar="SIDE", help="segmentation: cut the photograph into tiles of this many pixels a side, each "
+        "looked at unreduced, and blend them (default: the whole photograph at the model's size)")
+    add("--overlap", type=int, metavar="PX", help="pixels that neighbouring tiles share (default: a quarter of a tile)")
+    add("--mm-per-px", type=float, metavar="MM", help="segmentation: millimetres a pixel of the photograph; lengths and widths are then "
+        "given in millimetres too")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
     return parser.parse_args(argv)
+
+
+def check_flags(args, model):
+    """ValueError for a flag that the model's task does not have, or a number that makes no sense; fills in --overlap."""
+    if model.task != "segmentation":
+        for flag in ("tile", "overlap", "mm_per_px"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} is for segmentation models, the checkpoint holds {model.name} ({model.task})")
+        return
+    if args.mm_per_px is not None and not 0 < args.mm_per_px < float("inf"):
+        raise ValueError(f"--mm-per-px: expected millimetres a pixel above 0, got {args.mm_per_px}")
+    if args.overlap is not None and not args.tile:
+        raise ValueError("--overlap: expected --tile SIDE with it, got none")
+    if args.overlap is None:
+        args.overlap = args.tile // 4
+    if args.tile:
+        check_tile(args.tile, args.overlap)
+    if args.explain and not hasattr(model, "attention_maps"):
+        raise ValueError(f"--explain: {model.name} has no attention maps to show; context_cracknet has")
 
 
 def find_photographs(paths, out):
@@ -174,7 +220,7 @@ def output_stem(path, out, names):
 
 
 def _free_for(stem, source):
-    if not any(os.path.lexists(stem + ending) for ending in (".json", ".overlay.jpg", ".stages.png")):
+    if not any(os.path.lexists(stem + ending) for ending in ENDINGS):
         return True
     try:
         with open(stem + ".json", encoding="utf-8") as stream:
@@ -230,22 +276,89 @@ def json_text(value):
     return re.sub(numbers, lambda found: re.sub(r"\s+", " ", found[0]).replace("[ ", "[").replace(" ]", "]"), text) + "\n"
 
 
+# ---------------------------------------------------------------------------------------------------------- pixel labels
+
+def segment(model, path, image, stem, thresholds, about, explain):
+    """Labels one photograph uint8 [H, W, 3] and writes <stem>.mask.png, .overlay.jpg, .json and, to explain, .attention.png.
+
+    Returns (class of each piece, what to print).
+    """
+    names = about["class_names"]
+    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    with torch.inference_mode():
+        if about["tile"]:
+            probabilities = tiled_probabilities(model, tensor, about["tile"], about["overlap"])
+        else:
+            probabilities = model.probabilities([tensor], at="native")[0]
+        maps = model.attention_maps([tensor])[0] if explain else None
+    label_map = label_map_of(probabilities, thresholds[names[0]]).cpu().numpy()
+    content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
+    save_label_map(stem + ".mask.png", label_map, names)
+    save_picture(stem + ".overlay.jpg", draw_cracks(image, label_map, names))
+    if maps:
+        save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
+    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8")))
+    return [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities)
+
+
+def describe_map(path, label_map, probabilities, about):
+    """The JSON's content: share of each class, and for each connected piece where it is, how long, how wide and how sure."""
+    H, W = label_map.shape
+    pieces = []
+    for label, name in enumerate(about["class_names"], 1):
+        mask = label_map == label
+        numbers, _ = mask_codec.connected_components(mask)
+        channel = probabilities[0 if len(probabilities) == 1 else label]
+        sums = np.bincount(numbers.ravel(), channel.ravel().astype(np.float64))           # of each piece
+        for piece in skeleton.measure(mask):
+            pieces.append({"class": name, "label": label, "box": list(piece.box), "area_px": piece.area, "area_share": piece.area / (H * W),
+                           "length_px": round(piece.length, 2), "mean_width_px": round(piece.mean_width, 2),
+                           "max_width_px": round(piece.max_width, 2), "free_ends": piece.ends, "loops": piece.loops,
+                           **in_millimetres(piece, about["mm_per_px"]),
+                           "mean_probability": round(float(sums[piece.label] / piece.area), 4)})
+    shares = {name: float((label_map == label).mean()) for label, name in enumerate(about["class_names"], 1)}
+    return {"format": FORMAT, "version": 1, "photograph": os.path.realpath(path), "width": W, "height": H, **about, "notes": MAP_NOTES,
+            "area_share": shares, "pieces": sorted(pieces, key=lambda piece: -piece["area_px"])}
+
+
+def in_millimetres(piece, mm_per_px):
+    if mm_per_px is None:
+        return {}
+    return {"length_mm": round(piece.length * mm_per_px, 3), "mean_width_mm": round(piece.mean_width * mm_per_px, 3),
+            "max_width_mm": round(piece.max_width * mm_per_px, 3), "area_mm2": round(piece.area * mm_per_px ** 2, 3)}
+
+
+def map_in_words(content, probabilities):
+    """One line on a photograph: pieces, their length together, the largest width."""
+    pieces = content["pieces"]
+    if not pieces:
+        highest = float(probabilities[0].max() if len(probabilities) == 1 else probabilities[1:].max())
+        return f"nothing found (highest probability {highest:.2f})"
+    unit = "mm" if content["mm_per_px"] else "px"
+    length, width = sum(piece[f"length_{unit}"] for piece in pieces), max(piece[f"max_width_{unit}"] for piece in pieces)
+    return (f"{len(pieces)} piece{'s' * (len(pieces) != 1)}, {length:,.0f} {unit} long together, at most {width:.1f} {unit} wide, "
+            f"{sum(content['area_share'].values()):.2%} of the picture")
+
+
+# ---------------------------------------------------------------------------------------------------------- words
+
 def in_words(classes, scores, most=6):
     listed = [f"{name} {score:.2f}" for name, score in zip(classes, scores)]
     return ", ".join(listed[:most]) + (f" and {len(listed) - most} more" if len(listed) > most else "")
 
 
-def print_summary(found, skipped, args):
+def print_summary(found, skipped, args, segments):
     """found: the class names of the findings in each photograph. skipped: what was wrong with each of the others."""
     counts = collections.Counter(name for classes in found for name in classes)
-    damaged = sum(map(bool, found))
+    damaged, explained = sum(map(bool, found)), "attention" if segments else "stages"
     print(f"\n{len(found)} photograph{'s' * (len(found) != 1)}: {damaged} with findings, {len(found) - damaged} without"
           + f" ({', '.join(f'{name} {number}' for name, number in counts.most_common())})" * bool(counts))
     if skipped:
         print(f"{len(skipped)} could not be read, see above")
     if found:
         print(f"overlays: {os.path.join(args.out, '*.overlay.jpg')}   data: {os.path.join(args.out, '*.json')}"
-              + f"   stages: {os.path.join(args.out, '*.stages.png')}" * args.explain)
+              + f"   masks: {os.path.join(args.out, '*.mask.png')}" * segments
+              + f"   {explained}: {os.path.join(args.out, f'*.{explained}.png')}" * args.explain)
 
 
 if __name__ == "__main__":

@@ -121,6 +121,13 @@ def test_score_replaces_the_thresholds_and_the_json_says_what_was_used(folder):
     assert read(folder / "b" / "car.json")["detections"] == []
 
 
+def test_flags_of_segmenters_are_refused(folder, capsys):
+    photograph().save(folder / "car.png")
+    for flag, value in (("--tile", 448), ("--overlap", 8), ("--mm-per-px", 0.5)):
+        assert run("car.png", flag, value) == 2
+        assert f"{flag} is for segmentation models, the checkpoint holds red (detection)" in capsys.readouterr().err
+
+
 def test_twelve_megapixels(folder):
     mask = np.zeros((3000, 4000), bool)
     mask[1000:2000, 500:3500] = True
