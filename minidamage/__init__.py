@@ -9,14 +9,15 @@ import dataclasses
 import difflib
 
 from minidamage import config as _config
-from minidamage.models import (context_cracknet, custom_segnets, custom_unets, damagenet, deeplabv3, deeplabv3plus, faster_rcnn,
-                               fcn, fpn, linknet, manet, mask_rcnn, pan, pspnet, unet, unetplusplus)
+from minidamage.models import (context_cracknet, custom_segnets, custom_unets, damagenet, danet, deeplabv3, deeplabv3plus,
+                               faster_rcnn, fcn, fpn, linknet, manet, mask_rcnn, pan, pspnet, unet, unetplusplus)
 
 # name: (model class, config class, the paper's recipe, the changes that `--data demo` makes)
 MODELS = {
     "damagenet": (damagenet.DamageNet, damagenet.DamageNetConfig, damagenet.RECIPE, damagenet.DEMO),
     "maskrcnn_resnet50_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNConfig, mask_rcnn.RECIPE, mask_rcnn.DEMO),
     "maskrcnn_resnet101_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNResNet101Config, mask_rcnn.RECIPE_RESNET101, mask_rcnn.DEMO),
+    "danet": (danet.DANet, danet.DANetConfig, danet.RECIPE, danet.DEMO),
     "fasterrcnn_resnet50_fpn": (faster_rcnn.FasterRCNN, faster_rcnn.FasterRCNNConfig, faster_rcnn.RECIPE, faster_rcnn.DEMO),
     "context_cracknet": (context_cracknet.ContextCrackNet, context_cracknet.ContextCrackNetConfig, context_cracknet.RECIPE,
                          context_cracknet.DEMO),
