@@ -357,6 +357,7 @@ def parse_arguments(argv=None):
     add("--keep-epochs", action="store_true", help="keep every epoch's weights (epoch-001.pt, ...), for evaluate.py --test-epochs")
     add("--limit", type=float, metavar="SHARE", help="train and validate on a seeded share, such as 0.4; test stays whole (default: 1)")
     add("--split", metavar="A/B/C", help="pool all and split train/val/test by vehicle, such as 70/15/15 (default: the set's own parts)")
+    add("--anchors", choices=("config", "auto"), help="auto: sizes and ratios chosen from the training boxes (default: the config's)")
     add("--pretrained", metavar="FILE", help="start weights: a ResNet (torchvision, timm), detector or checkpoint; says what is left out")
     add("--resume", nargs="?", const="", metavar="RUN", help="go on with a run folder or its last.pt (default: the newest run under --out)")
     add("--set", action="append", metavar="FIELD=VALUE", help="change one field of the model config or the recipe; may be repeated")

@@ -20,13 +20,15 @@ from minidamage.checkpoint import (build_from_checkpoint, choose_device, load_pr
                                    set_rng_state)
 from minidamage.config import Recipe, apply_settings, from_dict
 from minidamage.data import DetectionDataset, SegmentationDataset, limit, load_dataset
+from minidamage.data.anchor_choice import choose_anchors, fit_of, training_sides
 from minidamage.data.split import from_names, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.segmentation import PixelEvaluator
 
 DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off",
-            "deterministic": False, "keep_epochs": False, "patience": 0, "set": [], "split": None}
+            "deterministic": False, "keep_epochs": False, "patience": 0, "set": [], "split": None,
+            "anchors": "config"}
 CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp", "keep_epochs"}
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant", "plateau")
 
@@ -93,6 +95,8 @@ def set_up(given):
     if checkpoint is None:
         config, recipe = settle(args)
         parts = split_parts(dataset, args)
+        if args.anchors == "auto":
+            config = with_chosen_anchors(config, parts["train"], args)
         model = minidamage.build_model(args.model, num_classes=len(dataset.class_names) + 1, **vars(config))
         if "pretrained" in given:
             print_report(load_pretrained(model, args.pretrained), args.pretrained)
@@ -220,6 +224,23 @@ def settle(args):
             raise ValueError(f"--set {setting}: neither {config_class.__name__} nor the recipe has a field {key!r}; did you mean "
                              f"{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]!r}? Fields: {', '.join(known)}")
     return config, recipe
+
+
+def with_chosen_anchors(config, records, args):
+    """The config with anchors chosen from the training boxes at training size, and a line that says so (data/anchor_choice.py). They
+    hang on the split's seed, not on the run's: runs of several --seed share their anchors."""
+    if not hasattr(config, "anchor_sizes"):
+        raise ValueError(f"--anchors auto: {args.model} has no anchors; leave the flag out")
+    typed = [setting for setting in args.set if setting.partition("=")[0] in ("anchor_sizes", "anchor_scales", "aspect_ratios")]
+    if typed:
+        raise ValueError(f"--anchors auto chooses what --set {typed[0]} states; leave one of them out")
+    sides = training_sides(records, config.min_size, config.max_size)
+    before = fit_of(sides, config.anchor_sizes, config.aspect_ratios)
+    chosen = choose_anchors(sides, len(config.anchor_sizes), len(config.aspect_ratios), args.split_seed)
+    print(f"anchors of {len(sides)} training boxes: sizes {', '.join(map(str, chosen.sizes))} px, height / width "
+          f"{', '.join(map(str, chosen.ratios))}; mean best IoU {chosen.mean_iou:.3f} (the config's: {before.mean_iou:.3f}), "
+          f"0.5 or more for {chosen.recall:.1%} ({before.recall:.1%})")
+    return dataclasses.replace(config, anchor_sizes=chosen.sizes, aspect_ratios=chosen.ratios)
 
 
 def resized(config, size):

@@ -97,6 +97,28 @@ def test_limit_patience_and_select(command, data, tmp_path, capsys):
     assert len(losses) == 6 or "stopped early" in capsys.readouterr().out and len(losses) - 1 - best == 1
 
 
+def test_anchors_from_the_boxes_are_said_kept_and_resumed(command, tmp_path, capsys):
+    settings = [setting for setting in SMALL if not setting.startswith("anchor_sizes")]
+    assert train.main(command("--epochs", 1, "--anchors", "auto", settings=settings)) == 0
+    folder = only_run(tmp_path)
+    kept = json.load(open(os.path.join(folder, "config.json"), encoding="utf-8"))["config"]
+    said = capsys.readouterr().out
+    assert f"sizes {', '.join(map(str, kept['anchor_sizes']))} px" in said and "mean best IoU" in said
+    assert kept["anchor_sizes"] != list(minidamage.MODELS["damagenet"][1]().anchor_sizes) and len(kept["aspect_ratios"]) == 3
+    model, _ = load_checkpoint(os.path.join(folder, "best.pt"))
+    assert list(model.rpn.anchor_generator.sizes[0]) == kept["anchor_sizes"]
+    assert train.main(["--resume", folder, "--epochs", "2"]) == 0
+    assert read_checkpoint(os.path.join(folder, "last.pt"))["config"]["anchor_sizes"] == tuple(kept["anchor_sizes"])
+
+
+@pytest.mark.parametrize("more, message", [
+    (("--anchors", "auto"), "--anchors auto chooses what --set anchor_sizes=8,16,32 states"),
+    (("--anchors", "auto", "--model", "unet"), "--anchors auto: unet has no anchors")])
+def test_anchors_that_cannot_be_chosen(command, capsys, more, message):
+    settings = SMALL if "unet" not in more else ()
+    assert train.main(command(*more, settings=settings)) == 2 and message in capsys.readouterr().err
+
+
 def test_another_seed_keeps_the_split_and_another_split_seed_does_not(command, tmp_path):
     def split(*more):
         run = training.set_up(train.parse_arguments(command("--split", "50/25/25", "--limit", "0.8", *more)))
