@@ -33,9 +33,11 @@
 #endif
 
 // for (index = this thread; index < count; index += all threads): correct for any grid, 64-bit throughout.
-#define MD_GRID_STRIDE(index, count)                                                                  \
-  for (int64_t index = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; index < (count); \
-       index += static_cast<int64_t>(gridDim.x) * blockDim.x)
+#define MD_GRID_STRIDE(index, count) MD_GRID_STRIDE_OF(int64_t, index, count)
+// The same in Index: uint32_t where fits_int32(count).
+#define MD_GRID_STRIDE_OF(Index, index, count)                                                                             \
+  for (Index index = static_cast<Index>(blockIdx.x) * blockDim.x + threadIdx.x; index < static_cast<Index>(count); \
+       index += static_cast<Index>(gridDim.x) * blockDim.x)
 
 namespace minidamage {
 
@@ -49,6 +51,16 @@ inline unsigned blocks_for(int64_t count, int64_t threads) {
   const int64_t blocks = ceil_div(count, threads), most = 1 << 16;
   return static_cast<unsigned>(blocks < 1 ? 1 : blocks < most ? blocks : most);
 }
+
+// Index arithmetic: a GPU divides 64-bit integers in some hundred instructions and 32-bit ones in about twenty. Kernels that take their
+// index apart are templates on its type, and the launcher takes uint32_t where the count allows it: an index and one grid's stride more
+// stay below 2^32. Tests lower the limit to run the 64-bit forms on small arrays.
+#if defined(MINIDAMAGE_EMULATED)
+inline int64_t int32_limit = std::numeric_limits<int32_t>::max();
+#else
+constexpr int64_t int32_limit = std::numeric_limits<int32_t>::max();
+#endif
+inline bool fits_int32(int64_t count) { return count <= int32_limit; }
 
 // N neighbouring elements, moved as one load or store: `*reinterpret_cast<const Pack<T, 4>*>(x + i)`, x + i aligned to the pack.
 template <typename T, int N>

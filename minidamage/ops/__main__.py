@@ -15,6 +15,7 @@ from . import _extension, _toolchain
 from .deform_conv2d import (deform_conv2d_backward_input_reference, deform_conv2d_backward_weight_reference,
                             deform_conv2d_reference)
 from .focal_loss import sigmoid_focal_loss_reference, softmax_focal_loss_reference
+from .linear_attention import linear_attention_backward_reference, linear_attention_reference
 from .nms import nms_padded_reference, nms_reference
 from .paste_masks import expand_boxes, paste_masks_bool_reference, paste_masks_reference, paste_masks_rle_reference
 from .roi_align import roi_align_backward_reference, roi_align_reference
@@ -39,6 +40,9 @@ def examples():
     small, shifts = features[1][:, :, :16, :16], torch.randn(2, 18, 16, 16, generator=random)
     factors, kernel = torch.rand(2, 9, 16, 16, generator=random), torch.randn(64, 64, 3, 3, generator=random) / 24
     deform = (small, shifts, factors, kernel, [1, 1], [1, 1], [1, 1], 1, 1)
+    positions, (layer, projection) = features[1].flatten(2).transpose(1, 2), torch.randn(2, 1024, 64, generator=random) / 32
+    attention = (positions, layer[:64], layer[64], layer[65:129], None, layer[129:193], None, projection, projection.flip(0), 4, None, None)
+    attended, *kept = linear_attention_reference(*attention, True)
     return {
         "nms": (nms_reference, (boxes, scores, idxs, 0.5)),
         "nms_padded": (nms_padded_reference, (boxes, scores, idxs, 0.5, 100, scores > 0.1)),
@@ -47,6 +51,9 @@ def examples():
         "deform_conv2d": (deform_conv2d_reference, (*deform[:4], None, *deform[4:])),
         "deform_conv2d_backward_input": (deform_conv2d_backward_input_reference, (small / 10, *deform)),
         "deform_conv2d_backward_weight": (deform_conv2d_backward_weight_reference, (small / 10, *deform)),
+        "linear_attention": (linear_attention_reference, (*attention, True)),
+        "linear_attention_backward": (linear_attention_backward_reference, (attended, *attention[:2], *attention[3:11], attended, *kept[:3],
+                                                                            kept[4])),
         "roi_pool": (roi_pool_reference, (features[0], rois, [7, 7], 1 / 4)),
         "paste_masks": (paste_masks_reference, (masks, places, 256, 256, 1)),
         "paste_masks_bool": (paste_masks_bool_reference, (masks, places, 256, 256, 1, 0.5)),

@@ -70,12 +70,12 @@ class RoIAlign(nn.Module):
                 f"aligned={self.aligned}")
 
 
-def _to_rois(boxes, input):
-    """A list of [R_n, 4] becomes [R, 5] with the picture's index in front."""
+def _to_rois(boxes, input, name="roi_align"):
+    """A list of [R_n, 4] becomes [R, 5] with the picture's index in front. roi_pool's too."""
     if isinstance(boxes, torch.Tensor):
         return boxes
     if not isinstance(boxes, (list, tuple)) or any(box.dim() != 2 or box.shape[1] != 4 for box in boxes):
-        raise ValueError(f"roi_align: expected boxes as a tensor [R, 5] or a list of tensors [R_n, 4], one for each picture, got "
+        raise ValueError(f"{name}: expected boxes as a tensor [R, 5] or a list of tensors [R_n, 4], one for each picture, got "
                          f"{[list(box.shape) for box in boxes] if isinstance(boxes, (list, tuple)) else type(boxes).__name__}")
     if len(boxes) == 0:
         return input.new_zeros((0, 5))
