@@ -1,76 +1,36 @@
-"""Every training run behind a table of this project, as data: one command each, resumable; the tables are made from what the runs wrote.
+"""Makes every training run behind a table of this project, one command each, resumable; the tables are made from what the runs wrote.
 
     python results/reproduce.py --list
     python results/reproduce.py --run cars-damagenet cars-no-dilation      # trains (or goes on), evaluates, keeps the numbers
+    python results/reproduce.py --budget 25 --hardware gpu                 # what is missing most, until 25 minutes are over
     python results/reproduce.py --table                                    # results/<table>.md and the README's tables, from the JSON
 
-The data sets are found through the environment variable MINIDAMAGE_DATA. A run works in runs/reproduce/<name>/; what is kept lies in
-results/<name>/: summary.json (every number, command, seed, commit, hardware), metrics.csv and curves.png.
+The runs are data, in runs.py; tables.py makes the tables. The data sets are found through the environment variable MINIDAMAGE_DATA. A
+run works in runs/reproduce/<name>/; what is kept lies in results/<name>/: summary.json (every number, command, seed, commit, hardware),
+metrics.csv and curves.png. A run that is stopped, by Ctrl-C, a kill or the budget, goes on where it was.
 """
 import argparse
-import dataclasses
 import json
 import os
 import pathlib
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import time
+
+from runs import RUNS
+from tables import write_tables
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
 WORK = ROOT / "runs" / "reproduce"
+STOP_EARLY = 40                         # seconds before the end of a budget: train.py saves and ends within them
 
 
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """One training and the table rows that come from it."""
-
-    name: str
-    table: str
-    train: str                          # arguments of train.py; {data} is MINIDAMAGE_DATA
-    rows: dict[str, str]                # row of the table -> further arguments of evaluate.py
-    hardware: str                       # "cpu": fits two cores; "gpu": waits for a card
-
-
-# A reduced schedule that fits two CPU cores, the same for every row: ResNet-18 body (ImageNet weights without the last stage), pictures
-# at 320 px, narrow heads, bfloat16. The paper's is 280 epochs of ResNet-50 at 1024 px on 3,640 pictures.
-SMALL = ("--size 320 --batch-size 4 --epochs 14 --lr 3e-4 --clip 5 --amp bf16 --split 70/15/15 --select segm/AP50 "
-         "--pretrained {data}/weights/resnet18_bnfolded_conv1_to_layer3_fp16.pth "
-         "--set optimizer=adamw --set schedule=cosine --set warmup_iters=100 "
-         "--set body=resnet18 --set fpn_channels=128 --set rpn_channels=128 --set box_head_channels=512 --set mask_layers=128,128 "
-         "--set mask_dim_reduced=128 --set anchor_sizes=16,32,64,128,256 --set canonical_scale=112 --set box_batch_size_per_image=64 "
-         "--set rpn_pre_nms_top_n_train=300 --set rpn_post_nms_top_n_train=300 "
-         "--set rpn_pre_nms_top_n_test=300 --set rpn_post_nms_top_n_test=300")
-# The same comparison at the paper's size, from the AugNet ResNet-50 body (trained without labels; the paper's weights are not stated).
-FULL = ("--size 1024 --batch-size 8 --epochs 48 --amp bf16 --split 70/15/15 --pretrained {data}/weights/resnet50_augnet.pth "
-        "--set norm=frozen --set warmup_iters=200")
-NO_POST = "--set fill_holes=false --set remove_islands=false --set mask_threshold=0.5"
-
-
-def car_runs(prefix, schedule, hardware, data, table, seeds):
-    """DamageNet's ablation (the paper's section IV) on a car set: three trainings a seed, five rows."""
-    runs = []
-    for seed in seeds:
-        base = f"--data {data} {schedule} --seed {seed}"
-        of_seed = "" if seed == 0 else f"-seed{seed}"
-        runs += [Run(f"{prefix}-damagenet{of_seed}", table, f"--model damagenet {base}",
-                     {"DamageNet": "", "DamageNet, no post-processing": NO_POST}, hardware),
-                 Run(f"{prefix}-no-dilation{of_seed}", table, f"--model damagenet {base} --set context=false",
-                     {"no dilation": "", "Mask R-CNN (no dilation, no post-processing)": NO_POST}, hardware),
-                 Run(f"{prefix}-no-fpn{of_seed}", table, f"--model damagenet {base} --set fpn=false", {"no FPN": ""}, hardware)]
-    return runs
-
-
-RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu"),
-        *car_runs("cars", SMALL, "cpu", "{data}/car_vehide_layout", "cars", seeds=(0,)),
-        *car_runs("cars-coco", SMALL.replace("--epochs 14", "--epochs 8"), "cpu", "{data}/car_vehide_layout/coco", "cars-coco", (0,))[:2],
-        *car_runs("cars-full", FULL, "gpu", "{data}/car_vehide_layout", "cars-full", seeds=(0, 1, 2)),
-        *car_runs("cars-coco-full", FULL, "gpu", "{data}/car_vehide_layout/coco", "cars-coco-full", seeds=(0, 1, 2))]
-
-COLUMNS = {"box AP": "stats/bbox/AP", "box AP50": "stats/bbox/AP50", "mask AP": "stats/segm/AP", "mask AP50": "stats/segm/AP50",
-           "small-object recall (mask ARs)": "stats/segm/ARs", "pixel IoU, any damage": "pixels/pixel/IoU",
-           "undamaged with a finding": "false_alarms/with findings"}         # no time: benchmark.py measures it, on a quiet machine
+class OutOfTime(Exception):
+    """The budget is spent; what was running has been saved."""
 
 
 def data_folder():
@@ -80,23 +40,29 @@ def data_folder():
     return os.environ["MINIDAMAGE_DATA"]
 
 
-def script(name, arguments):
-    """Runs a script of the project and passes its output on; stops with it when it fails."""
-    command = [sys.executable, str(ROOT / name), *arguments]
+def script(name, arguments, deadline=None):
+    """Runs a script of the project and passes its output on; stops with it when it fails. deadline: time.monotonic() at which it is asked
+    to save and end (SIGTERM); raises OutOfTime then."""
     print(f"\n$ python {name} {' '.join(map(shlex.quote, arguments))}", flush=True)
-    code = subprocess.run(command, cwd=ROOT).returncode
+    process = subprocess.Popen([sys.executable, str(ROOT / name), *arguments], cwd=ROOT)
+    try:
+        code = process.wait(None if deadline is None else max(0.0, deadline - STOP_EARLY - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise OutOfTime from None
     if code:
         sys.exit(code)
 
 
-def perform(run):
-    """Trains (or goes on with) a run, evaluates its rows, and writes results/<name>/."""
+def perform(run, deadline=None):
+    """Trains (or goes on with) a run, evaluates its rows, and writes results/<name>/. Raises OutOfTime at the deadline."""
     data, out = data_folder() if "{data}" in run.train else "", WORK / run.name
     started = sorted(out.glob("*/last.pt"))
     if not started:
-        script("train.py", [*shlex.split(run.train.format(data=data)), "--out", str(out)])
+        script("train.py", [*shlex.split(run.train.format(data=data)), "--out", str(out)], deadline)
     elif epochs_done(started[-1].parent) < planned_epochs(started[-1].parent):
-        script("train.py", ["--resume", str(started[-1].parent)])
+        script("train.py", ["--resume", str(started[-1].parent)], deadline)
     folder = sorted(out.glob("*/last.pt"))[-1].parent
     kept = HERE / run.name
     kept.mkdir(exist_ok=True)
@@ -104,7 +70,7 @@ def perform(run):
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
-        script("evaluate.py", ["--checkpoint", str(folder / "best.pt"), "--out", str(target), *shlex.split(arguments)])
+        script("evaluate.py", ["--checkpoint", str(folder / "best.pt"), "--out", str(target), *shlex.split(arguments)], deadline)
         summary["rows"][row] = without_paths(json.loads((target / "results.json").read_text()), data)
     for name in ("metrics.csv", "curves.png"):
         shutil.copyfile(folder / name, kept / name)
@@ -134,102 +100,77 @@ def without_paths(value, data):
     return value
 
 
-def look_up(numbers, path):
-    """"stats/bbox/AP" in nested dicts whose keys may hold slashes themselves; None where it is not there."""
-    head, _, rest = path.partition("/")
-    value = numbers.get(head)
-    return value.get(rest) if isinstance(value, dict) and rest else value
+def is_done(run):
+    return (HERE / run.name / "summary.json").exists()
 
 
-def short(commit):
-    """Seven digits of a commit, and still whether the tree differed from it."""
-    digits, changes, _ = commit.partition("+")
-    return f"{digits[:7]}{' with uncommitted changes' if changes else ''}"
+def share_done(run):
+    """Of a run's epochs: 0 for one that has not begun, 1 for one that is kept."""
+    if is_done(run):
+        return 1.0
+    started = sorted((WORK / run.name).glob("*/last.pt"))
+    return epochs_done(started[-1].parent) / planned_epochs(started[-1].parent) if started else 0.0
 
 
-def table_text(table):
-    """A Markdown table of all rows of a table, runs that are missing marked as such, and what the numbers were made with."""
-    lines = ["| row | seed | " + " | ".join(COLUMNS) + " | command |", "|---|--:|" + "--:|" * len(COLUMNS) + "---|"]
-    made_with = {}
-    for run in [run for run in RUNS if run.table == table]:
-        path = HERE / run.name / "summary.json"
-        summary = json.loads(path.read_text()) if path.exists() else None
-        for row in run.rows:
-            command = f"`python results/reproduce.py --run {run.name}`"
-            if summary is None:
-                lines.append(f"| {row} | | " + " | ".join(["not run"] + [""] * (len(COLUMNS) - 1)) + f" | {command} |")
-                continue
-            numbers = summary["rows"][row]
-            values = [look_up(numbers, path) for path in COLUMNS.values()]
-            cells = ["-" if value is None else f"{value:.3f}" for value in values]
-            lines.append(f"| {row} | {summary['run']['seed']} | " + " | ".join(cells) + f" | {command} |")
-            commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
-            hardware = summary["run"]["hardware"]
-            where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
-            made_with[f"{numbers['pictures']} test pictures; {where}; torch {summary['run']['versions']['torch']}; commit {commits}"] = None
-    return "\n".join([*lines, "", *(f"{each}." for each in made_with)]).strip()
+def missing_most(runs):
+    """The runs that are not done, in the order that fills the tables best: begun ones first, then first seeds, then tables with the
+    smallest share of rows, then the list's order."""
+    kept = {}
+    for run in runs:
+        kept.setdefault(run.table, []).append(is_done(run))
+    share = {table: sum(done) / len(done) for table, done in kept.items()}
+    waiting = [run for run in runs if not is_done(run)]
+    return sorted(waiting, key=lambda run: (share_done(run) == 0, "-seed" in run.name, share[run.table]))
 
 
-# The rows of the speed table that the README shows; results/speed.md has all of them.
-SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "paste_masks",
-         "maskrcnn_resnet50_fpn", "damagenet", "COCO")
+def spend(minutes, runs):
+    """Makes run after run until the minutes are over; what is unfinished then has been saved."""
+    deadline = time.monotonic() + 60 * minutes
+    for run in missing_most(runs):
+        if time.monotonic() > deadline - 2 * STOP_EARLY:
+            break
+        try:
+            perform(run, deadline)
+        except OutOfTime:
+            print(f"reproduce.py: the budget of {minutes:g} minutes is spent; {run.name} is saved at {share_done(run):.0%} of its epochs and "
+                  "goes on with the next --budget or --run", flush=True)
+            break
 
 
-def speed_text(shown=("",)):
-    """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, each peer, and the ratio in paired runs."""
-    files = [HERE / f"benchmark-{part}.json" for part in ("ops", "models", "eval")]
-    if not all(path.exists() for path in files):
-        return "not run: `for p in ops models eval; do python benchmark.py --$p --json results/benchmark-$p.json; done`"
-    measured = [json.loads(path.read_text()) for path in files]
-    lines = ["| what | ours, ms | peer | peer, ms | ratio (smallest to largest of the pairs) | peak MB, ours / peer |",
-             "|---|--:|---|--:|--:|--:|"]
-    for row in [row for run in measured for row in run["rows"] if any(words in row["name"] for words in shown)]:
-        peers = [(name, value) for name, value in row.items() if isinstance(value, dict)] or [("", None)]
-        for name, value in peers:
-            cells = ["", "", ""]
-            if value:
-                cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
-            peak = " / ".join(f"{row[key]:.0f}" for key in ("peak_MB_ours", "peak_MB_torchvision") if key in row)
-            lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + f" | {peak} |")
-    for run in measured:
-        hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
-        lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
-                     f"{run['copy_GB/s']:.0f} GB/s, " + ", ".join(f"{name} {version}" for name, version in versions.items())
-                     + f", commit {short(run['commit'] or 'unknown')}.")
-    return "\n".join(lines)
-
-
-def write_tables():
-    """results/<table>.md for every table, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
-    texts = {table: table_text(table) for table in dict.fromkeys(run.table for run in RUNS)}
-    for table, text in {**texts, "speed": speed_text()}.items():
-        (HERE / f"{table}.md").write_text(text + "\n")
-    readme = (ROOT / "README.md").read_text()
-    for table, text in {**texts, "speed": speed_text(SHOWN)}.items():
-        begin, end = f"<!-- table: {table} -->", "<!-- end -->"
-        if begin in readme:
-            before, _, rest = readme.partition(begin)
-            readme = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    (ROOT / "README.md").write_text(readme)
+def show_list():
+    for run in RUNS:
+        share, (cpu, gpu) = share_done(run), run.minutes
+        state = "done" if share == 1 else f"{share:.0%}" if share else ""
+        expected = ", ".join(f"{minutes} min on {where}" for minutes, where in ((cpu, "two CPU cores"), (gpu, "a GPU")) if minutes)
+        print(f"{state:5s} {run.hardware}  {run.name:38s} {', '.join(run.rows)}" + f"   ({expected})" * bool(expected))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--list", action="store_true", help="the runs, and which are done")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="runs to make, in this order; one that was cut goes on")
+    parser.add_argument("--resume", action="store_true", help="go on with every run that was begun and not finished")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop, and save, when so many minutes are over; without --run: what "
+                        "is missing most first")
+    parser.add_argument("--hardware", choices=("cpu", "gpu"), default="cpu", help="which runs --budget chooses from (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="write the tables from the kept numbers")
     args = parser.parse_args()
     by_name = {run.name: run for run in RUNS}
-    if args.list or not (args.run or args.table):
-        for run in RUNS:
-            done = "done" if (HERE / run.name / "summary.json").exists() else "    "
-            print(f"{done}  {run.hardware}  {run.name:32s} {', '.join(run.rows)}")
     for name in args.run or []:
         if name not in by_name:
             sys.exit(f"reproduce.py: no run {name!r}; expected one of {', '.join(by_name)}")
-        perform(by_name[name])
+    chosen = [by_name[name] for name in args.run or []]
+    if args.resume:
+        chosen += [run for run in RUNS if 0 < share_done(run) < 1 and run not in chosen]
+    if args.budget is not None:
+        spend(args.budget, chosen or [run for run in RUNS if run.hardware == args.hardware])
+    else:
+        for run in chosen:
+            perform(run)
     if args.table:
         write_tables()
+    if args.list or not (args.run or args.resume or args.budget is not None or args.table):
+        show_list()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,174 @@
+"""Every training run behind a table of this project, as data, and the tables: what stands in their columns, and the papers' numbers."""
+import dataclasses
+
+import published
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """One training and the table rows that come from it."""
+
+    name: str
+    table: str
+    train: str                          # arguments of train.py; {data} is MINIDAMAGE_DATA
+    rows: dict                          # row of the table -> further arguments of evaluate.py
+    hardware: str                       # "cpu": fits two cores; "gpu": waits for a card
+    minutes: tuple = (None, None)       # expected on two CPU cores, on an H100-class GPU; None: not known yet
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """columns: heading -> where the number lies in evaluate.py's results.json. printed: row -> the paper's numbers, in the columns' order."""
+
+    title: str
+    columns: dict
+    printed: dict = dataclasses.field(default_factory=dict)
+    percent: bool = False               # the paper prints hundredths
+    note: str = ""
+
+
+def seeded(name, seed):
+    return name if seed == 0 else f"{name}-seed{seed}"
+
+
+# ---- cars: DamageNet's ablation ----------------------------------------------------------------------------------------------------
+
+# A reduced schedule that fits two CPU cores, the same for every row: ResNet-18 body (ImageNet weights without the last stage), pictures
+# at 320 px, narrow heads, bfloat16. The paper's is 280 epochs of ResNet-50 at 1024 px on 3,640 pictures.
+CARS_SMALL = ("--size 320 --batch-size 4 --epochs 14 --lr 3e-4 --clip 5 --amp bf16 --split 70/15/15 --select segm/AP50 "
+              "--pretrained {data}/weights/resnet18_bnfolded_conv1_to_layer3_fp16.pth "
+              "--set optimizer=adamw --set schedule=cosine --set warmup_iters=100 "
+              "--set body=resnet18 --set fpn_channels=128 --set rpn_channels=128 --set box_head_channels=512 --set mask_layers=128,128 "
+              "--set mask_dim_reduced=128 --set anchor_sizes=16,32,64,128,256 --set canonical_scale=112 --set box_batch_size_per_image=64 "
+              "--set rpn_pre_nms_top_n_train=300 --set rpn_post_nms_top_n_train=300 "
+              "--set rpn_pre_nms_top_n_test=300 --set rpn_post_nms_top_n_test=300")
+# The same comparison at the paper's size, from the AugNet ResNet-50 body (trained without labels; the paper's weights are not stated).
+CARS_FULL = ("--size 1024 --batch-size 8 --epochs 48 --amp bf16 --split 70/15/15 --pretrained {data}/weights/resnet50_augnet.pth "
+             "--set norm=frozen --set warmup_iters=200")
+NO_POST = "--set fill_holes=false --set remove_islands=false --set mask_threshold=0.5"
+
+
+def car_runs(prefix, schedule, hardware, data, seeds, minutes):
+    """DamageNet's ablation (the paper's section IV) on a car set: three trainings a seed, five rows."""
+    runs = []
+    for seed in seeds:
+        base = f"--data {data} {schedule} --seed {seed}"
+        runs += [Run(seeded(f"{prefix}-damagenet", seed), prefix, f"--model damagenet {base}",
+                     {"DamageNet": "", "DamageNet, no post-processing": NO_POST}, hardware, minutes),
+                 Run(seeded(f"{prefix}-no-dilation", seed), prefix, f"--model damagenet {base} --set context=false",
+                     {"no dilation": "", "Mask R-CNN (no dilation, no post-processing)": NO_POST}, hardware, minutes),
+                 Run(seeded(f"{prefix}-no-fpn", seed), prefix, f"--model damagenet {base} --set fpn=false", {"no FPN": ""}, hardware, minutes)]
+    return runs
+
+
+CAR_COLUMNS = {"box AP": "stats/bbox/AP", "box AP50": "stats/bbox/AP50", "mask AP": "stats/segm/AP", "mask AP50": "stats/segm/AP50",
+               "small-object recall (mask ARs)": "stats/segm/ARs", "pixel IoU, any damage": "pixels/pixel/IoU",
+               "undamaged with a finding": "false_alarms/with findings"}     # no time: benchmark.py measures it, on a quiet machine
+
+# ---- steel: DANet's phases ---------------------------------------------------------------------------------------------------------
+
+# The paper's schedule (30 epochs, batch 4, SGD 0.02, steps at 20 and 28) at our 400 px, from the AugNet body: the paper's was trained on
+# COCO, which is not at hand.
+NEU = "--model danet --data {data}/neu_det"
+NEU_FULL = f"{NEU} --amp bf16 --pretrained {{data}}/weights/resnet50_augnet.pth"
+# Reduced to fit two CPU cores: the same parts at 192 px with fewer candidates, 4 epochs, the steps at the same shares of the run.
+NEU_SMALL = (f"{NEU} --size 192 --epochs 4 --amp bf16 --pretrained {{data}}/weights/resnet50_augnet.pth --set anchor_sizes=8,16,32,64,128 "
+             "--set canonical_scale=56 --set warmup_iters=200 --set frozen_stages=2 --set box_batch_size_per_image=64 "
+             "--set rpn_pre_nms_top_n_train=300 --set rpn_post_nms_top_n_train=300 --set rpn_pre_nms_top_n_test=300 "
+             "--set rpn_post_nms_top_n_test=150 --clip 10")
+# Ours: DCNv2, anchors from the boxes, the cosine, twice the epochs, averaged weights, both flips.
+NEU_BEST = (f"{NEU} --size 512 --epochs 60 --batch-size 8 --amp bf16 --anchors auto --ema 0.9995 --set dcn_modulated=true "
+            "--set schedule=cosine --set vflip=0.5")
+PHASES = {1: "1 Faster R-CNN", 2: "2 + FPN", 3: "3 + DCN", 4: "4 + CBAM", 5: "5 DANet (+ focal loss)"}
+
+
+def steel_runs(prefix, schedule, hardware, phases, seeds, minutes):
+    return [Run(seeded(f"{prefix}-phase{phase}", seed), prefix, f"{schedule} --seed {seed} --set phase={phase}", {PHASES[phase]: ""}, hardware,
+                minutes) for seed in seeds for phase in phases]
+
+
+STEEL_COLUMNS = {**{name: f"per_class/{name}/bbox/AP50" for name in published.DANET_CLASSES}, "mean AP50": "stats/bbox/AP50",
+                 "AP50, VOC all points": "voc/bbox/mean", "AP .5:.95": "stats/bbox/AP"}
+STEEL_PRINTED = {PHASES[phase]: numbers for phase, numbers in published.DANET.items()}
+
+# ---- cracks ------------------------------------------------------------------------------------------------------------------------
+
+BASELINES = ("deeplabv3", "deeplabv3plus", "fpn", "linknet", "manet", "pan", "pspnet", "unet", "unetplusplus")
+CRACK_SETS = {"cfd": ("{data}/cfd", "CFD"), "deepcrack": ("{data}/deepcrack", "DeepCrack")}
+# One schedule for all ten models, equal in steps: the paper's 1,000 epochs of ten models do not fit.
+CRACKS_FULL = "--epochs 60 --batch-size 8 --amp bf16 --set schedule=cosine"
+CRACKS_SMALL = "--size 256 --epochs 30 --batch-size 4 --amp bf16 --lr 2e-4 --set schedule=cosine --set warmup_iters=20"
+FROM_AUGNET = "--pretrained {data}/weights/resnet50_augnet.pth"
+CRACK_NAMES = {"context_cracknet": "Context-CrackNet", "deeplabv3": "DeepLabV3", "deeplabv3plus": "DeepLabV3+", "fpn": "FPN",
+               "linknet": "LinkNet", "manet": "MAnet", "pan": "PAN", "pspnet": "PSPNet", "unet": "U-Net", "unetplusplus": "U-Net++"}
+ABLATION = {"no-rfem": ("CAGM", "--set rfem=false"), "no-cagm": ("RFEM", "--set cagm=false"),
+            "neither": ("neither", "--set rfem=false --set cagm=false")}
+
+
+def crack_runs(prefix, schedule, hardware, which, models, seeds, minutes, ablation=False):
+    """The ten models, or some, on one set; with the ablation of Table 6."""
+    data, _ = CRACK_SETS[which]
+    runs = []
+    for seed in seeds:
+        base = f"--data {data} {schedule} {FROM_AUGNET} --seed {seed}"
+        runs += [Run(seeded(f"{prefix}-{which}-{model.replace('_', '-')}", seed), f"{prefix}-{which}", f"--model {model} {base}",
+                     {CRACK_NAMES[model]: ""}, hardware, minutes) for model in models]
+        if ablation:
+            runs += [Run(seeded(f"{prefix}-{which}-{name}", seed), f"{prefix}-{which}", f"--model context_cracknet {base} {switches}",
+                         {f"Context-CrackNet, {what}": ""}, hardware, minutes) for name, (what, switches) in ABLATION.items()]
+    return runs
+
+
+# At the model's size and the threshold chosen on validation, as the paper's numbers seem to be; then the same otherwise. {in_use}: that
+# threshold's name in results.json.
+AT = "sizes/model/points/{in_use}/stats/pixel/"
+CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall", "precision": AT + "precision",
+                 "IoU at 0.5": "sizes/model/points/at 0.5/stats/pixel/IoU", "IoU, native size": AT.replace("model", "native") + "IoU",
+                 "F1 within 2 px, native": "sizes/native/points/{in_use}/stats/tolerance 2 px/F1"}
+
+# ---- the car-damage project's seven segmenters -------------------------------------------------------------------------------------
+
+# Its set B is not the data at hand; ours is the Roboflow car set with eight classes, at its 240x240, each model with the set of
+# hyper-parameters that its file names, for as many epochs as fit.
+SMALL_SEGMENTERS = {"fcn_resnet50": "FCN-ResNet50", "deeplabv3_resnet50": "DeepLabV3-ResNet50", "custom_segnet1": "CustomSegNet1",
+                    "custom_segnet2": "CustomSegNet2", "custom_segnet3": "CustomSegNet3", "custom_unet": "CustomUNet",
+                    "custom_unet2": "CustomUNet2"}
+
+
+def segmenter_runs(prefix, schedule, hardware, seeds, minutes):
+    data = "{data}/car_vehide_layout/coco"
+    return [Run(seeded(f"{prefix}-{model.replace('_', '-')}", seed), prefix, f"--model {model} --data {data} {schedule} --seed {seed}",
+                {name: ""}, hardware, minutes) for seed in seeds for model, name in SMALL_SEGMENTERS.items()]
+
+
+# ---- the list ----------------------------------------------------------------------------------------------------------------------
+
+RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
+        *car_runs("cars", CARS_SMALL, "cpu", "{data}/car_vehide_layout", (0,), (45, None)),
+        *car_runs("cars-coco", CARS_SMALL.replace("--epochs 14", "--epochs 8"), "cpu", "{data}/car_vehide_layout/coco", (0,), (30, None))[:2],
+        *steel_runs("steel", NEU_SMALL, "cpu", (1, 5), (0,), (45, None)),
+        *crack_runs("cracks", CRACKS_SMALL, "cpu", "cfd", ("context_cracknet", "unet"), (0,), (40, None)),
+        *segmenter_runs("segmenters", "--epochs 5 --amp bf16 --limit 0.4", "cpu", (0,), (15, None)),
+        *car_runs("cars-full", CARS_FULL, "gpu", "{data}/car_vehide_layout", (0, 1, 2), (None, None)),
+        *car_runs("cars-coco-full", CARS_FULL, "gpu", "{data}/car_vehide_layout/coco", (0, 1, 2), (None, None)),
+        *steel_runs("steel-full", NEU_FULL, "gpu", (1, 2, 3, 4, 5), (0, 1, 2), (None, None)),
+        *(Run(seeded(f"steel-full-best{start}", seed), "steel-full", f"{NEU_BEST} --seed {seed}{weights}", {f"ours, {what}": ""}, "gpu")
+          for seed in (0, 1, 2) for start, what, weights in (("", "from AugNet", f" {FROM_AUGNET}"), ("-scratch", "from scratch", " --set norm=batch"))),
+        *(run for which in CRACK_SETS
+          for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True)),
+        *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None))]
+
+
+TABLES = {
+    "demo": Table("The drawn demo set", CAR_COLUMNS),
+    "cars": Table("DamageNet's ablation on cars, reduced", CAR_COLUMNS),
+    "cars-coco": Table("The same with the COCO labels", CAR_COLUMNS),
+    "cars-full": Table("DamageNet's ablation on cars", CAR_COLUMNS),
+    "cars-coco-full": Table("The same with the COCO labels", CAR_COLUMNS),
+    "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
+    "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
+    "segmenters": Table("Seven small segmenters on cars, reduced", CRACK_COLUMNS),
+    "segmenters-full": Table("Seven small segmenters on cars", CRACK_COLUMNS),
+    **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS,
+                                {CRACK_NAMES[model]: numbers for model, numbers in published.CRACKS[name].items()})
+       for which, (_, name) in CRACK_SETS.items() for kind, reduced in (("cracks", ", reduced"), ("cracks-full", ""))}}

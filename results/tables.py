@@ -1,0 +1,128 @@
+"""The tables of results/ and of the README, made from results/<run>/summary.json and results/benchmark-*.json: no number is typed.
+
+A row's seeds are put together: mean, and in brackets the smallest and the largest. What the papers print stands in a row of its own above ours.
+"""
+import json
+import pathlib
+import statistics
+
+from runs import RUNS, TABLES
+
+HERE = pathlib.Path(__file__).resolve().parent
+ROOT = HERE.parent
+
+
+def look_up(numbers, path):
+    """"stats/bbox/AP" in nested dicts whose keys may hold slashes themselves; None where it is not there. {in_use}: see runs.py. What was
+    scored at one size alone has no "model": then its native size is it."""
+    path = path.replace("{in_use}", str(numbers.get("in_use")))
+    if path.startswith("sizes/model/") and "model" not in numbers.get("sizes", {}):
+        path = path.replace("sizes/model/", "sizes/native/", 1)
+    return find(numbers, path)
+
+
+def find(numbers, path):
+    if not isinstance(numbers, dict):
+        return None
+    if path in numbers:
+        return numbers[path]
+    heads = [path[:i] for i, character in enumerate(path) if character == "/"]
+    for head in heads:
+        if head in numbers and (value := find(numbers[head], path[len(head) + 1:])) is not None:
+            return value
+    return None
+
+
+def short(commit):
+    """Seven digits of a commit, and still whether the tree differed from it."""
+    digits, changes, _ = commit.partition("+")
+    return f"{digits[:7]}{' with uncommitted changes' if changes else ''}"
+
+
+def table_text(name):
+    """A Markdown table of all rows of a table, the papers' numbers above ours, runs that are missing marked as such, and what the numbers
+    were made with."""
+    table, rows = TABLES[name], {}
+    for run in [run for run in RUNS if run.table == name]:
+        for row in run.rows:
+            rows.setdefault(row, []).append(run)
+    lines = [f"| row | seeds | {' | '.join(table.columns)} | command |", "|---|--:|" + "--:|" * len(table.columns) + "---|"]
+    made_with = {}
+    for row, runs in rows.items():
+        if row in table.printed:
+            cells = [f"{value:.2f}" if table.percent else f"{value:.4f}" for value in table.printed[row]]
+            lines.append(f"| {row}, paper | | " + " | ".join(cells + [""] * (len(table.columns) - len(cells))) + " | |")
+        lines.append(our_row(row, runs, table, made_with))
+    return "\n".join([*lines, "", *(f"{each}." for each in made_with), *([table.note] if table.note else [])]).strip()
+
+
+def our_row(row, runs, table, made_with):
+    """One line of ours over its seeds; made_with receives what the numbers were made with."""
+    command = f"`python results/reproduce.py --run {' '.join(run.name for run in runs)}`"
+    found = [(run, json.loads(path.read_text())) for run in runs if (path := HERE / run.name / "summary.json").exists()]
+    if not found:
+        return f"| {row} | | not run" + " |" * len(table.columns) + f" {command} |"
+    seeds, values = [], {column: [] for column in table.columns}
+    for run, summary in found:
+        numbers = summary["rows"][row]
+        seeds.append(str(summary["run"]["seed"]))
+        for column, path in table.columns.items():
+            values[column].append(look_up(numbers, path))
+        commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
+        hardware = summary["run"]["hardware"]
+        where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
+        made_with[f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}; "
+                  f"commit {commits}"] = None
+    cells = [cell([value for value in column if value is not None], table.percent) for column in values.values()]
+    return f"| {row} | {', '.join(seeds)} | " + " | ".join(cells) + f" | {command} |"
+
+
+def cell(values, percent):
+    if not values:
+        return "-"
+    text = (lambda value: f"{100 * value:.2f}") if percent else (lambda value: f"{value:.3f}")
+    mean = text(statistics.mean(values))
+    return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
+
+
+# The rows of the speed table that the README shows; results/speed.md has all of them.
+SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "paste_masks",
+         "maskrcnn_resnet50_fpn", "damagenet", "COCO")
+
+
+def speed_text(shown=("",)):
+    """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, each peer, and the ratio in paired runs."""
+    files = [HERE / f"benchmark-{part}.json" for part in ("ops", "models", "eval")]
+    if not all(path.exists() for path in files):
+        return "not run: `for p in ops models eval; do python benchmark.py --$p --json results/benchmark-$p.json; done`"
+    measured = [json.loads(path.read_text()) for path in files]
+    lines = ["| what | ours, ms | peer | peer, ms | ratio (smallest to largest of the pairs) | peak MB, ours / peer |",
+             "|---|--:|---|--:|--:|--:|"]
+    for row in [row for run in measured for row in run["rows"] if any(words in row["name"] for words in shown)]:
+        peers = [(name, value) for name, value in row.items() if isinstance(value, dict)] or [("", None)]
+        for name, value in peers:
+            cells = ["", "", ""]
+            if value:
+                cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
+            peak = " / ".join(f"{row[key]:.0f}" for key in ("peak_MB_ours", "peak_MB_torchvision") if key in row)
+            lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + f" | {peak} |")
+    for run in measured:
+        hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
+        lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
+                     f"{run['copy_GB/s']:.0f} GB/s, " + ", ".join(f"{name} {version}" for name, version in versions.items())
+                     + f", commit {short(run['commit'] or 'unknown')}.")
+    return "\n".join(lines)
+
+
+def write_tables():
+    """results/<table>.md for every table, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
+    texts = {name: table_text(name) for name in TABLES}
+    for name, text in {**texts, "speed": speed_text()}.items():
+        (HERE / f"{name}.md").write_text(text + "\n")
+    readme = (ROOT / "README.md").read_text()
+    for name, text in {**texts, "speed": speed_text(SHOWN)}.items():
+        begin, end = f"<!-- table: {name} -->", "<!-- end -->"
+        if begin in readme:
+            before, _, rest = readme.partition(begin)
+            readme = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+    (ROOT / "README.md").write_text(readme)

@@ -1,0 +1,85 @@
+"""results/: every run is a command that train.py understands, and the tables say what the kept numbers say."""
+import argparse
+import importlib
+import json
+import shlex
+import sys
+
+import pytest
+import torch
+from oracle import DATA
+
+import minidamage
+import train
+from minidamage import training
+
+RESULTS = DATA.parents[1] / "results"
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The modules of results/, which import each other as scripts do."""
+    sys.path.insert(0, str(RESULTS))
+    try:
+        yield {name: importlib.import_module(name) for name in ("runs", "tables", "reproduce")}
+    finally:
+        sys.path.remove(str(RESULTS))
+
+
+def test_every_run_is_a_command_of_train_py(results):
+    names = [run.name for run in results["runs"].RUNS]
+    assert len(set(names)) == len(names)
+    for run in [run for run in results["runs"].RUNS if "-seed" not in run.name]:
+        args = argparse.Namespace(**{**training.DEFAULTS, **train.parse_arguments(shlex.split(run.train.format(data="data")))})
+        config, recipe = training.settle(args)
+        with torch.device("meta"):                            # no memory: raises for a config that cannot be built
+            minidamage.build_model(args.model, num_classes=3, **vars(config))
+        assert recipe.epochs >= 1 and run.table in results["runs"].TABLES, run.name
+
+
+def test_printed_rows_fit_their_columns(results):
+    for name, table in results["runs"].TABLES.items():
+        assert all(len(row) <= len(table.columns) for row in table.printed.values()), name
+
+
+def test_look_up_goes_through_keys_with_slashes_and_the_threshold_in_use(results):
+    look_up = results["tables"].look_up
+    numbers = {"per_class": {"rolled-in/scale": {"bbox/AP50": 0.5}}, "in_use": "at 0.3",
+               "sizes": {"native": {"points": {"at 0.3": {"stats": {"pixel/IoU": 0.25}}}}}}
+    assert look_up(numbers, "per_class/rolled-in/scale/bbox/AP50") == 0.5
+    assert look_up(numbers, "sizes/model/points/{in_use}/stats/pixel/IoU") == 0.25
+    assert look_up(numbers, "sizes/native/points/at 0.5/stats/pixel/IoU") is None
+
+
+def test_a_row_puts_its_seeds_together(results, tmp_path, monkeypatch):
+    runs, tables = results["runs"], results["tables"]
+    hardware = {"gpu": None, "cpu": "some processor", "threads": 2}
+    for seed, value in ((0, 0.2), (1, 0.4)):
+        folder = tmp_path / runs.seeded("steel-full-phase5", seed)
+        folder.mkdir()
+        summary = {"run": {"seed": seed, "commits": ["0123456789+changes"], "hardware": hardware, "versions": {"torch": "2"}},
+                   "rows": {runs.PHASES[5]: {"pictures": 360, "part": "test", "stats": {"bbox/AP50": value}}}}
+        (folder / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    text = tables.table_text("steel-full")
+    assert "| 5 DANet (+ focal loss), paper | | 51.42 | 79.49 | 92.43 | 81.04 | 68.22 | 96.93 | 78.27 |" in text
+    assert "| 5 DANet (+ focal loss) | 0, 1 | - | - | - | - | - | - | 30.00 (20.00 to 40.00) |" in text
+    assert "360 test pictures; some processor, 2 threads; torch 2; commit 0123456 with uncommitted changes." in text
+    assert "| 1 Faster R-CNN | | not run |" in text
+
+
+def test_the_budget_goes_on_with_what_was_begun_then_with_first_seeds(results, tmp_path, monkeypatch):
+    runs, reproduce = results["runs"], results["reproduce"]
+    monkeypatch.setattr(reproduce, "HERE", tmp_path)
+    monkeypatch.setattr(reproduce, "WORK", tmp_path / "work")
+    of = lambda name, table: runs.Run(name, table, "", {"row": ""}, "gpu")
+    listed = [of("a-seed1", "a"), of("a", "a"), of("b", "b"), of("b2", "b"), of("c-begun-seed2", "c")]
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "summary.json").write_text("{}")
+    begun = tmp_path / "work" / "c-begun-seed2" / "danet-neu_det-001"
+    begun.mkdir(parents=True)
+    (begun / "last.pt").touch()
+    (begun / "metrics.csv").write_text("epoch\n1\n")
+    (begun / "config.json").write_text(json.dumps({"run": {"recipe": {"epochs": 4}}}))
+    assert [run.name for run in reproduce.missing_most(listed)] == ["c-begun-seed2", "a", "b2", "a-seed1"]
+    assert reproduce.share_done(listed[-1]) == 0.25 and reproduce.is_done(listed[2])
