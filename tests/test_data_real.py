@@ -82,6 +82,14 @@ def test_pictures_and_masks_agree_with_records(real_data, folder):
             np.testing.assert_allclose(pixels[large], record.area[large], rtol=0.12)
 
 
+def test_yolo_seg(real_data):
+    data = load(real_data / "yolo_seg")
+    assert data.layout == "yolo" and len(data.parts["all"]) == 24 and sum(len(r.labels) for r in data.parts["all"]) == 156
+    assert all("outline crosses itself; kept" in p for p in data.problems) and data.class_names[45] == "class 45"
+    first = data.parts["all"][0]
+    assert first.labels.tolist() == [46, 46, 51, 46, 50, 50, 50, 50] and all(isinstance(m, list) for m in first.masks)
+
+
 # ---- label maps -----------------------------------------------------------------------------------------------------------------------
 
 def foreground(record):

@@ -10,7 +10,7 @@ import re
 
 import numpy as np
 
-from minidamage.data import coco, crackforest, mask_folders, vehide, via, voc
+from minidamage.data import coco, crackforest, labelme, mask_folders, vehide, via, voc, yolo
 from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
@@ -23,9 +23,11 @@ __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "Segme
 # Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=, voc_boxes=) -> Dataset; a
 # new format is one file, which turns what its annotations say into objects.RawObject, and one row here.
 LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
+           ("LabelMe JSON", labelme),
            ("COCO JSON", coco),
            ("VGG Image Annotator 1 or 2", via),
            ("Pascal VOC XML", voc),
+           ("YOLO text labels (boxes or polygons)", yolo),
            ("CrackForest (image, groundTruth or seg)", crackforest),
            ("pictures and masks (images, masks; train_img, train_lab; a.jpg, a_mask.png)", mask_folders))
 

@@ -9,7 +9,8 @@ from minidamage.data.voc import VOC_BOXES
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m minidamage.data", description=__doc__)
-    parser.add_argument("path", help="folder of the data set, or its annotation file (VehiDE, VIA 1 or 2, COCO, Pascal VOC)")
+    parser.add_argument("path", help="folder of the data set, or its annotation file (VehiDE, LabelMe, COCO, VIA 1 or 2, Pascal "
+                        "VOC, YOLO, CrackForest, picture and mask folders); PATH:NAME keeps the pictures whose names begin so")
     parser.add_argument("--images", help="folder of the pictures, where the annotation file does not say it")
     parser.add_argument("--attribute", help="VIA: the region attribute that holds the class (default: detected)")
     parser.add_argument("--voc-boxes", choices=VOC_BOXES, default="pixels", help="Pascal VOC: what the numbers of a box are, pixels "
