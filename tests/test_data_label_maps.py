@@ -94,6 +94,11 @@ def test_read_values_of_every_kind_of_picture(tmp_path):
         read, found = read_values(tmp_path / f"{name}.png")
         np.testing.assert_array_equal(read, values * top, err_msg=name)
         assert found == kind and read.dtype == np.uint8
+    Image.fromarray(np.stack([values * 255, values * 255], -1), "LA").save(tmp_path / "la.png")
+    Image.fromarray(values * 255).convert("CMYK").save(tmp_path / "cmyk.tif")
+    Image.fromarray(values.astype(np.float32)).save(tmp_path / "float.tif")
+    for name, top in (("la.png", 255), ("cmyk.tif", 255), ("float.tif", 1)):
+        np.testing.assert_array_equal(read_values(tmp_path / name)[0], values * top, err_msg=name)
     smooth = np.kron(values * 255, np.ones((16, 16), np.uint8))
     save(tmp_path / "lossy.jpg", smooth)
     read, found = read_values(tmp_path / "lossy.jpg")
@@ -179,6 +184,22 @@ def test_mat_5(tmp_path, compressed, stored):
     file.write_bytes(b"\x89HDF\r\n\x1a\n" + b"\0" * 200)
     with pytest.raises(ValueError, match="version 7.3.*'-v6'"):
         mat.segmentation(file)
+
+
+def test_mat_damaged_anywhere_is_a_value_error(tmp_path):
+    content = bytearray(mat_file(tmp_path / "a.mat", np.arange(1, 13).reshape(3, 4), compressed=False).read_bytes())
+    rng = np.random.default_rng(0)
+    for at in range(128, len(content), 2):
+        for value in rng.integers(0, 256, 3).tolist():
+            damaged = bytearray(content)
+            damaged[at] = value
+            (tmp_path / "b.mat").write_bytes(damaged)
+            try:
+                values = mat.segmentation(tmp_path / "b.mat")
+            except ValueError as error:
+                assert "b.mat" in str(error)
+                continue
+            assert values.dtype == np.uint8 and values.ndim == 2
 
 
 def test_seg_runs(tmp_path):

@@ -1,8 +1,10 @@
-"""Data sets: one call reads any layout into one record type; reading order: record, vehide, objects, transforms, dataset, split.
+"""Data sets: one call reads any layout into one record type; reading order: record, vehide, objects, label_maps, transforms,
+dataset, split.
 
     dataset = load_dataset("vehide/")                      # recognised, checked, printed with its class-id map
     parts = split.three_parts(dataset)                     # what trains, what chooses, what is reported
-    train = DetectionDataset(parts["train"], recipe, seed=0, train=True)
+    train = DetectionDataset(parts["train"], recipe, seed=0, train=True)                   # boxes and masks of objects, or
+    train = SegmentationDataset(parts["train"], recipe, seed=0, train=True, image_size=448)            # a label for every pixel
 """
 import collections
 import os
@@ -21,7 +23,7 @@ __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "Segme
            "summary", "class_counts", "problem_kinds", "LAYOUTS"]
 
 # Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=, voc_boxes=) -> Dataset; a
-# new format is one file, which turns what its annotations say into objects.RawObject, and one row here.
+# new format is one file, which turns what its annotations say into objects.RawObject or label_maps.LabelMapFile, and one row here.
 LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
            ("LabelMe JSON", labelme),
            ("COCO JSON", coco),

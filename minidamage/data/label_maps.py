@@ -80,12 +80,13 @@ def read_values(file):
         if mode == "PA":
             mode, image = "P", image.getchannel("P")
         if mode in ("RGBA", "LA"):                                    # what an alpha channel hides is still the mask
-            mode = mode[:-1]
-            image = image.convert(mode)
+            mode, image = mode[:-1], image.convert(mode[:-1])
+        elif len(image.getbands()) > 1 and mode != "RGB":             # CMYK, LAB, ...
+            mode, image = "RGB", image.convert("RGB")
         values = np.array(image)
     if mode == "P":
         return values, "palette"
-    if mode == "RGB" or mode == "CMYK":
+    if mode == "RGB":
         values = _one_channel(values, file, lossy)
     elif mode != "L":
         if values.min(initial=0) < 0 or values.max(initial=0) > 255 or (values != np.rint(values)).any():
@@ -98,9 +99,9 @@ def read_values(file):
 def _one_channel(values, file, lossy):
     first = values[..., 0]
     apart = max(int(np.abs(values[..., k].astype(np.int16) - first).max(initial=0)) for k in (1, 2))
-    if values.shape[2] == 3 and apart <= (16 if lossy else 0):
+    if apart <= (16 if lossy else 0):                                 # JPEG moves the channels a little apart
         return np.ascontiguousarray(first)
-    colours, counts = np.unique(values.reshape(-1, values.shape[2]), axis=0, return_counts=True)
+    colours, counts = np.unique(values.reshape(-1, 3), axis=0, return_counts=True)
     most = ", ".join(f"{tuple(colours[i].tolist())} ({counts[i]} px)" for i in np.argsort(-counts)[:6])
     raise ValueError(f"{file}: a mask in colours: {most}; expected class ids 0, 1, 2, ... or 0 and 255 in one channel, "
                      "or a palette PNG. Save each colour as its class id")

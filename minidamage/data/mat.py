@@ -39,7 +39,7 @@ def load(file):
             if kind == MATRIX:
                 name, value = _matrix(data, order)
                 variables[name] = value
-    except (struct.error, zlib.error, IndexError, ValueError, UnicodeDecodeError, KeyError, RecursionError) as error:
+    except (struct.error, zlib.error, LookupError, ValueError, TypeError, OverflowError, MemoryError, RecursionError) as error:
         raise ValueError(f"{file}: the MAT-file is damaged, cut short or of a kind that is not read ({error})") from error
     return variables
 
