@@ -248,6 +248,14 @@ def test_sample_contract_and_sizes(records):
     assert torch.equal(image[0] > 127, target["label_map"] == 1)
 
 
+def test_resizing_makes_no_label_that_was_not_there(records):
+    record = record_of([[ring(4, 4, 20, 30)]], [6], width=40, height=40, file=records[0].file)
+    labels = SegmentationDataset([record], image_size=33)[0][1]["label_map"].numpy()
+    assert set(np.unique(labels)) == {0, 6} and labels.shape == (33, 33)
+    centres = ((np.arange(33) + 0.5) * 40 / 33).astype(int)
+    np.testing.assert_array_equal(labels, label_map(record)[np.ix_(centres, centres)])           # the pixel under each new pixel's centre
+
+
 def test_outlines_feed_the_same_dataset(records):
     record = record_of([[ring(4, 4, 20, 30)]], [2], width=40, height=40, file=records[0].file)
     target = SegmentationDataset([record])[0][1]
@@ -347,6 +355,7 @@ def test_matrices_by_hand():
     assert point(transforms.Draw(quarter_turns=1), 10, 5) == [75, 10]                     # clockwise: the top edge becomes the right one
     assert point(transforms.Draw(shift=(0.1, 0.2)), 10, 5) == [18, 21]
     assert point(transforms.Draw(scale=2.0), 30, 40) == [20, 40]
+    assert np.allclose(transforms.warp_points([[10, 5]], transforms.matrix_of(transforms.Draw(shift=(0.1, 0.2)), 80, 60)), [[18, 17]])
     assert transforms.warp_points([[10, 5]], transforms.matrix_of(transforms.Draw(quarter_turns=1), 80, 60))[0].tolist() == [10, 5]
 
 
