@@ -12,6 +12,7 @@
 #include <ATen/ops/from_blob.h>
 #include <ATen/ops/zeros.h>
 #include <c10/util/accumulate.h>
+#include <c10/util/safe_numerics.h>
 #include <torch/library.h>
 #if defined(__linux__)
 #include <sys/mman.h>
@@ -95,10 +96,12 @@ inline bool is_channels_last(const Tensor& t) { return t.is_contiguous(at::Memor
 
 // [N, C, H, W] of any strides to [N, H, W, C]; without a copy for channels_last.
 inline Tensor to_rows(const Tensor& t) { return t.permute({0, 2, 3, 1}).contiguous(); }
-// and back, in the memory format asked for.
+// and back, in the memory format asked for. What comes back is no view of t: autograd forbids in-place work, a relu_() say, on an
+// op's output that is a view.
 inline Tensor from_rows(const Tensor& t, bool channels_last) {
   const Tensor view = t.permute({0, 3, 1, 2});
-  return channels_last ? view : view.contiguous();
+  if (!channels_last) return view.contiguous();
+  return at::empty({0}, t.options()).set_(t.storage(), t.storage_offset(), view.sizes(), view.strides());
 }
 
 #if !defined(MINIDAMAGE_EMULATED)
@@ -107,7 +110,9 @@ inline Tensor from_rows(const Tensor& t, bool channels_last) {
 // Zeros from the system's own zeroed pages: a page that nobody writes to costs nothing, and most of a pasted mask is never written to.
 inline Tensor zeros_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr size_t alignment = 64, least = 1 << 20;
-  const size_t bytes = static_cast<size_t>(c10::multiply_integers(sizes)) * options.dtype().itemsize();
+  uint64_t count = 0;
+  TORCH_CHECK(!c10::safe_multiplies_u64(sizes, &count) && count < (uint64_t(1) << 47), "paste_masks: no memory for an array of ", sizes);
+  const size_t bytes = static_cast<size_t>(count) * options.dtype().itemsize();
   if (bytes < least) return at::zeros(sizes, options);
   void* memory = std::calloc(bytes + alignment, 1);
   TORCH_CHECK(memory, "paste_masks: no memory for ", bytes, " bytes; paste_masks_rle needs a thousandth of it");

@@ -143,7 +143,8 @@ def test_a_published_body_loads(tmp_path):
 
 @pytest.mark.parametrize("fields", [
     dict(body="resnet50"), dict(norm="batch"), dict(norm="frozen"), dict(frozen_stages=4), dict(fpn_upsample="nearest"),
-    dict(dcn_stages=(5,), dcn_modulated=True), dict(phase=1, dcn=True, cbam=True), dict(roi_op="pool"), dict(focal_objectness=True)])
+    dict(dcn_stages=(5,), dcn_modulated=True), dict(phase=1, dcn=True, cbam=True), dict(roi_op="pool"), dict(focal_objectness=True),
+    dict(phase=3, norm="frozen"), dict(phase=3, norm="frozen", body="resnet50")])       # ReLU and addition in place on an op's output
 def test_configurations_train_and_detect(fields):
     images, targets = two_pictures()
     model = small_model("danet", **fields).train()
