@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from minidamage.layers.resnet import FrozenBatchNorm2d, ResNet, conv_norm, load_body
+from minidamage.layers.resnet import FrozenBatchNorm2d, ResNet, conv_norm, convolve, load_body
 
 DATA = pathlib.Path(__file__).parent / "data"
 
@@ -83,6 +83,17 @@ def test_constant_norm_equals_batch_norm_in_values_and_gradients(kind, size, bia
     got = torch.autograd.grad((got_value * go).sum(), leaves)
     torch.testing.assert_close(got_value, plain)
     for a, b in zip(got, want):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("stride, bias, dtype", [(1, False, torch.float32), (2, True, torch.float32), (2, True, torch.float64)])
+def test_a_1x1_convolution_is_blind_to_the_dilation_it_asks_for(stride, bias, dtype):
+    conv = torch.nn.Conv2d(5, 7, 1, stride=stride, bias=bias).to(dtype)
+    x = torch.randn(2, 5, 9, 8, dtype=dtype).requires_grad_()
+    got, want = convolve(x, conv, conv.weight, conv.bias), conv(x)
+    torch.testing.assert_close(got, want)
+    go, leaves = torch.randn_like(want), [x, *conv.parameters()]
+    for a, b in zip(torch.autograd.grad(got, leaves, go), torch.autograd.grad(want, leaves, go)):
         torch.testing.assert_close(a, b)
 
 

@@ -38,7 +38,8 @@ class PooledBranch(nn.Sequential):
     """
 
     def __init__(self, in_channels, out_channels):
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Conv2d(in_channels, out_channels, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU())
+        conv = nn.Conv2d(in_channels, out_channels, 1, bias=False)
+        super().__init__(nn.AdaptiveAvgPool2d(1), conv, nn.BatchNorm2d(out_channels), nn.ReLU())
 
     def forward(self, x):
         pool, conv, norm, _ = self

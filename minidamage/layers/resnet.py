@@ -9,11 +9,14 @@ and saves two passes over every feature map (see `conv_norm`). The parameters an
 
 Read first: nothing. Read next: fpn.py.
 """
+import platform
+
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 NORMS = ("batch", "frozen", "group")
+ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
@@ -228,11 +231,22 @@ def conv_norm(x, conv, norm, relu=False):
         scale, shift = affine_of(norm)
         if conv.bias is not None:
             shift = shift + conv.bias * scale
-        out = conv._conv_forward(x, conv.weight * scale.view(-1, 1, 1, 1), shift)                     # a deformable one has its own
+        out = convolve(x, conv, conv.weight * scale.view(-1, 1, 1, 1), shift)
     else:
-        out = conv(x)
+        out = convolve(x, conv, conv.weight, conv.bias)
         out = normalise_as_constant(out, norm) if constant or is_one_value(out, norm) else norm(out)
     return out.relu_() if relu else out          # in place: no backward above needs the values before the ReLU
+
+
+def convolve(x, conv, weight, bias):
+    """conv(x) with these weights.
+
+    On a CPU a 1x1 convolution asks for a dilation, to which it is blind: with one thread torch would run it by a kernel of its own, here
+    it takes oneDNN's, 1.7 to 3 times as fast (28x28 and 112x112, 64 to 2048 channels). With more threads torch takes that in any case.
+    """
+    if ONEDNN and type(conv) is nn.Conv2d and conv.kernel_size == (1, 1) and x.device.type == "cpu" and x.dtype == torch.float32:
+        return F.conv2d(x, weight, bias, conv.stride, conv.padding, 2, conv.groups)
+    return conv._conv_forward(x, weight, bias)                        # a deformable convolution has its own
 
 
 def is_one_value(x, norm):
@@ -257,7 +271,8 @@ def load_body(model, path):
     """
     body = next((module for module in model.modules() if isinstance(module, ResNet)), None)
     if body is None:
-        raise ValueError(f"{path}: expected a model with a ResNet body, got {getattr(model, 'name', type(model).__name__)}, which has none; "
+        name = getattr(model, "name", type(model).__name__)
+        raise ValueError(f"{path}: expected a model with a ResNet body, got {name}, which has none; "
                          "give it a checkpoint of its own kind, or train it from scratch")
     state = _read_state_dict(path)
     own = body.state_dict()

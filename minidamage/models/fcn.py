@@ -10,8 +10,8 @@ The auxiliary head (torchvision's `aux_loss`, off in the project) reads c4 and i
 its weights load. The project's recipes, three sets of hyper-parameters:
 
     A   batch 16, Adam 0.001                        RECIPE: what the project trains its best model with (FCN, section 6.1.2)
-    B   batch 32, SGD 0.01, momentum 0.9            train.py --model fcn_resnet50 --batch-size 32 --lr 0.01 --set optimizer=sgd
-    C   batch 8, AdamW 0.001, weight decay 1e-4     train.py --model fcn_resnet50 --batch-size 8 --set optimizer=adamw --set weight_decay=1e-4
+    B   batch 32, SGD 0.01, momentum 0.9            train.py ... --batch-size 32 --lr 0.01 --set optimizer=sgd
+    C   batch 8, AdamW 0.001, weight decay 1e-4     train.py ... --batch-size 8 --set optimizer=adamw --set weight_decay=1e-4
 
 Read first: layers/segmenter.py, layers/aspp.py. Read next: custom_segnets.py, custom_unets.py.
 """

@@ -94,7 +94,9 @@ class PyramidPooling(nn.Module):
 class PooledRegions(nn.Module):
     def __init__(self, in_channels, out_channels, size):
         super().__init__()
-        conv = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU()) if size == 1 else ConvNormReLU(in_channels, out_channels, 1)
+        conv = ConvNormReLU(in_channels, out_channels, 1)
+        if size == 1:
+            conv = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU())
         self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(size), conv)
 
     def forward(self, x):
