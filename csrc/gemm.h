@@ -3,7 +3,7 @@
 // filled up with zeros: pack_panels() once, gemm_panels() for as many A as there are. gemm() does both, block by block, for operands of
 // any size. The micro-kernel holds MR x NR sums in registers and for every step of K loads two vectors of B and broadcasts MR numbers
 // of A: 2 MR fused multiply-adds for MR + 2 loads. NaN and Inf come through as in a plain triple loop; the order of summation depends on
-// the shapes alone.
+// the shapes alone. For cpu/*.cpp only: those are compiled for this very processor, and MR and NR with them.
 // Why not the framework's product: it cannot be called on a tile without a tensor, and the library behind it runs AVX2 code on AVX-512
 // processors of another maker. Measured: see cpu/linear_attention.cpp.
 #pragma once
@@ -56,9 +56,11 @@ inline void store_vector(T* address, vector_t<T> v) {
 }
 inline FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector c) {
 #if defined(__AVX512F__)
-  return reinterpret_cast<FloatVector>(_mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
+  return reinterpret_cast<FloatVector>(
+      _mm512_fmadd_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), reinterpret_cast<__m512>(c)));
 #elif defined(__AVX__) && defined(__FMA__)
-  return reinterpret_cast<FloatVector>(_mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+  return reinterpret_cast<FloatVector>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
 #else
   return a * b + c;
 #endif
@@ -92,6 +94,7 @@ int64_t panels_size(int64_t K, int64_t N) {
 // B [K, N] into panels [K][NR], panels_size(K, N) numbers.
 template <typename T>
 void pack_panels(Strided<T> B, int64_t K, int64_t N, T* panels) {
+  if (K == 0) return;
   for (int64_t j0 = 0; j0 < N; j0 += NR<T>, panels += K * NR<T>) {
     const int64_t columns = std::min<int64_t>(NR<T>, N - j0);
     if (columns < NR<T>) std::memset(panels, 0, K * NR<T> * sizeof(T));
@@ -190,6 +193,7 @@ void gemm_panels(int64_t M, int64_t N, int64_t K, Strided<T> A, const T* panels,
 template <typename T>
 void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int64_t C_row, bool accumulate, std::vector<T>& scratch,
           const T* bias = nullptr) {
+  if (K == 0) A = B = {};
   constexpr int64_t row_block = 448;  // x GEMM_DEPTH numbers of A: half of a second-level cache of 1 MiB
   const int64_t depth_block = std::min(K, GEMM_DEPTH), column_block = std::min<int64_t>(N, 1024);
   // Rows some KiB apart fall on few sets of the first-level cache, which has fewer ways than a micro-kernel has rows: bring them nearer.

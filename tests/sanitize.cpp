@@ -1,13 +1,16 @@
 // Every CPU kernel and every CUDA kernel (emulated), under AddressSanitizer and UndefinedBehaviorSanitizer, on small and nasty
 // inputs. Exits 0 when nothing was found. Values are compared elsewhere (test_<op>.py); here the machines must merely agree
 // where that is cheap. Each op has one function; add the next one's below and to main().
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
 #include <random>
 #include <vector>
 
+#include "deform_conv2d.h"
 #include "layout.h"
+#include "linear_attention.h"
 #include "nms.h"
 #include "paste_masks.h"
 #include "roi_align.h"
@@ -170,7 +173,164 @@ static void check_transpose(int64_t N, int64_t rows, int64_t columns) {
         expect(target[(n * columns + j) * rows + i] == source[(n * rows + i) * columns + j], "transpose: a number in the wrong place");
 }
 
+template <typename T>
+std::vector<T> numbers(int64_t count, double size = 1) {
+  std::vector<T> result;
+  for (int64_t i = 0; i < count; i++) result.push_back(static_cast<T>(uniform(-size, size)));
+  return result;
+}
+
+// A random product of two terms with operands of random strides, a random part of its blocks at a time; every operand has its exact size.
+template <typename T>
+void check_product() {
+  const auto size = [] { return static_cast<int64_t>(1 + std::pow(uniform(0, 1), 4) * 600); };
+  const int64_t M = size(), N = std::min<int64_t>(size(), 200), C_row = N + static_cast<int64_t>(uniform(0, 3));
+  std::vector<T> C((M - 1) * C_row + N, T(7)), bias = numbers<T>(N), A[2], B[2];
+  Product<T> product = {M, N, C.data(), C_row, uniform(0, 1) < 0.5 ? bias.data() : nullptr, {}};
+  std::vector<double> expected(M * N), ours(M * N);
+  for (int64_t e = 0; e < M * N; e++) expected[e] = product.bias ? double(bias[e % N]) : 0.0;
+  for (int t = 0; t < 2; t++) {
+    const int64_t K = size() - 1;  // 0 too: nothing is added
+    A[t] = numbers<T>(M * K), B[t] = numbers<T>(K * N);
+    const bool flip_A = uniform(0, 1) < 0.5, flip_B = uniform(0, 1) < 0.5;
+    product.terms.push_back({K, A[t].data(), flip_A ? 1 : K, flip_A ? M : 1, B[t].data(), flip_B ? 1 : N, flip_B ? K : 1});
+    const ProductTerm<T>& term = product.terms.back();
+    for (int64_t i = 0; i < M; i++)
+      for (int64_t j = 0; j < N; j++)
+        for (int64_t p = 0; p < K; p++)
+          expected[i * N + j] += double(term.A[i * term.A_row + p * term.A_column]) * double(term.B[p * term.B_row + j * term.B_column]);
+  }
+  const int64_t blocks = product_blocks(product), middle = static_cast<int64_t>(uniform(0, blocks + 1));
+  product_cpu(product, middle, blocks);
+  product_cpu(product, 0, middle);
+  for (int64_t e = 0; e < M * N; e++) ours[e] = C[e / N * C_row + e % N];
+  expect_close(ours, expected, sizeof(T) == 8 ? 1e-9 : 1e-2, "product: not the sum of its terms");
+}
+
+// The attention core of both machines, forward and backward; some rows of the queries are not finite, as queries[0] is where `nasty`.
+template <typename T>
+void check_attention(int64_t B, int64_t N, int64_t k, int64_t H, int64_t d, int64_t segments, bool nasty) {
+  std::vector<T> query = numbers<T>(B * N * H * d, 3), keys = numbers<T>(B * k * H * d, 3), values = numbers<T>(B * k * H * d);
+  const std::vector<T> grad = numbers<T>(B * N * H * d);
+  if (nasty && !query.empty()) query[0] = static_cast<T>(NAN_), query.back() = static_cast<T>(INF), keys[0] = static_cast<T>(-INF);
+  const T scale = T(1) / std::sqrt(T(d));
+  const Attention<T> problem = {B, N, k, H, d, scale, query.data(), keys.data(), values.data()};
+  const int64_t items = B * H * segments, middle = items / 3;
+  std::vector<T> output(query.size()), log_sum_exp(B * H * N), grad_query(query.size()), parts[2];
+  for (auto& part : parts) part.assign(segments * keys.size(), T(7));
+  attention_cpu(problem, segments, output.data(), log_sum_exp.data(), middle, items);
+  attention_cpu(problem, segments, output.data(), log_sum_exp.data(), 0, middle);
+  for (int64_t part = 0; part < 2; part++)
+    attention_backward_cpu(problem, segments, output.data(), log_sum_exp.data(), grad.data(), grad_query.data(), parts[0].data(),
+                           parts[1].data(), part ? middle : 0, part ? items : middle);
+
+  const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  const int64_t rows = N / 2, first = N - rows;  // the second half of the rows, as a chunk
+  const ScoreRows at = {B * H, rows, k, N, first};
+  std::vector<T> scores, grad_P, P(B * H * rows * k), grad_scores(P.size()), lse(B * H * N), mean(B * H * N), expected, ours;
+  for (int64_t b = 0; b < B; b++)
+    for (int64_t h = 0; h < H; h++)
+      for (int64_t n = first; n < N; n++)
+        for (int64_t j = 0; j < k; j++) {
+          T score = 0, grad_of_P = 0;
+          for (int64_t c = 0; c < d; c++) {
+            score += query[((b * N + n) * H + h) * d + c] * keys[((b * k + j) * H + h) * d + c];
+            grad_of_P += grad[((b * N + n) * H + h) * d + c] * values[((b * k + j) * H + h) * d + c];
+          }
+          scores.push_back(score), grad_P.push_back(grad_of_P);
+        }
+  attention_softmax_cuda<T>(scores.data(), at, scale, dtype, P.data(), lse.data(), nullptr);
+  attention_mean_cuda<T>(B, N, H, d, dtype, output.data(), grad.data(), mean.data(), nullptr);
+  attention_grad_scores_cuda<T>(scores.data(), grad_P.data(), lse.data(), mean.data(), at, scale, dtype, P.data(), grad_scores.data(),
+                                nullptr);
+  for (int64_t r = 0; r < B * H * rows; r++)
+    for (int64_t c = 0; c < d; c++) {
+      const int64_t b = r / rows / H, h = r / rows % H, n = first + r % rows;
+      T result = 0, gradient = 0;
+      for (int64_t j = 0; j < k; j++) {
+        result += P[r * k + j] * values[((b * k + j) * H + h) * d + c];
+        gradient += grad_scores[r * k + j] * keys[((b * k + j) * H + h) * d + c];
+      }
+      ours.push_back(output[((b * N + n) * H + h) * d + c]), expected.push_back(result);
+      ours.push_back(grad_query[((b * N + n) * H + h) * d + c]), expected.push_back(gradient);
+    }
+  expect_close(doubles<T>({ours}), doubles<T>({expected}), 1e-3, "linear_attention: CPU and CUDA kernels disagree");
+}
+
+// Forward and backward of both machines; the products that a GPU leaves to the framework are loops here. One nasty offset in nine.
+template <typename T>
+void check_deform_conv2d(DeformConv2d<T> problem, bool masked) {
+  problem.OH = (problem.H + 2 * problem.pad_y - problem.dilation_y * (problem.KH - 1) - 1) / problem.stride_y + 1;
+  problem.OW = (problem.W + 2 * problem.pad_x - problem.dilation_x * (problem.KW - 1) - 1) / problem.stride_x + 1;
+  const int64_t P = problem.positions(), K = problem.taps(), C = problem.C, O = problem.O, samples = P * problem.offset_groups * K;
+  const int64_t channels = problem.group_channels(), outputs = problem.group_outputs(), blocks = deform_blocks(problem);
+  const double nasty[] = {NAN_, INF, -INF, 1e30, -3e9, -1};
+  const auto numbers = [](int64_t count) {
+    std::vector<T> array(count);
+    for (T& x : array) x = static_cast<T>(uniform(-1, 1));
+    return array;
+  };
+  const std::vector<T> input = numbers(problem.N * problem.H * problem.W * C), weight = numbers(O * K * channels), grad = numbers(P * O);
+  const std::vector<T> bias(O), mask = numbers(samples);
+  std::vector<T> offset = numbers(2 * samples);
+  for (size_t i = 0; i < offset.size(); i++) offset[i] = i % 9 == 4 ? static_cast<T>(nasty[i / 9 % 6]) : 3 * offset[i];
+  problem.offset = offset.data(), problem.mask = masked ? mask.data() : nullptr;
+
+  std::vector<T> packed(deform_packed_size(problem)), packed_backward(deform_packed_backward_size(problem)), output(P * O, T(7));
+  std::vector<T> scratch(deform_scratch_size(problem)), partial(deform_parts(problem) * P * K * 3), grad_input(input.size(), T(7));
+  std::vector<T> grad_offset(2 * samples), grad_mask(samples), grad_weight(weight.size(), T(7));
+  deform_pack(problem, weight.data(), packed.data(), 0, deform_panels(problem));
+  deform_pack_backward(problem, weight.data(), packed_backward.data(), 0, blocks);
+  deform_conv2d_cpu(problem, input.data(), packed.data(), bias.data(), output.data(), scratch.data(), 0, deform_tiles(problem));
+  deform_backward_input_cpu(problem, input.data(), packed_backward.data(), grad.data(), grad_input.data(), partial.data(), scratch.data(),
+                            0, problem.N * blocks);
+  deform_backward_offset_cpu(problem, partial.data(), grad_offset.data(), grad_mask.data(), 0, P);
+  deform_backward_weight_cpu(problem, input.data(), grad.data(), grad_weight.data(), scratch.data(), 0, K * blocks);
+
+  const DType dtype = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  std::vector<T> columns(P * K * C), grad_columns(columns.size()), output_cuda(P * O), grad_weight_cuda(weight.size());
+  deform_columns_cuda<T>(problem, dtype, input.data(), 0, P, columns.data(), nullptr);
+  for (int64_t p = 0; p < P; p++)
+    for (int64_t o = 0; o < O; o++)
+      for (int64_t kc = 0; kc < K * channels; kc++) {
+        const int64_t column = (o / outputs * P + p) * K * channels + kc;
+        output_cuda[p * O + o] += weight[o * K * channels + kc] * columns[column];
+        grad_columns[column] += weight[o * K * channels + kc] * grad[p * O + o];
+        grad_weight_cuda[o * K * channels + kc] += columns[column] * grad[p * O + o];
+      }
+  expect_close(doubles<T>({output, grad_weight}), doubles<T>({output_cuda, grad_weight_cuda}), 1e-3, "deform_conv2d: machines disagree");
+  const std::vector<double> expected = doubles<T>({grad_input, grad_offset, grad_mask});
+  std::vector<int64_t> cells(samples), order(samples), starts(deform_cells(problem) + 1);
+  deform_cells_cuda<T>(problem, 0, P, cells.data(), nullptr);
+  for (int64_t i = 0; i < samples; i++) order[i] = i;
+  std::stable_sort(order.begin(), order.end(), [&](int64_t a, int64_t b) { return cells[a] < cells[b]; });
+  for (size_t c = 0; c < starts.size(); c++)
+    for (const int64_t cell : cells) starts[c] += cell < static_cast<int64_t>(c);
+  for (bool deterministic : {false, true}) {
+    std::fill(grad_input.begin(), grad_input.end(), T(0));
+    deform_backward_cuda<T>(problem, dtype, input.data(), grad_columns.data(), 0, P, deterministic ? nullptr : grad_input.data(),
+                            grad_offset.data(), grad_mask.data(), nullptr);
+    if (deterministic)
+      deform_gather_cuda<T>(problem, dtype, grad_columns.data(), 0, P, order.data(), starts.data(), grad_input.data(), nullptr);
+    expect_close(doubles<T>({grad_input, grad_offset, grad_mask}), expected, 1e-3, "deform_conv2d: gradients of the machines disagree");
+  }
+}
+
 int main() {
+  for (bool masked : {false, true}) {  // N, C, H, W, O, KH, KW, (OH, OW), stride, padding, dilation, groups, offset groups
+    check_deform_conv2d<float>({2, 12, 6, 7, 10, 3, 3, 0, 0, 1, 1, 1, 1, 1, 1, 2, 3, nullptr, nullptr}, masked);
+    check_deform_conv2d<float>({1, 70, 9, 13, 5, 2, 3, 0, 0, 2, 1, 0, 2, 1, 2, 1, 2, nullptr, nullptr}, masked);
+    check_deform_conv2d<double>({2, 3, 1, 5, 1, 1, 1, 0, 0, 1, 1, 0, 0, 1, 1, 1, 1, nullptr, nullptr}, masked);
+    check_deform_conv2d<double>({1, 8, 5, 4, 8, 3, 2, 0, 0, 1, 2, 2, 1, 1, 1, 8, 4, nullptr, nullptr}, masked);
+  }
+  for (int i = 0; i < 40; i++) i % 4 ? check_product<float>() : check_product<double>();
+  for (int i = 0; i < 60; i++) {
+    const auto size = [](double most) { return static_cast<int64_t>(1 + std::pow(uniform(0, 1), 3) * most); };
+    const int64_t N = size(150) - 1;
+    if (i % 4) check_attention<float>(size(2), N, size(80), size(3), size(40), size(4), i % 5 == 0);
+    else check_attention<double>(size(2), N, size(80), size(3), size(40), size(4), i % 5 == 0);
+  }
+  check_attention<float>(1, 9, 600, 1, 3, 1, false);  // more keys than a lane's registers hold
   check_transpose(2, 33, 70);
   check_transpose(3, 64, 1);
   check_transpose(1, 5, 32);

@@ -56,8 +56,8 @@ Sizes check(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const
 void check_kept(const Tensor& grad, const Sizes& size, const Tensor& x, const OptionalTensor& w_o, const Tensor& attended,
                 const Tensor& query, const Tensor& projected, const Tensor& keys_values, const Tensor& log_sum_exp) {
   const auto expect = [&](const char* name, const Tensor& t, std::vector<int64_t> sizes, at::ScalarType type) {
-    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(sizes) && t.scalar_type() == type && t.device() == x.device(), "linear_attention: ", name,
-                      " must be ", at::IntArrayRef(sizes), " ", type, " on ", x.device(), ", got ", t.sizes(), " ", t.scalar_type());
+    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(sizes) && t.scalar_type() == type && t.device() == x.device(), "linear_attention: ",
+                      name, " must be ", at::IntArrayRef(sizes), " ", type, " on ", x.device(), ", got ", t.sizes(), " ", t.scalar_type());
   };
   const at::ScalarType type = x.scalar_type();
   expect("grad", grad, {size.B, size.N, w_o.has_value() ? w_o->size(0) : size.A}, type);
@@ -343,7 +343,8 @@ Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const Optio
   const Sizes size = check(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, b_o);
   const OnDevice device(x);
   const Tensor query = at::linear(x, w_q, b_q).contiguous();
-  const Tensor projected = at::empty({2, size.B, size.k, size.D}, x.options()), keys_values = at::empty({2, size.B, size.k, size.A}, x.options());
+  const Tensor projected = at::empty({2, size.B, size.k, size.D}, x.options());
+  const Tensor keys_values = at::empty({2, size.B, size.k, size.A}, x.options());
   for (int part = 0; part < 2; ++part) {
     const Tensor& projection = part ? F : E;
     const OptionalTensor& bias = part ? b_v : b_k;

@@ -1,16 +1,16 @@
 // Linear attention on a GPU: what lies between the matrix products. Read ../linear_attention.h first, then ../cpu/linear_attention.cpp.
 //
-// The plain algorithm: S = Q K^T, P = softmax of its rows, O = P V, each a kernel over [B H, N, k]: for 2 x 8 heads of 12,544 positions and
-// k = 256 that is 51 million scores, 205 MB in float32, written, read, written as P and read again: 0.6 GB beside the 13 MB of Q and of O in
-// bfloat16. Arithmetic: 4 N k A flops forward, 10 N k A backward, all of it in matrix products, which tensor cores do in microseconds: what
-// lies between them is a matter of bytes.
+// The plain algorithm: S = Q K^T, P = softmax of its rows, O = P V, each a kernel over [B H, N, k]: for 2 x 8 heads of 12,544 positions
+// and k = 256 that is 51 million scores, 205 MB in float32, written, read, written as P and read again: 0.6 GB beside the 13 MB of Q and of
+// O in bfloat16. Arithmetic: 4 N k A flops forward, 10 N k A backward, all of it in matrix products, which tensor cores do in
+// microseconds: what lies between them is a matter of bytes.
 // What is done about it:
 //  1. Rows are taken in chunks whose scores fill at most SCORES_BYTES (bindings/linear_attention.cpp), less than the second-level cache:
-//     the products and the kernels here hand S and P to each other there, and memory sees Q and O alone. That also bounds what is allocated.
-//  2. One warp owns a row and holds it in registers, k up to 512: S is read once, P written once, 6 bytes a score in half precision. Neighbouring
-//     lanes have neighbouring scores, so each access of a warp is 128 consecutive bytes. The row's maximum and sum are shuffles.
-//  3. Scores stay in float32 for every dtype but float64: in bfloat16 a score of 10 would be off by 2 %, and so would its exponential. P, of
-//     size 1, is rounded to the dtype for the tensor cores.
+//     the products and the kernels here hand S and P to each other there, and memory sees Q and O alone. That bounds what is allocated too.
+//  2. One warp owns a row and holds it in registers, k up to 512: S is read once, P written once, 6 bytes a score in half precision.
+//     Neighbouring lanes have neighbouring scores, so each access of a warp is 128 consecutive bytes. Maximum and sum are shuffles.
+//  3. Scores stay in float32 for every dtype but float64: in bfloat16 a score of 10 would be off by 0.02, and its exponential by 2 %. P,
+//     of size 1, is rounded to the dtype for the tensor cores.
 //  4. Backward keeps the log-sum-exp of a row, 4 bytes, in place of 2 k bytes of P; one kernel makes P and dS from S and dP at once.
 // No atomics: every number has one owner, and two runs give equal bytes where the framework's products do.
 // Gain of each step: not measured on a GPU yet.
@@ -107,8 +107,8 @@ __global__ void attention_mean(int64_t B, int64_t N, int64_t H, int64_t d, const
 // scores, grad_P, P, grad_scores [rows, k]; log_sum_exp, mean [B, H, N]. Warp: a row.
 template <typename T>
 __global__ void attention_grad_scores(const accumulate_t<T>* __restrict__ scores, const accumulate_t<T>* __restrict__ grad_P,
-                                      const accumulate_t<T>* __restrict__ log_sum_exp, const accumulate_t<T>* __restrict__ mean, ScoreRows at,
-                                      accumulate_t<T> scale, T* __restrict__ P, T* __restrict__ grad_scores) {
+                                      const accumulate_t<T>* __restrict__ log_sum_exp, const accumulate_t<T>* __restrict__ mean,
+                                      ScoreRows at, accumulate_t<T> scale, T* __restrict__ P, T* __restrict__ grad_scores) {
   using A = accumulate_t<T>;
   for (int64_t r = first_row(); r < at.heads * at.rows; r += row_step()) {
     const A shift = log_sum_exp[at.position(r)], centre = mean[at.position(r)];

@@ -20,9 +20,9 @@ from . import _extension
 def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None, b_o=None):
     """Attention of every position over k projected positions: [B, N, A], or [B, N, D_o] where an output projection w_o is given.
 
-    x: [B, N, D] float. w_q, w_k, w_v: [A, D], b_q, b_k, b_v: [A] or None, as nn.Linear holds them. E, F: [N, k], the projections of keys and
-    of values along the sequence, shared by the heads. num_heads: divides A; head h has the channels h d ... (h + 1) d - 1, d = A / num_heads.
-    w_o: [D_o, A], b_o: [D_o] or None. All of one dtype and device. As the body of an nn.Module with its layers:
+    x: [B, N, D] float. w_q, w_k, w_v: [A, D], b_q, b_k, b_v: [A] or None, as nn.Linear holds them. E, F: [N, k], the projections of keys
+    and of values along the sequence, shared by the heads. num_heads: divides A; head h has the channels h d ... (h + 1) d - 1 with
+    d = A / num_heads. w_o: [D_o, A], b_o: [D_o] or None. All of one dtype and device. As the body of an nn.Module with its layers:
         linear_attention(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias, E, F, 8, output.weight, output.bias)
     There is no dropout inside. float16 and bfloat16: softmax and sums in float32; on a CPU the whole is computed in float32, which autocast
     also returns; autocast on a GPU casts the inputs to its dtype.
@@ -154,11 +154,11 @@ def linear_attention_backward_reference(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, 
 
 # ---- schema, fake, autograd ----------------------------------------------------------------------------------------------------
 
-_extension.define("linear_attention(Tensor x, Tensor w_q, Tensor? b_q, Tensor w_k, Tensor? b_k, Tensor w_v, Tensor? b_v, Tensor E, Tensor F, "
-                  "int num_heads, Tensor? w_o, Tensor? b_o, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+_extension.define("linear_attention(Tensor x, Tensor w_q, Tensor? b_q, Tensor w_k, Tensor? b_k, Tensor w_v, Tensor? b_v, Tensor E, "
+                  "Tensor F, int num_heads, Tensor? w_o, Tensor? b_o, bool keep) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                   linear_attention_reference)
-_extension.define("linear_attention_backward(Tensor grad, Tensor x, Tensor w_q, Tensor w_k, Tensor? b_k, Tensor w_v, Tensor? b_v, Tensor E, "
-                  "Tensor F, int num_heads, Tensor? w_o, Tensor attended, Tensor query, Tensor projected, Tensor keys_values, "
+_extension.define("linear_attention_backward(Tensor grad, Tensor x, Tensor w_q, Tensor w_k, Tensor? b_k, Tensor w_v, Tensor? b_v, "
+                  "Tensor E, Tensor F, int num_heads, Tensor? w_o, Tensor attended, Tensor query, Tensor projected, Tensor keys_values, "
                   "Tensor log_sum_exp) -> "
                   "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                   linear_attention_backward_reference)
