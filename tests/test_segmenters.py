@@ -278,7 +278,8 @@ def test_probabilities_ask_for_evaluation_mode():
     ("unet", dict(image_std=(0.0, 1.0, 1.0)), "above 0"), ("unet", dict(bce_weight=-1.0), "bce_weight: expected 0 or more"),
     ("unet", dict(dice_weight=float("nan")), "dice_weight: expected 0 or more"),
     ("unet", dict(class_weights="median"), "class_weights: expected one of"),
-    ("unet", dict(body="vgg16"), "body: expected one of resnet18"), ("unet", dict(decoder_channels=(64, 32)), "decoder_channels: expected 5"),
+    ("unet", dict(body="vgg16"), "body: expected one of resnet18"),
+    ("unet", dict(decoder_channels=(64, 32)), "decoder_channels: expected 5"),
     ("manet", dict(squeeze_ratio=0), "squeeze_ratio: expected 1"), ("manet", dict(position_channels=0), "position_channels: expected 1"),
     ("unetplusplus", dict(decoder_channels=(1, 2, 3, 4, 0)), "decoder_channels: expected 5"),
     ("deeplabv3", dict(atrous_rates=()), "atrous_rates: expected"), ("deeplabv3plus", dict(skip_channels=0), "skip_channels: expected 1"),
@@ -320,7 +321,8 @@ def test_a_body_file_is_refused_where_there_is_no_body(tmp_path):
 def test_a_whole_checkpoint_loads_and_what_does_not_fit_is_reported(tmp_path, name, wrapped):
     source = small_model(name, 2)
     state = source.state_dict()
-    torch.save({"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3} if wrapped else state, tmp_path / "whole.pth")
+    file = {"state_dict": {f"model.{key}": value for key, value in state.items()}, "epoch": 3} if wrapped else state
+    torch.save(file, tmp_path / "whole.pth")
     twin = small_model(name, 2)
     report = load_pretrained(twin, tmp_path / "whole.pth")
     assert set(report["loaded"]) == set(twin.state_dict()) and not report["missing"] + report["unexpected"] + report["mismatched"]
