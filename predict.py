@@ -68,7 +68,7 @@ def main(argv=None):
           + ("each pixel's likeliest class" if segments and len(thresholds) > 1 else f"lowest score of a finding: {lowest}"))
     about = {"model": checkpoint["model"], "checkpoint": checkpoint_path, "class_names": list(checkpoint["class_names"]),
              "score_thresholds": thresholds}
-    about |= ({"tile": args.tile, "overlap": args.overlap, "mm_per_px": args.mm_per_px} if segments
+    about |= ({flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")} if segments
               else {"mask_threshold": getattr(model.config, "mask_threshold", None)})
 
     if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
@@ -120,6 +120,8 @@ def parse_arguments(argv):
     add("--tile", type=int, default=0, metavar="SIDE", help="segmentation: cut the photograph into tiles of this many pixels a side, each "
         "looked at unreduced, and blend them (default: the whole photograph at the model's size)")
     add("--overlap", type=int, metavar="PX", help="pixels that neighbouring tiles share (default: a quarter of a tile)")
+    add("--min-area", type=int, default=0, metavar="PX", help="segmentation: connected pieces of fewer pixels are left out of mask, "
+        "overlay and JSON (default: none)")
     add("--mm-per-px", type=float, metavar="MM", help="segmentation: millimetres a pixel of the photograph; lengths and widths are then "
         "given in millimetres too")
     add("--device", default="auto", help="cpu, cuda, cuda:1, ... (default: cuda where there is one, else cpu)")
@@ -129,12 +131,14 @@ def parse_arguments(argv):
 def check_flags(args, model):
     """ValueError for a flag that the model's task does not have, or a number that makes no sense; fills in --overlap."""
     if model.task != "segmentation":
-        for flag in ("tile", "overlap", "mm_per_px"):
+        for flag in ("tile", "overlap", "mm_per_px", "min_area"):
             if getattr(args, flag):
                 raise ValueError(f"--{flag.replace('_', '-')} is for segmentation models, the checkpoint holds {model.name} ({model.task})")
         return
     if args.mm_per_px is not None and not 0 < args.mm_per_px < float("inf"):
         raise ValueError(f"--mm-per-px: expected millimetres a pixel above 0, got {args.mm_per_px}")
+    if args.min_area < 0:
+        raise ValueError(f"--min-area: expected 0 or more pixels, got {args.min_area}")
     if args.overlap is not None and not args.tile:
         raise ValueError("--overlap: expected --tile SIDE with it, got none")
     if args.overlap is None:
@@ -292,6 +296,9 @@ def segment(model, path, image, stem, thresholds, about, explain):
             probabilities = model.probabilities([tensor], at="native")[0]
         maps = model.attention_maps([tensor])[0] if explain else None
     label_map = label_map_of(probabilities, thresholds[names[0]]).cpu().numpy()
+    for label in range(1, len(names) + 1) if about["min_area"] > 1 else ():
+        mask = label_map == label
+        label_map[mask & ~mask_codec.remove_islands(mask, about["min_area"])] = 0
     content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
     save_label_map(stem + ".mask.png", label_map, names)
     save_picture(stem + ".overlay.jpg", draw_cracks(image, label_map, names))

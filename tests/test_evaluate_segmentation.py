@@ -244,7 +244,7 @@ def test_compare_repeats_the_crack_paper_s_tables(tmp_path, capsys):
     assert rows["unet"]["p"] == pytest.approx(2 / 1024) and rows["unet"]["p, Holm"] == pytest.approx(4 / 1024)
     assert rows["unet"]["first is better on"] == 10 and rows["unetplusplus"]["first is better on"] == 8
     page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
-    assert page.count("data:image/") == 2 and "IoU by data set" in page
+    assert page.count("data:image/") == 5 and "recall by data set" in page
 
 
 def test_compare_pairs_the_pictures_of_one_set(tmp_path, capsys):

@@ -123,7 +123,7 @@ def test_score_replaces_the_thresholds_and_the_json_says_what_was_used(folder):
 
 def test_flags_of_segmenters_are_refused(folder, capsys):
     photograph().save(folder / "car.png")
-    for flag, value in (("--tile", 448), ("--overlap", 8), ("--mm-per-px", 0.5)):
+    for flag, value in (("--tile", 448), ("--overlap", 8), ("--mm-per-px", 0.5), ("--min-area", 9)):
         assert run("car.png", flag, value) == 2
         assert f"{flag} is for segmentation models, the checkpoint holds red (detection)" in capsys.readouterr().err
 

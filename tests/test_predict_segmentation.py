@@ -89,6 +89,17 @@ def test_score_nothing_found_and_a_second_run(folder, capsys):
     assert "nothing found (highest probability 0.80)" in capsys.readouterr().out
 
 
+def test_small_pieces_are_left_out_on_request(folder):
+    path, _, _ = folder
+    photograph(path / "wall.png")
+    assert run("wall.png", "--score", "0.2", "--min-area", "26") == 0
+    assert [p["area_px"] for p in read(path / "predictions" / "wall.json")["pieces"]] == [400, 120]
+    with Image.open(path / "predictions" / "wall.mask.png") as mask:
+        assert np.asarray(mask).sum() == 520
+    assert run("wall.png", "--score", "0.2", "--min-area", "25") == 0
+    assert [p["area_px"] for p in read(path / "predictions" / "wall.json")["pieces"]] == [400, 120, 25]
+
+
 def test_several_classes_take_the_likeliest(folder):
     path, _, checkpoint = folder
     predict.load_checkpoint = lambda *_: (RedSegmenter(2), {**checkpoint, "class_names": ("crack", "moss"), "thresholds": {}})

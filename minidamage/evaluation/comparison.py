@@ -19,11 +19,14 @@ from minidamage.evaluation.common import without_nan, writing
 from minidamage.metrics import tables
 from minidamage.metrics.segmentation import NAMES, quotients
 from minidamage.metrics.statistics import bootstrap, holm, mean_std, wilcoxon
-from minidamage.visualize.plots import bar_plot, box_plot
+from minidamage.visualize.canvas import padded_limits
+from minidamage.visualize.plots import bar_plot, beside, box_plot
 from minidamage.visualize.report import Picture, Table, write_report
 
 COLUMNS = {"segmentation": ("IoU", "Dice", "recall", "precision"),                        # the order of the paper's Table 3
            "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
+DRAWN = {"segmentation": ("IoU", "Dice", "recall"), "detection": ("segm/AP", "bbox/AP")}
+ROW, BAR = 1200, 24                                           # pixels: width of a row of bars, and of a bar with its share of the gaps
 
 
 @dataclasses.dataclass
@@ -197,14 +200,19 @@ def as_number(value):
 # ---------------------------------------------------------------------------------------------------------- files
 
 def write(out, shown, notes, by_model, sets, metric, evaluations):
-    """comparison.json, bars.png (Fig. 6 of the crack paper), boxes.png (Fig. 7) and report.html."""
-    values = {model: [as_number(found[d].stats.get(metric)) if d in found else float("nan") for d in sets]
-              for model, found in by_model.items()}
-    width = int(min(max(720, 34 * len(sets) * (len(by_model) + 1)), 2400))
-    pictures = [Picture(bar_plot(sets, values, f"{metric} by data set", metric, size=(width, 460)), f"{metric} by data set", wide=True)]
+    """comparison.json, and report.html with bars a data set (Fig. 6 of the crack paper) and boxes over data sets (Fig. 7)."""
+    def values_of(name):
+        return {model: [as_number(found[d].stats.get(name)) if d in found else float("nan") for d in sets]
+                for model, found in by_model.items()}
+
+    values = values_of(metric)
+    drawn = list(dict.fromkeys([metric, *DRAWN[evaluations[0].task]]))
+    drawn = [name for name in drawn if np.isfinite(list(values_of(name).values())).any()]
+    pictures = [Picture(bars(sets, values_of(name), name), f"{name} by data set", wide=True) for name in drawn]
     if len(sets) > 1:
-        size = (int(min(max(720, 90 * len(values)), 2400)), 460)
-        pictures.append(Picture(box_plot(values, f"{metric} over {len(sets)} data sets", metric, size=size), f"{metric} over data sets"))
+        size = (min(max(720, 90 * len(values)), 1800), 460)
+        pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets")
+                     for name in drawn[:2]]
     numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [e.path for e in evaluations],
                "values": {model: dict(zip(sets, row)) for model, row in values.items()},
                "tables": [{"caption": c, "columns": cols, "rows": rows} for c, cols, rows in shown], "notes": notes}
@@ -214,3 +222,15 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
         write_report(os.path.join(out, "report.html"), f"{len(by_model)} models on {len(sets)} data sets",
                      [("Comparison", [*blocks, *notes]), ("Pictures", pictures), ("How this was made", [{"command": numbers["command"]}])])
     print(f"\nwritten: {os.path.join(out, 'report.html')}, comparison.json")
+
+
+def bars(sets, values, name):
+    """Bars of all models for each data set, in as many rows as keep them readable, all on one scale. values: {model: a number a set}."""
+    known = [v for row in values.values() for v in row if v == v]
+    limits = padded_limits([*known, 0.0], 0.10, zero=True)
+    in_row = max(1, ROW // (BAR * (len(values) + 1)))
+    rows = [slice(first, first + in_row) for first in range(0, len(sets), in_row)]
+    width = max(720, min(ROW, BAR * (len(values) + 1) * min(len(sets), in_row) + 80))
+    form = "{:.2f}" if len(values) * min(len(sets), in_row) <= 24 and len(values) <= 4 else ""
+    return beside([bar_plot(sets[row], {model: v[row] for model, v in values.items()}, f"{name} by data set", name, value_format=form,
+                            y_limits=limits, size=(width, 420)) for row in rows], columns=1)

@@ -71,14 +71,19 @@ def draw_attention(image, maps, label_map=None, class_names=(), cell=480):
     the common scale 0 to 1; CAGM's influence, which has none, from its own lowest to its highest value, printed in the title.
     """
     image = to_picture(image)
-    views = {f"picture, {image.shape[1]} x {image.shape[0]}": image}
+    H, W, _ = image.shape
+    views = {f"picture, {W} x {H}": image}
     if label_map is not None:
         views["prediction"] = draw_cracks(image, np.asarray(label_map), class_names)
+    scale = min(cell / max(H, W), 1.0)                        # heat is drawn at its final size: a large photograph costs no more
+    size = max(1, round(W * scale)), max(1, round(H * scale))
+    small = np.asarray(Image.fromarray(image).resize(size, Image.Resampling.LANCZOS))
     for name, values in maps.items():
         values = np.asarray(values.detach().cpu() if hasattr(values, "detach") else values, np.float32)
         low, high = (0.0, 1.0) if name.startswith("rfem") else (float(values.min()), float(values.max()))
         title = f"{ATTENTION_TITLES.get(name, name)}  ({values.min():.2f} to {values.max():.2f})"
-        views[title] = heat_over(image, (values - low) / max(high - low, 1e-9))
+        values = np.asarray(Image.fromarray((values - low) / max(high - low, 1e-9)).resize(size, Image.Resampling.BILINEAR))
+        views[title] = heat_over(small, values)
     return grid(list(views.values()), list(views), columns=min(4, len(views)), cell=cell)
 
 

@@ -41,7 +41,7 @@ def line_plot(series, title="", x_label="", y_label="", log_y=False, x_limits=No
     for curve in series:
         if len(curve.x) != len(curve.y):
             raise ValueError(f"series {curve.name!r}: expected as many x as y, got {len(curve.x)} and {len(curve.y)}")
-    colours = [curve.colour or SERIES[k % len(SERIES)] for k, curve in enumerate(series)]
+    colours = [curve.colour or series_colour(k) for k, curve in enumerate(series)]
     xs = [value for curve in series for value in curve.x]
     ys = [value for curve in series for value in curve.y]
     x_limits = x_limits or padded_limits(xs, 0.02)
@@ -69,7 +69,7 @@ def bar_plot(groups, series, title="", y_label="", errors=None, value_format="{:
     for name, values in series.items():
         if len(values) != len(groups):
             raise ValueError(f"series {name!r}: expected {len(groups)} values, one a group, got {len(values)}")
-    shades = {name: (colours or {}).get(name, SERIES[k % len(SERIES)]) for k, name in enumerate(series)}
+    shades = {name: (colours or {}).get(name, series_colour(k)) for k, name in enumerate(series)}
     tops = [value + sign * np.nan_to_num(np.asarray(errors.get(name, np.zeros(len(groups))), np.float64)[g])
             for name, values in series.items() for g, value in enumerate(values) for sign in (-1, 1)]
     y_limits = y_limits or padded_limits(tops + [0.0], 0.10, zero=True)
@@ -100,7 +100,7 @@ def box_plot(samples, title="", y_label="", y_limits=None, size=SIZE, colours=No
     axes.draw_grid()
     for g, name in enumerate(names):
         if len(kept[name]):
-            colour = (colours or {}).get(name, SERIES[g % len(SERIES)])
+            colour = (colours or {}).get(name, series_colour(g))
             _draw_box(axes, g + 0.5, kept[name], colour)
     _draw_group_names(axes, names)
     axes.draw_frame("", y_label)
@@ -201,6 +201,11 @@ def beside(pictures, columns=2, title=""):
 
 
 # ---------------------------------------------------------------------------------------------- parts of a plot
+
+def series_colour(k):
+    """(r, g, b) of the k-th series: the palette, then its hues lighter, so that sixteen stay apart."""
+    return lighter(SERIES[k % len(SERIES)], 0.5 * (k // len(SERIES) % 2))
+
 
 def _framed(figure, title, y_label, keys, x_limits, y_limits, log_y, x_ticks, extra_bottom=0):
     """Title, then the legend in rows (above the data: it never covers any), then axes in the room that is left."""
