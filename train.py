@@ -398,6 +398,8 @@ def say_goodbye(run, seconds):
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
     print(f"next:     python evaluate.py --checkpoint {checkpoint}\n"
           f"          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
+    if run.args.keep_epochs:
+        print(f"          python evaluate.py --test-epochs {run.folder}")
     if run.args.data == "demo":
         print("note:     this model has seen drawings only; for real photographs, train on real ones (--data)")
     if run.unsaved:

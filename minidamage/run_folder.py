@@ -3,10 +3,10 @@
     runs/damagenet-demo-001/
         config.json          model config, recipe, command line, seed, commit, versions, kernels, hardware
         split.json           which picture trained, which chose, which is kept for the report
-        metrics.csv          one row an epoch: lr, train and val losses, AP            curves.png  the same, drawn
+        metrics.csv          one row an epoch: lr, train and val losses, AP or IoU     curves.png  the same, drawn
         first_batch.png      what the model is fed: the first batch after augmentation, truth drawn on it
         val_predictions.png  validation pictures of the best epoch, truth beside prediction
-        best.pt  last.pt     checkpoints (minidamage/checkpoint.py)
+        best.pt  last.pt     checkpoints (minidamage/checkpoint.py); with --keep-epochs epoch-001.pt, ... as well
 """
 import contextlib
 import csv

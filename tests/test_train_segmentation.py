@@ -52,7 +52,7 @@ def command(cracks, tmp_path):
 def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert train.main(command("--epochs", 3, "--keep-epochs", "--set", "lr=0.01")) == 0
     folder, printed = only_run(tmp_path), capsys.readouterr().out
-    assert os.path.basename(folder) == "context_cracknet-cracks-001"
+    assert os.path.basename(folder) == "context_cracknet-cracks-001" and f"python evaluate.py --test-epochs {folder}\n" in printed
     assert sorted(os.listdir(folder)) == sorted([*FILES, "epoch-001.pt", "epoch-002.pt", "epoch-003.pt"])
     assert all(Image.open(os.path.join(folder, name)).size[0] > 100 for name in FILES if name.endswith(".png"))
     rows = list(csv.DictReader(open(os.path.join(folder, "metrics.csv"), encoding="utf-8")))
