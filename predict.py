@@ -44,6 +44,7 @@ MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxe
              "width": "local width of the mask at each pixel of the skeleton, mean and largest; side branches shorter than the crack is "
                       "wide are left out",
              "mm": "lengths and widths times --mm-per-px, which holds for a flat surface seen straight on"}
+MANY_PIECES = 100                                            # in one photograph: most of them are specks
 ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png")
 DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
 
@@ -102,6 +103,8 @@ def main(argv=None):
               f"  {time.perf_counter() - began:.2f} s  -> {os.path.join(args.out, stem)}.overlay.jpg", flush=True)
         if segments and not args.tile and (advice := suggestion(*image.shape[:2], model.config.image_size)):
             print(f"    {advice}")
+        if segments and len(classes) > MANY_PIECES:
+            print(f"    {len(classes)} pieces: --min-area 50 leaves out those of fewer than 50 pixels")
     print_summary(found, skipped, args, segments)
     return 0 if found else 1
 

@@ -100,6 +100,15 @@ def test_small_pieces_are_left_out_on_request(folder):
     assert [p["area_px"] for p in read(path / "predictions" / "wall.json")["pieces"]] == [400, 120, 25]
 
 
+def test_many_specks_come_with_advice(folder, capsys):
+    path, _, _ = folder
+    pixels = np.zeros((60, 60, 3), np.uint8)
+    pixels[::4, ::4] = 255
+    Image.fromarray(pixels).save(path / "noise.png")
+    assert run("noise.png") == 0
+    assert "225 pieces: --min-area 50 leaves out" in capsys.readouterr().out
+
+
 def test_several_classes_take_the_likeliest(folder):
     path, _, checkpoint = folder
     predict.load_checkpoint = lambda *_: (RedSegmenter(2), {**checkpoint, "class_names": ("crack", "moss"), "thresholds": {}})

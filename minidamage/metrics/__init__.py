@@ -1,1 +1,1 @@
-"""Scores: detection (COCO, VOC), pixels (pooled, per image), intervals. Read coco, detection, operating, voc."""
+"""Scores: detection (COCO, VOC), pixels (pooled, per image, over thresholds, thin damage), intervals and tests. Read coco, detection, segmentation."""

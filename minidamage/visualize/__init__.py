@@ -1,4 +1,5 @@
-"""Pictures for people: `overlay` (detections over a photograph), `plots` (curves and bars), `report` (one HTML file), `stages` (Fig. 6).
+"""Pictures for people: `overlay` (detections over a photograph), `label_maps` (pixel labels, their errors, attention), `plots` (curves,
+bars, boxes), `report` (one HTML file), `stages` (Fig. 6).
 
 Drawn with Pillow alone. Read overlay.py first.
 """
