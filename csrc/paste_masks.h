@@ -32,6 +32,9 @@ struct PasteAxis {
 
 template <typename A>
 MD_HD PasteAxis<A> paste_axis(int64_t low, int64_t high, int64_t cells, int64_t picture_size) {
+  constexpr int64_t far = int64_t(1) << 40;  // beyond any picture; the differences below must not overflow
+  low = low < -far ? -far : low < far ? low : far;
+  high = high < -far ? -far : high < far ? high : far;
   const int64_t size = high - low + 1 > 1 ? high - low + 1 : 1;
   const int64_t begin = low > 0 ? low : 0, end = high + 1 < picture_size ? high + 1 : picture_size;
   return {cells, low, begin, end > begin ? end : begin, A(cells) / A(size)};
@@ -48,6 +51,7 @@ template <typename A>
 MD_HD PasteTap<A> paste_tap(const PasteAxis<A>& axis, int64_t pixel) {
   A position = mul_rn(axis.cells_per_pixel, A(pixel - axis.start) + A(0.5)) - A(0.5);
   if (!(position > A(0))) position = A(0);
+  if (position > A(axis.cells)) position = A(axis.cells);  // or no integer holds it
   int64_t low = static_cast<int64_t>(position);
   if (low > axis.cells - 1) low = axis.cells - 1;
   return {low, low < axis.cells - 1 ? low + 1 : low, position - A(low)};

@@ -1,7 +1,11 @@
-// Non-maximum suppression on a GPU. Another algorithm than cpu/nms.cpp, because greedy order is serial and a GPU is wide:
-// nms_mask tests all pairs at once and writes one bit each; nms_reduce walks the bits in order of score. Both stay on the
-// device: the host neither copies the mask nor waits. NMS_ROWS rows at a time keep the mask small, and later rows that are
-// already removed are not tested at all.
+// Non-maximum suppression on a GPU. Read ../nms.h first. Another algorithm than cpu/nms.cpp: greedy order is serial and a GPU is wide.
+//
+// The plain algorithm: test all n (n - 1) / 2 pairs, one bit each, copy the n n / 8 bytes of bits to the host, and walk them there in order
+// of score. A test is 12 flops and a division on 32 bytes that a block of threads shares: 20,000 boxes are 2e8 tests, some 3 Gflop, and
+// 50 MB of bits, whose copy and the waiting for it cost more than the tests.
+// What is done about it: nms_reduce walks the bits on the device, so the host neither copies the mask nor waits. NMS_ROWS rows at a time
+// keep the mask small (10 MB for 20,000 boxes), and later rows that are already removed are not tested at all.
+// Gain of each step: not measured on a GPU yet.
 #include "../nms.h"
 
 namespace minidamage {

@@ -8,12 +8,14 @@
 //  2. Positions and weights do not depend on the channel: a block owns one row of bins of one RoI, (r, p), and builds its taps once in
 //     shared memory. Samples that meet at a pixel are merged: a bin of one or two pixels, which is what an FPN's level assignment
 //     gives, reads 4 to 9 pixels in place of 16.
+//  3. An index is taken apart in 32 bits: a 64-bit division costs about as much as the loads of a bin.
 // Bytes for R RoIs: the output once, R PH PW C elements; features, each touched pixel once from memory and 4 to 16 times per
 // bin from the caches. 1,000 RoIs, 7 x 7, C = 256, float32: 50 MB out, at most 28 x 28 KB x 1,000 = 784 MB through the cache; in float16
 // half. Arithmetic, 2 flops a load, is under 0.5 flop a byte: the bound is the cache, and that is what the two points above spare.
 // Backward, by default: the same walk with atomic adds, in float32 whatever the dtype; 4 at once on sm_90. Deterministic: each
 // thread owns 16 bytes of one pixel of the gradient and looks for the RoIs that touch its tile, in order. No atomics, no zero fill, no
 // float32 copy of a float16 gradient; it pays R (tiles) box tests, and adds up overlapping RoIs one after the other in one block.
+// Gain of each step, and the price of the deterministic form: not measured on a GPU yet.
 #include "../roi_align.h"
 
 namespace minidamage {
@@ -121,12 +123,15 @@ MD_DEVICE void for_each_tap(const TapTable<A>& table, const RoiAxis<A>& axis_y, 
 }
 
 // levels[l].data: [N, H, W, C]; output: [R, PH, PW, C]. Block: one row of bins (r, p). Thread: V neighbouring channels of a bin.
-template <typename T, int V>
+// Index holds PW C. A grid has less than 2^31 blocks, so (r, p) are found in 32 bits whatever Index is.
+template <typename T, int V, typename Index>
 __global__ void roi_align_forward(const RoiAlign<accumulate_t<T>> problem, T* __restrict__ output, int capacity) {
   using A = accumulate_t<T>;
   MD_DYNAMIC_SHARED(unsigned char, shared);
-  const int64_t PH = problem.PH, PW = problem.PW, C = problem.C, chunks = C / V;
+  const int64_t PW = problem.PW, C = problem.C;
+  const unsigned PH = static_cast<unsigned>(problem.PH);
   const int64_t r = blockIdx.x / PH, p = blockIdx.x % PH;
+  const Index chunks = static_cast<Index>(C / V), pieces = static_cast<Index>(PW) * chunks;
   T* row = output + blockIdx.x * PW * C;  // [PW, C]
   int64_t l, n;
   if (!find_picture(problem, r, l, n)) {
@@ -140,8 +145,9 @@ __global__ void roi_align_forward(const RoiAlign<accumulate_t<T>> problem, T* __
   const TapTable<A> table(shared, PW, capacity);
   fill_table(table, axis_y, axis_x, level, p, PW);
   const A scale = bin_weight(axis_y, axis_x);
-  for (int64_t k = threadIdx.x; k < PW * chunks; k += blockDim.x) {
-    const int64_t q = k / chunks, c = k % chunks * V;
+  for (Index k = threadIdx.x; k < pieces; k += blockDim.x) {
+    const Index bin = k / chunks;
+    const int64_t q = bin, c = static_cast<int64_t>(k - bin * chunks) * V;
     A sum[V] = {};
     for_each_tap(table, axis_y, axis_x, level, p, q, [&](int64_t pixel, A weight) {
       const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(picture + pixel * C + c);
@@ -172,12 +178,14 @@ MD_DEVICE void atomic_add_row(A* address, const A* values) {
 }
 
 // grad_output: [R, PH, PW, C]; levels[l].data: [N, H, W, C] of A, zeroed before. Block and thread as in roi_align_forward.
-template <typename T, int V>
+template <typename T, int V, typename Index>
 __global__ void roi_align_backward(const RoiAlign<accumulate_t<T>> problem, const T* __restrict__ grad_output, int capacity) {
   using A = accumulate_t<T>;
   MD_DYNAMIC_SHARED(unsigned char, shared);
-  const int64_t PH = problem.PH, PW = problem.PW, C = problem.C, chunks = C / V;
+  const int64_t PW = problem.PW, C = problem.C;
+  const unsigned PH = static_cast<unsigned>(problem.PH);
   const int64_t r = blockIdx.x / PH, p = blockIdx.x % PH;
+  const Index chunks = static_cast<Index>(C / V), pieces = static_cast<Index>(PW) * chunks;
   int64_t l, n;
   if (!find_picture(problem, r, l, n)) return;
   const FeatureLevel level = problem.levels[l];
@@ -188,8 +196,9 @@ __global__ void roi_align_backward(const RoiAlign<accumulate_t<T>> problem, cons
   fill_table(table, axis_y, axis_x, level, p, PW);
   const A scale = bin_weight(axis_y, axis_x);
   const T* row = grad_output + blockIdx.x * PW * C;  // [PW, C]
-  for (int64_t k = threadIdx.x; k < PW * chunks; k += blockDim.x) {
-    const int64_t q = k / chunks, c = k % chunks * V;
+  for (Index k = threadIdx.x; k < pieces; k += blockDim.x) {
+    const Index bin = k / chunks;
+    const int64_t q = bin, c = static_cast<int64_t>(k - bin * chunks) * V;
     const Pack<T, V> pack = *reinterpret_cast<const Pack<T, V>*>(row + q * C + c);
     A grad[V];
     for (int v = 0; v < V; ++v) grad[v] = to_accumulate(pack.v[v]) * scale;
@@ -244,8 +253,9 @@ __global__ void __launch_bounds__(LANES * TILE * TILE, 1)
   int64_t l = 0;
   while (static_cast<int64_t>(blockIdx.x) >= tiles.first[l + 1]) ++l;
   const FeatureLevel level = problem.levels[l];
-  const int64_t across = ceil_div(level.width, TILE), down = ceil_div(level.height, TILE), tile = blockIdx.x - tiles.first[l];
-  const int64_t n = tile / (across * down), y0 = tile / across % down * TILE, x0 = tile % across * TILE;
+  const unsigned across = static_cast<unsigned>(ceil_div(level.width, TILE)), down = static_cast<unsigned>(ceil_div(level.height, TILE));
+  const unsigned tile = static_cast<unsigned>(blockIdx.x - tiles.first[l]), tile_row = tile / across;  // a grid has less than 2^31 blocks
+  const int64_t n = tile_row / down, y0 = static_cast<int64_t>(tile_row % down) * TILE, x0 = static_cast<int64_t>(tile % across) * TILE;
   const int lane = threadIdx.x, warp = threadIdx.y, thread = warp * LANES + lane, threads = LANES * TILE * TILE;
   const int i = warp / TILE, j = warp % TILE;
   const int64_t c = (static_cast<int64_t>(blockIdx.y) * LANES + lane) * V;
@@ -274,9 +284,11 @@ __global__ void __launch_bounds__(LANES * TILE * TILE, 1)
       const int64_t r = matches[m];
       RoiAxis<A> axis_y, axis_x;
       roi_axes(problem, r, l, axis_y, axis_x);
-      for (int64_t k = thread; k < TILE * (PH + PW); k += threads) {
-        weights[k] = k < TILE * PH ? weight_of_pixel(axis_y, k % PH, level.height, y0 + k / PH)
-                                   : weight_of_pixel(axis_x, (k - TILE * PH) % PW, level.width, x0 + (k - TILE * PH) / PW);
+      const int rows = static_cast<int>(PH), columns = static_cast<int>(PW);  // at most ROI_ALIGN_MAX_BINS
+      for (int k = thread; k < TILE * (rows + columns); k += threads) {
+        const int column = k - TILE * rows;
+        weights[k] = column < 0 ? weight_of_pixel(axis_y, k % rows, level.height, y0 + k / rows)
+                                : weight_of_pixel(axis_x, column % columns, level.width, x0 + column / columns);
       }
       __syncthreads();
       if (owns) {
@@ -323,11 +335,12 @@ void launch(Pass pass, const RoiAlign<accumulate_t<T>>& problem, void* array, vo
   const unsigned blocks = static_cast<unsigned>(problem.R * problem.PH);
   const int capacity = table_capacity<A>(problem.PW);
   const size_t bytes = table_bytes<A>(problem.PW, capacity);
+  const bool narrow = fits_int32(problem.PW * problem.C);
   if (pass == Pass::forward) {
-    const auto kernel = &roi_align_forward<T, V>;
+    const auto kernel = narrow ? &roi_align_forward<T, V, uint32_t> : &roi_align_forward<T, V, int64_t>;
     MD_LAUNCH(kernel, blocks, THREADS, bytes, stream, problem, static_cast<T*>(array), capacity);
   } else {
-    const auto kernel = &roi_align_backward<T, V>;
+    const auto kernel = narrow ? &roi_align_backward<T, V, uint32_t> : &roi_align_backward<T, V, int64_t>;
     MD_LAUNCH(kernel, blocks, THREADS, bytes, stream, problem, static_cast<const T*>(array), capacity);
   }
 }
