@@ -1,4 +1,4 @@
-"""ASan and UBSan over all kernels, CPU and emulated CUDA, as one stand-alone program (tests/sanitize.cpp): no Python to preload."""
+"""ASan and UBSan over all kernels, CPU and emulated CUDA, as stand-alone programs (tests/sanitize*.cpp): no Python to preload."""
 import os
 import subprocess
 
@@ -21,15 +21,27 @@ def compiler():
             "-Wno-unknown-pragmas"]
 
 
-def test_all_kernels_are_clean(compiler):
+def kernels_under_sanitizers(compiler, name, what):
+    """Builds tests/<name>.cpp with all kernels, CPU and emulated CUDA; returns its path. The programs share the kernels' objects."""
     csrc, emulated = _extension.CSRC, ["-DMINIDAMAGE_EMULATED"]
     objects = [(source, compiler) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     objects += [(source, [*compiler, *emulated, "-x", "c++"]) for source in sorted((csrc / "cuda").glob("*.cu"))]
-    objects += [(DATA.parent / "sanitize.cpp", [*compiler, *emulated, "-I", str(csrc)])]
-    program = _extension._build_library("sanitize", objects, [*_toolchain.cxx(), *SANITIZE], "kernels under sanitizers (tests)")
+    objects += [(DATA.parent / f"{name}.cpp", [*compiler, *emulated, "-I", str(csrc)])]
+    return _extension._build_library(name, objects, [*_toolchain.cxx(), *SANITIZE], what)
+
+
+def expect_clean(program):
     options = {"ASAN_OPTIONS": "detect_stack_use_after_return=0:strict_init_order=1", "UBSAN_OPTIONS": "print_stacktrace=1"}
     run = subprocess.run([program], capture_output=True, text=True, timeout=300, env={**os.environ, **options})
     assert run.returncode == 0 and run.stdout.strip() == "clean", run.stdout + run.stderr
+
+
+def test_all_kernels_are_clean(compiler):
+    expect_clean(kernels_under_sanitizers(compiler, "sanitize", "kernels under sanitizers (tests)"))
+
+
+def test_ten_thousand_random_cases_are_clean(compiler):
+    expect_clean(kernels_under_sanitizers(compiler, "sanitize_fuzz", "random cases under sanitizers (tests)"))
 
 
 def test_the_sanitizers_would_see_it(compiler, tmp_path):
