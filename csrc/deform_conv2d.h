@@ -45,19 +45,32 @@ struct Sample {
   A mask;
 };
 
-// The sample of tap k and offset group q at output pixel `position`; false (and only the mask is set) if it is outside.
+// Where a tap stands without its offset, and which number its sample has in mask (and half of it in offset).
+struct GridPlace {
+  int64_t y, x, index;
+};
 template <typename A>
-MD_HD bool find_sample(const DeformConv2d<A>& problem, int64_t position, int64_t q, int64_t k, Sample<A>& sample) {
-  const int64_t index = (position * problem.offset_groups + q) * problem.taps() + k;
+MD_HD GridPlace grid_place(const DeformConv2d<A>& problem, int64_t position, int64_t q, int64_t k) {
   const int64_t out_y = position / problem.OW % problem.OH, out_x = position % problem.OW;
-  const A y = A(out_y * problem.stride_y - problem.pad_y + k / problem.KW * problem.dilation_y) + problem.offset[2 * index];
-  const A x = A(out_x * problem.stride_x - problem.pad_x + k % problem.KW * problem.dilation_x) + problem.offset[2 * index + 1];
-  sample.mask = problem.mask ? problem.mask[index] : A(1);
+  return {out_y * problem.stride_y - problem.pad_y + k / problem.KW * problem.dilation_y,
+          out_x * problem.stride_x - problem.pad_x + k % problem.KW * problem.dilation_x,
+          (position * problem.offset_groups + q) * problem.taps() + k};
+}
+
+// The sample there; false (and only the mask is set) if it is outside.
+template <typename A>
+MD_HD bool find_sample(const DeformConv2d<A>& problem, const GridPlace& place, Sample<A>& sample) {
+  const A y = A(place.y) + problem.offset[2 * place.index], x = A(place.x) + problem.offset[2 * place.index + 1];
+  sample.mask = problem.mask ? problem.mask[place.index] : A(1);
   if (!(y >= A(-1) && y < A(problem.H) && x >= A(-1) && x < A(problem.W))) return false;
   const A floor_y = A(floor(y)), floor_x = A(floor(x));
   sample.y = static_cast<int64_t>(floor_y), sample.x = static_cast<int64_t>(floor_x);
   sample.below = y - floor_y, sample.right = x - floor_x;
   return true;
+}
+template <typename A>
+MD_HD bool find_sample(const DeformConv2d<A>& problem, int64_t position, int64_t q, int64_t k, Sample<A>& sample) {
+  return find_sample(problem, grid_place(problem, position, q, k), sample);
 }
 
 // Corner i of a sample: 0 above left, 1 above right, 2 below left, 3 below right. Its pixel y W + x; -1 outside the picture.
@@ -100,8 +113,8 @@ int64_t deform_blocks(const DeformConv2d<T>& problem);  // of input channels
 template <typename T>
 int64_t deform_parts(const DeformConv2d<T>& problem);   // of channel blocks, cut where the offset group changes
 
-// The weight [O, K, C / groups] rearranged for the forward products (deform_packed_size() numbers), panels [begin, end) of
-// deform_panels(); and for those of the backward pass, channel blocks [begin, end).
+// The weight [O, K, C / groups] rearranged for the forward products, pieces [begin, end) of deform_panels(); and for those of the
+// backward pass, channel blocks [begin, end).
 template <typename T>
 int64_t deform_panels(const DeformConv2d<T>& problem);
 template <typename T>
@@ -126,7 +139,8 @@ void deform_backward_input_cpu(const DeformConv2d<T>& problem, const T* input, c
 template <typename T>
 void deform_backward_offset_cpu(const DeformConv2d<T>& problem, const T* partial, T* grad_offset, T* grad_mask, int64_t begin,
                                 int64_t end);
-// grad_weight [O, K, C / groups], by the owners [begin, end) of K deform_blocks(): an owner has one tap and one block of channels.
+// grad_weight [O, K, C / groups], by the owners [begin, end) of deform_blocks() K: an owner has one block of channels and
+// one tap. Neighbours share what they read: a few at a time are quicker than one.
 template <typename T>
 void deform_backward_weight_cpu(const DeformConv2d<T>& problem, const T* input, const T* grad_output, T* grad_weight, T* scratch,
                                 int64_t begin, int64_t end);

@@ -151,7 +151,8 @@ def test_stored_torchvision(case, memory_format, device):
 @pytest.mark.parametrize("settings", [
     dict(), dict(masked=False, biased=False), dict(stride=(2, 1), padding=(0, 2), dilation=(2, 1), size=(9, 10)),
     dict(groups=3, offset_groups=2, outputs=9), dict(channels=30, outputs=71, spread=4), dict(channels=71, outputs=1),
-    dict(channels=1, outputs=1, kernel=(1, 1), size=(1, 1), padding=(0, 0), batch=1), dict(channels=140, outputs=3, offset_groups=4, size=(5, 6)),
+    dict(channels=1, outputs=1, kernel=(1, 1), size=(1, 1), padding=(0, 0), batch=1),
+    dict(channels=140, outputs=3, offset_groups=4, size=(5, 6)),
     dict(channels=8, outputs=8, groups=8, offset_groups=8), dict(channels=16, outputs=70, kernel=(5, 2), padding=(2, 0), batch=3),
     dict(spread=30), dict(spread=0), dict(size=(12, 17), batch=3, channels=8)])
 def test_kernels_and_reference(settings):
@@ -181,9 +182,9 @@ def test_contract():
         check_op(BACKWARD_INPUT, deform_conv2d_backward_input_reference, backward, compiled=True)
         check_op(BACKWARD_WEIGHT, deform_conv2d_backward_weight_reference, backward, compiled=True)
     for channels_last in (False, True):                                               # what an offset convolution in channels_last gives
-        args = tuple(t.contiguous(memory_format=torch.channels_last) if channels_last and isinstance(t, torch.Tensor) and t.dim() == 4 else t
-                     for t in problem())
-        check_everything(args, strides=False)
+        args = [t.contiguous(memory_format=torch.channels_last) if channels_last and isinstance(t, torch.Tensor) and t.dim() == 4 else t
+                for t in problem()]
+        check_everything(tuple(args), strides=False)
 
 
 def test_gradients_of_a_subset():
@@ -367,8 +368,8 @@ def test_memory_stays_below_a_quarter_of_the_columns():
     """Forward and backward at [2, 256, 64, 64], 3 x 3: what is used beyond the results themselves. All columns would be 75 MB."""
     if not os.path.exists("/proc/self/clear_refs"):
         pytest.skip("no /proc/self/clear_refs: the peak of the resident memory cannot be read here")
-    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env={**os.environ, "OMP_NUM_THREADS": "2"},
-                         cwd=_extension.CSRC.parent)
+    run = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, cwd=_extension.CSRC.parent,
+                         env={**os.environ, "OMP_NUM_THREADS": "2"})
     assert int(run.stdout) < 2 * 64 * 64 * 9 * 256 * 4 / 4
 
 

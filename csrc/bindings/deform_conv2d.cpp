@@ -94,13 +94,13 @@ void check_cpu_dtype(const Tensor& t) {
                     t.scalar_type());
 }
 
-// work(scratch, begin, end) over [0, count), one at a time, each thread with working memory of its own.
+// work(scratch, begin, end) over [0, count) in chunks, each thread with working memory of its own.
 template <typename T, typename Work>
-void with_scratch(const DeformConv2d<T>& problem, const Tensor& like, int64_t count, const Work& work) {
+void with_scratch(const DeformConv2d<T>& problem, const Tensor& like, int64_t count, int64_t chunk, const Work& work) {
   const int64_t size = ceil_div(deform_scratch_size(problem), 64) * 64;
   Tensor scratch = at::zeros({std::max<int64_t>(1, std::min<int64_t>(at::get_num_threads(), count)), size}, like.options());
   T* memory = scratch.mutable_data_ptr<T>();
-  parallel_chunks(count, 1, [&](int64_t begin, int64_t end) { work(memory + at::get_thread_num() * size, begin, end); });
+  parallel_chunks(count, chunk, [&](int64_t begin, int64_t end) { work(memory + at::get_thread_num() * size, begin, end); });
 }
 
 Tensor deform_conv2d_on_cpu(const Tensor& input, const Tensor& offset, const OptionalTensor& mask, const Tensor& weight,
@@ -117,8 +117,8 @@ Tensor deform_conv2d_on_cpu(const Tensor& input, const Tensor& offset, const Opt
     Tensor packed = empty_large({deform_packed_size(problem)}, a.input.options());
     T* panels = packed.mutable_data_ptr<T>();
     const T* kernel = a.weight.const_data_ptr<T>();
-    at::parallel_for(0, deform_panels(problem), 4, [&](int64_t begin, int64_t end) { deform_pack(problem, kernel, panels, begin, end); });
-    with_scratch(problem, a.input, deform_tiles(problem), [&](T* scratch, int64_t begin, int64_t end) {
+    at::parallel_for(0, deform_panels(problem), 1, [&](int64_t begin, int64_t end) { deform_pack(problem, kernel, panels, begin, end); });
+    with_scratch(problem, a.input, deform_tiles(problem), 1, [&](T* scratch, int64_t begin, int64_t end) {
       deform_conv2d_cpu(problem, a.input.const_data_ptr<T>(), panels, pointer_or_null<T>(shift), output.mutable_data_ptr<T>(), scratch,
                         begin, end);
     });
@@ -146,7 +146,7 @@ std::tuple<Tensor, Tensor, Tensor> deform_backward_input_on_cpu(const Tensor& gr
     const T* kernel = a.weight.const_data_ptr<T>();
     at::parallel_for(0, deform_blocks(problem), 1,
                      [&](int64_t begin, int64_t end) { deform_pack_backward(problem, kernel, panels, begin, end); });
-    with_scratch(problem, rows, a.N * deform_blocks(problem), [&](T* scratch, int64_t begin, int64_t end) {
+    with_scratch(problem, rows, a.N * deform_blocks(problem), 1, [&](T* scratch, int64_t begin, int64_t end) {
       deform_backward_input_cpu(problem, a.input.const_data_ptr<T>(), panels, rows.const_data_ptr<T>(), grad_input.mutable_data_ptr<T>(),
                                 parts, scratch, begin, end);
     });
@@ -171,7 +171,9 @@ Tensor deform_backward_weight_on_cpu(const Tensor& grad, const Tensor& input, co
   if (a.N > 0) in_compute_type(rows, [&](auto zero) {
     using T = decltype(zero);
     const DeformConv2d<T> problem = a.problem<T>();
-    with_scratch(problem, rows, problem.taps() * deform_blocks(problem), [&](T* scratch, int64_t begin, int64_t end) {
+    const int64_t owners = deform_blocks(problem) * problem.taps(), share = owners / (2 * at::get_num_threads());
+    const int64_t chunk = std::clamp<int64_t>(share, 1, problem.taps());
+    with_scratch(problem, rows, owners, chunk, [&](T* scratch, int64_t begin, int64_t end) {
       deform_backward_weight_cpu(problem, a.input.const_data_ptr<T>(), rows.const_data_ptr<T>(), grad_weight.mutable_data_ptr<T>(),
                                  scratch, begin, end);
     });
