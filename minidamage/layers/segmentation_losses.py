@@ -13,6 +13,8 @@ Read first: nothing. Read next: segmenter.py.
 import torch
 from torch.nn import functional as F
 
+from minidamage.distributed import normaliser, total
+
 IGNORE = 255                  # the label of a pixel that counts nowhere
 DICE_SMOOTHING = 1.0          # epsilon of eq. 19 and 22, in pixels. Not stated: we use 1
 CLASS_WEIGHTS = ("inverse", "none")
@@ -48,7 +50,7 @@ def segmentation_losses(logits, label_maps, config):
 def binary_cross_entropy(logits, label_maps, valid):
     """Eq. 20, mean over the pixels of the batch that count. logits: [N, 1, H, W]; label_maps: [N, H, W]; valid: bool [N, H, W]."""
     entropy = F.binary_cross_entropy_with_logits(logits[:, 0], (label_maps == 1).to(logits.dtype), reduction="none")
-    return (entropy * valid).sum() / valid.sum().clamp(min=1)
+    return (entropy * valid).sum() / normaliser("pixels", valid.sum())
 
 
 def cross_entropy(logits, label_maps, valid, class_weights="inverse"):
@@ -62,15 +64,31 @@ def cross_entropy(logits, label_maps, valid, class_weights="inverse"):
     if class_weights == "inverse":
         weights = inverse_frequency(label_maps, valid, logits.shape[1])
         of_the_truth = of_the_truth * weights.to(logits.dtype).view(1, -1, 1, 1)
-    return -of_the_truth.sum() / valid.sum().clamp(min=1)
+    return -of_the_truth.sum() / normaliser("pixels", valid.sum())
 
 
 def inverse_frequency(label_maps, valid, num_classes):
     """w [num_classes]: w_k = pixels / (classes present * pixels of class k); 0 for a class that the batch does not have."""
-    # compared and summed: bincount would wait for the GPU, and has no deterministic form there
-    pixels = torch.stack([((label_maps == k) & valid).sum() for k in range(num_classes)]).double()
+    pixels = total("pixels a class", class_pixels(label_maps, valid, num_classes)).double()
     present = (pixels > 0).sum().clamp(min=1)
     return torch.where(pixels > 0, pixels.sum() / (present * pixels.clamp(min=1)), 0.0)
+
+
+def class_pixels(label_maps, valid, num_classes):
+    """[num_classes] int64: pixels of each class."""
+    # compared and summed: bincount would wait for the GPU, and has no deterministic form there
+    return torch.stack([((label_maps == k) & valid).sum() for k in range(num_classes)])
+
+
+def loss_counts(label_maps, num_classes):
+    """What the losses divide by, {name: tensor}, see distributed.py. label_maps: [N, H, W]; num_classes with the background."""
+    valid = label_maps != IGNORE
+    return {"pixels": valid.sum(), "pixels a class": class_pixels(label_maps, valid, num_classes), "pictures": pictures(label_maps)}
+
+
+def pictures(batch):
+    """How many pictures there are, as a tensor where they are."""
+    return torch.full((), len(batch), device=batch.device)
 
 
 def dice_loss(probabilities, truth, valid):
@@ -82,8 +100,9 @@ def dice_loss(probabilities, truth, valid):
     truth = truth.to(probabilities.dtype) * valid[:, None]
     probabilities = probabilities * valid[:, None]
     overlap = (probabilities * truth).sum((2, 3))                     # [N, C]
-    total = probabilities.sum((2, 3)) + truth.sum((2, 3))
-    return (1 - (2 * overlap + DICE_SMOOTHING) / (total + DICE_SMOOTHING)).mean()
+    both = probabilities.sum((2, 3)) + truth.sum((2, 3))
+    a_picture = (1 - (2 * overlap + DICE_SMOOTHING) / (both + DICE_SMOOTHING)).mean(1)                     # [N]
+    return a_picture.sum() / normaliser("pictures", pictures(truth))
 
 
 def one_hot(label_maps, num_classes):

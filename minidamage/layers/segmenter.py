@@ -19,7 +19,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from minidamage.layers.detector import IMAGE_MEAN, IMAGE_STD
-from minidamage.layers.segmentation_losses import CLASS_WEIGHTS, IGNORE, segmentation_losses
+from minidamage.layers.segmentation_losses import CLASS_WEIGHTS, IGNORE, loss_counts, segmentation_losses
 
 RESOLUTIONS = ("native", "model")
 
@@ -88,6 +88,10 @@ class Segmenter(nn.Module):
         batch, size = self.batch(images)
         label_maps = self.label_maps(targets, len(batch), size)
         return self.losses_of(crop(self.logits(batch), size), label_maps)
+
+    def loss_counts(self, images, targets):
+        """What the losses of these pictures are divided by, {name: tensor}; the network is not run."""
+        return loss_counts(self.label_maps(targets, len(images), tuple(images[0].shape[-2:])), self.num_classes)
 
     def losses_of(self, logits, label_maps):
         """logits: [N, C, H, W]; label_maps: [N, H, W] int64. A model with more outputs than one overrides `losses`."""
