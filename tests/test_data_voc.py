@@ -49,7 +49,11 @@ def test_difficult_may_be_missing_and_is_neither_target_nor_alarm(tmp_path):
     pair(tmp_path, tmp_path, "a", [("dent", (1, 1, 9, 9), None), ("dent", (11, 1, 19, 9), 0), ("dent", (21, 1, 29, 9), 1)])
     data = load(tmp_path)
     assert data.parts["all"][0].crowd.tolist() == [False, False, True]
-    assert any("1 difficult objects" in note for note in data.notes)
+    assert any("1 difficult objects are neither targets" in note for note in data.notes)
+    counted = load(tmp_path, voc_difficult="count")
+    assert not counted.parts["all"][0].crowd.any() and any("1 difficult objects count as the others do" in note for note in counted.notes)
+    with pytest.raises(ValueError, match="voc_difficult: expected ignore or count, got 'both'"):
+        load(tmp_path, voc_difficult="both")
 
 
 def test_boxes_at_and_over_the_border(tmp_path):
@@ -183,6 +187,26 @@ def test_one_picture_with_two_xml_files(tmp_path):
     annotation(tmp_path / "b.xml", [("dent", (1, 1, 9, 9))], filename="a.jpg")
     data = load(tmp_path)
     assert len(data.parts["all"]) == 1 and data.problems == ["b.xml: its picture, a.jpg, is also that of a.xml; this XML left out"]
+
+
+def test_pictures_of_another_set_beside_the_folder_are_not_taken(tmp_path):
+    pair(tmp_path / "mine", tmp_path / "mine", "a", [("dent", (1, 1, 9, 9))])
+    annotation(tmp_path / "mine/b.xml", [("dent", (1, 1, 9, 9))])
+    for other in ("other_pictures", "another"):
+        picture(tmp_path / other / "b.jpg", seed=1)
+    picture(tmp_path / "b.jpg", seed=1)
+    data = load(tmp_path / "mine")
+    assert data.problems == ["b.xml: its picture is not there; picture left out (1 objects)"] and len(data.parts["all"]) == 1
+
+
+def test_the_annotation_folder_itself_finds_the_pictures_beside_it_and_says_so(tmp_path):
+    pair(tmp_path / "JPEGImages", tmp_path / "Annotations", "a", [("dent", (1, 1, 9, 9))])
+    annotation(tmp_path / "Annotations/b.xml", [("dent", (1, 1, 9, 9))])
+    picture(tmp_path / "another/b.jpg", seed=1)
+    data = load(tmp_path / "Annotations")
+    assert [r.file for r in data.parts["all"]] == [str(tmp_path / "JPEGImages/a.jpg")]
+    assert any(note.startswith("1 pictures were found outside the folder") for note in data.notes)
+    assert not any("outside" in note for note in load(tmp_path).notes)
 
 
 def test_neu_det_itself(real_data):

@@ -22,8 +22,9 @@ from minidamage.data.record import Dataset, Record, class_counts, problem_kinds,
 __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "SegmentationDataset", "collate", "limit", "Dataset", "Record",
            "summary", "class_counts", "problem_kinds", "LAYOUTS"]
 
-# Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=, voc_boxes=) -> Dataset; a
-# new format is one file, which turns what its annotations say into objects.RawObject or label_maps.LabelMapFile, and one row here.
+# Tried in this order. A layout is a module with recognise(path) -> bool and read(path, images=, attribute=, voc_boxes=, voc_difficult=)
+# -> Dataset; a new format is one file, which turns what its annotations say into objects.RawObject or label_maps.LabelMapFile, and one
+# row here.
 LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
            ("LabelMe JSON", labelme),
            ("COCO JSON", coco),
@@ -34,7 +35,7 @@ LAYOUTS = (("VehiDE (0Train_via_annos.json, image/image)", vehide),
            ("pictures and masks (images, masks; train_img, train_lab; a.jpg, a_mask.png)", mask_folders))
 
 
-def load_dataset(path, images=None, attribute=None, class_names=None, quiet=False, voc_boxes="pixels"):
+def load_dataset(path, images=None, attribute=None, class_names=None, quiet=False, voc_boxes="pixels", voc_difficult="ignore"):
     """Reads a data set, whatever its layout, and prints what it took with the class-id map.
 
     path: folder or annotation file; PATH:NAME,NAME keeps the pictures whose names begin so (one of the sets pooled in a folder).
@@ -42,6 +43,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     attribute: VIA only, the region attribute with the class. class_names: labels follow this list (a checkpoint's), so that
     a set with fewer classes, or in another order, fits the model. quiet: print nothing (`summary(dataset)` returns the text).
     voc_boxes: Pascal VOC only, "pixels" (numbers of pixels from 1, as VOC has them) | "corners" (coordinates as they stand).
+    voc_difficult: Pascal VOC only, objects marked so: "ignore" (neither trained on nor false alarms, VOC's rule) | "count".
 
     Bad objects and pictures are dropped, clipped or kept as Dataset.problems says, one line each. Raises ValueError for a path
     that is missing or in no known layout, an unknown class name (listing the known), broken JSON and a set without pictures.
@@ -57,7 +59,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         raise ValueError(f"{path}: no known annotation layout found. Known: {known}. Give the folder that holds the annotation "
                          "file, or the file itself")
     try:
-        dataset = layout.read(path, images=images, attribute=attribute, voc_boxes=voc_boxes)
+        dataset = layout.read(path, images=images, attribute=attribute, voc_boxes=voc_boxes, voc_difficult=voc_difficult)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
         name = layout.__name__.rsplit(".", 1)[-1]
         raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "

@@ -4,7 +4,7 @@ import sys
 
 from minidamage.data import load_dataset
 from minidamage.data.check import check, report
-from minidamage.data.voc import VOC_BOXES
+from minidamage.data.voc import VOC_BOXES, VOC_DIFFICULT
 
 
 def main(arguments=None):
@@ -15,11 +15,14 @@ def main(arguments=None):
     parser.add_argument("--attribute", help="VIA: the region attribute that holds the class (default: detected)")
     parser.add_argument("--voc-boxes", choices=VOC_BOXES, default="pixels", help="Pascal VOC: what the numbers of a box are, pixels "
                         "counted from 1 or corners (default: %(default)s)")
+    parser.add_argument("--voc-difficult", choices=VOC_DIFFICULT, default="ignore", help="Pascal VOC: objects marked difficult are left out "
+                        "of training and scoring, or count as the others do (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="headers and annotations only: no decoding, no search for duplicates")
     parser.add_argument("--examples", type=int, default=3, help="how many files or annotations to name for each finding")
     args = parser.parse_args(arguments)
     try:
-        dataset = load_dataset(args.path, images=args.images, attribute=args.attribute, voc_boxes=args.voc_boxes)
+        dataset = load_dataset(args.path, images=args.images, attribute=args.attribute, voc_boxes=args.voc_boxes,
+                               voc_difficult=args.voc_difficult)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -6,8 +6,10 @@
     one folder with both, as LabelImg leaves it                                 one part, "all"
 
 Boxes are numbers of pixels: the first is 1 and the last one counts, so xmin 1, xmax 200 is the whole of a picture 200 wide, here
-[0, 200]. Tools that write corners (0 to 200) are read with voc_boxes="corners". `difficult` objects count as crowd regions do: neither
-target nor false alarm. The picture of an XML is the one of the XML's own name; <filename>, often wrong, is asked where there is none.
+[0, 200]. Tools that write corners (0 to 200) are read with voc_boxes="corners". `difficult` objects are, by VOC's own rule, what crowd
+regions are to COCO: neither target nor false alarm; with voc_difficult="count" they are objects like the others. (NEU-DET marks 81 of
+its 4,189 so. Its papers do not say what they did; tools that turn VOC into COCO often forget the mark, and so count them.)
+The picture of an XML is the one of the XML's own name; <filename>, often wrong, is asked where there is none.
 """
 import collections
 import difflib
@@ -16,11 +18,11 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
-from minidamage.data.pictures import EXTENSIONS
+from minidamage.data.pictures import EXTENSIONS, is_picture_name
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
 
-VOC_BOXES = ("pixels", "corners")
+VOC_BOXES, VOC_DIFFICULT = ("pixels", "corners"), ("ignore", "count")
 DEPTH = 5                                      # folders below the data set's in which XML files are sought
 KNOWN_SETS = {
     "NEU-DET": ("crazing", "inclusion", "patches", "pitted_surface", "rolled-in_scale", "scratches"),       # the paper's order
@@ -35,10 +37,12 @@ def recognise(path):
     return os.path.isdir(path) and bool(_xml_folders(path))
 
 
-def read(path, images=None, voc_boxes="pixels", **_):
-    """Reads every part. images: folder of the pictures. voc_boxes: "pixels" (numbers of pixels, from 1) | "corners" (as they stand)."""
-    if voc_boxes not in VOC_BOXES:
-        raise ValueError(f"voc_boxes: expected {' or '.join(VOC_BOXES)}, got {voc_boxes!r}")
+def read(path, images=None, voc_boxes="pixels", voc_difficult="ignore", **_):
+    """Reads every part. images: folder of the pictures. voc_boxes: "pixels" (numbers of pixels, from 1) | "corners" (as they stand).
+    voc_difficult: "ignore" (neither targets nor false alarms) | "count" (objects like the others)."""
+    for option, value, known in (("voc_boxes", voc_boxes, VOC_BOXES), ("voc_difficult", voc_difficult, VOC_DIFFICULT)):
+        if value not in known:
+            raise ValueError(f"{option}: expected {' or '.join(known)}, got {value!r}")
     notes, problems, next_id = [], [], [1, 1]
     files = _files_of_parts(path, notes, problems)
     parsed = {part: [(file, root) for file in listed for root in [_parse(file, problems)] if root is not None]
@@ -46,8 +50,9 @@ def read(path, images=None, voc_boxes="pixels", **_):
     names, label_of = _class_map(path, [entry for listed in parsed.values() for entry in listed], notes)
     tally, parts = collections.Counter(), {}
     for part, listed in parsed.items():
-        parts[part] = _read_part(path, part, listed, label_of, images, voc_boxes, problems, next_id, tally)
-    _add_notes(notes, tally, voc_boxes, parts, {part: [os.path.basename(f) for f in listed] for part, listed in files.items()})
+        parts[part] = _read_part(path, part, listed, label_of, images, (voc_boxes, voc_difficult), problems, next_id, tally)
+    _add_notes(notes, tally, voc_boxes, voc_difficult, parts,
+               {part: [os.path.basename(f) for f in listed] for part, listed in files.items()})
     dataset = Dataset(path=str(path), layout="voc", class_names=names, category_ids=tuple(range(1, len(names) + 1)), parts=parts,
                       problems=problems, notes=notes)
     if names == KNOWN_SETS["NEU-DET"]:
@@ -55,13 +60,17 @@ def read(path, images=None, voc_boxes="pixels", **_):
     return dataset
 
 
-def _add_notes(notes, tally, voc_boxes, parts, files):
+def _add_notes(notes, tally, voc_boxes, voc_difficult, parts, files):
     """What was decided while reading, and how often."""
     if tally["from 0"] and voc_boxes == "pixels":
         notes.append(f"{tally['from 0']} boxes begin at 0, and VOC counts pixels from 1: if the tool wrote corners, "
-                     "read with voc_boxes=\"corners\"")
+                     "read with voc_boxes=\"corners\" (--voc-boxes corners)")
+    fate = ("are neither targets nor false alarms (voc_difficult=\"count\", --voc-difficult count: objects like the others)"
+            if voc_difficult == "ignore" else "count as the others do")
     for key, text in (("named", "XML files name another picture in <filename>; the one with the XML's own name is taken"),
-                      ("difficult", "difficult objects are neither targets nor false alarms")):
+                      ("difficult", f"difficult objects {fate}"),
+                      ("above", "pictures were found outside the folder, beside it or above it: give the folder that holds both if they are "
+                                "not its own")):
         if tally[key]:
             notes.append(f"{tally[key]} {text}")
     for part, records in parts.items():
@@ -207,13 +216,13 @@ def _foreign(counter, file, known):
 
 # ---- pictures and objects
 
-def _read_part(path, part, parsed, label_of, images, voc_boxes, problems, next_id, tally):
-    """Records of one part. next_id: [picture id, annotation id], running over all parts."""
+def _read_part(path, part, parsed, label_of, images, options, problems, next_id, tally):
+    """Records of one part. options: (voc_boxes, voc_difficult). next_id: [picture id, annotation id], running over all parts."""
     records, taken, finders = [], {}, {}
     for file, root in parsed:
         folder, xml = os.path.dirname(file), os.path.basename(file)
         if folder not in finders:
-            finders[folder] = PictureFinder([images] if images else _picture_folders(folder, part), root=images or path,
+            finders[folder] = PictureFinder([images] if images else _picture_folders(folder, path, part), root=images or path,
                                             part="" if part == "all" else part)
         picture = _find_picture(finders[folder], os.path.splitext(xml)[0], root.findtext("filename") or "", tally)
         elements = root.findall("object")
@@ -222,11 +231,12 @@ def _read_part(path, part, parsed, label_of, images, voc_boxes, problems, next_i
         if picture is None:
             problems.append(f"{xml}: its picture is not there; picture left out ({len(elements)} objects)")
             continue
+        tally["above"] += not images and not _is_below(picture, path)
         first = taken.setdefault(os.path.realpath(picture), xml)
         if first != xml:
             problems.append(f"{xml}: its picture, {os.path.basename(picture)}, is also that of {first}; this XML left out")
             continue
-        objects = [_raw_object(element, first_id + i, label_of, voc_boxes, os.path.basename(picture), problems, tally)
+        objects = [_raw_object(element, first_id + i, label_of, options, os.path.basename(picture), problems, tally)
                    for i, element in enumerate(elements)]
         record = make_record(picture, image_id, [o for o in objects if o is not None], problems, listed_size=_size(root))
         if record is not None:
@@ -234,13 +244,24 @@ def _read_part(path, part, parsed, label_of, images, voc_boxes, problems, next_i
     return records
 
 
-def _picture_folders(folder, part):
-    """Where the pictures of an annotation folder may lie: in it, beside it (folders of the same part first), above it."""
-    parent = os.path.dirname(os.path.abspath(folder))
+def _picture_folders(folder, path, part):
+    """Where the pictures of an annotation folder may lie: in it, beside it (folders of the same part first), above it.
+
+    Where it is itself what was asked for, what lies beside it may be another data set: only folders of pictures, by their names, and
+    only if it has no picture of its own.
+    """
+    parent, alone = os.path.dirname(os.path.abspath(folder)), os.path.abspath(folder) == os.path.abspath(path)
+    if alone and any(map(is_picture_name, os.listdir(folder))):
+        return [folder]
     beside = [name for name in sorted(os.listdir(parent)) if os.path.isdir(os.path.join(parent, name))]
     same = lambda name: (part_of(name) or part) != (part_of(os.path.basename(os.path.abspath(folder))) or part)
     usual = lambda name: not any(word in name.lower() for word in ("image", "img", "jpeg", "picture", "photo"))
-    return [folder, *(os.path.join(parent, name) for name in sorted(beside, key=lambda n: (same(n), usual(n), n))), parent]
+    beside = [name for name in sorted(beside, key=lambda n: (same(n), usual(n), n)) if not (alone and usual(name))]
+    return [folder, *(os.path.join(parent, name) for name in beside), parent]
+
+
+def _is_below(file, path):
+    return os.path.abspath(file).startswith(os.path.abspath(path) + os.sep)
 
 
 def _find_picture(finder, stem, listed, tally):
@@ -264,7 +285,9 @@ def _size(root):
     return (width, height) if width > 0 and height > 0 else None
 
 
-def _raw_object(element, annotation_id, label_of, voc_boxes, file, problems, tally):
+def _raw_object(element, annotation_id, label_of, options, file, problems, tally):
+    voc_boxes, voc_difficult = options
+
     def say(text):
         problems.append(f"{file}, annotation {annotation_id}: {text}; dropped")
 
@@ -284,7 +307,8 @@ def _raw_object(element, annotation_id, label_of, voc_boxes, file, problems, tal
     difficult = (element.findtext("difficult") or "0").strip().lower() in ("1", "true")
     tally["difficult"] += difficult
     first = 1.0 if voc_boxes == "pixels" else 0.0
-    return RawObject(annotation_id, label_of[_key(name)], None, (xmin - first, ymin - first, xmax, ymax), crowd=difficult)
+    return RawObject(annotation_id, label_of[_key(name)], None, (xmin - first, ymin - first, xmax, ymax),
+                     crowd=difficult and voc_difficult == "ignore")
 
 
 def _neu_protocol(dataset):
