@@ -4,11 +4,13 @@
     python train.py --model damagenet --data vehide/ --pretrained resnet50.pth
     python train.py --model context_cracknet --data deepcrack/         pictures and masks
     python train.py --resume                                           the newest run, from where it stopped
+    torchrun --nproc-per-node 8 train.py --data coco/                  eight GPUs (minidamage/distributed.py)
 
 Read top to bottom: the loop, validation, the learning rate, then how a run is set up from the command line. Every run
 writes a folder of its own under runs/ (minidamage/run_folder.py says what is in it).
 """
 import argparse
+import contextlib
 import dataclasses
 import math
 import sys
@@ -17,9 +19,10 @@ import time
 import numpy as np
 import torch
 
-from minidamage import MODELS, run_folder
+from minidamage import MODELS, distributed, run_folder
 from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
 from minidamage.data import collate
+from minidamage.data.flags import add_reading_flags
 from minidamage.layers.segmenter import label_map_of
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.segmentation import PixelEvaluator
@@ -47,24 +50,28 @@ def train(run, stop):
     steps_per_epoch = math.ceil(len(run.train_set) / recipe.batch_size)
     progress = Progress(recipe.epochs * steps_per_epoch, state.epoch * steps_per_epoch + state.step, device)
     autocast = torch.autocast(device.type, AMP_DTYPES.get(run.args.amp), enabled=run.args.amp != "off")
+    replica = distributed.replicate(model)                            # the model itself, unless torchrun started several processes
 
     while state.epoch < recipe.epochs and not out_of_patience(run):
         model.train()
         tick = time.perf_counter()
-        for images, targets in training_batches(run):
+        for parts in training_batches(run):                           # one part; --accumulate N: the batch in N
             step = state.epoch * steps_per_epoch + state.step
             for group in run.optimizer.param_groups:
                 group["lr"] = lr_at(step, steps_per_epoch, recipe) * state.lr_scale
             if step == 0:
-                keep(run, "first_batch.png", lambda path: draw_first_batch(path, images, targets, run.identity["class_names"]))
+                keep(run, "first_batch.png", lambda path: draw_first_batch(path, *parts[0][:2], run.identity["class_names"]))
+            distributed.seed_step(run.args.seed, step)
 
-            with autocast:
-                losses = model(images, targets)                       # {"loss_...": scalar}; the model moves its inputs
-                loss = sum(losses.values())
-            values = read_losses(losses)                              # starts the copy; the GPU goes on working
             run.optimizer.zero_grad(set_to_none=True)
-            run.scaler.scale(loss).backward()                         # <- a breakpoint here sees images, targets, losses
-            values = check_losses(values(), targets, run)
+            batch, read = distributed.Batch(replica, parts), []
+            for images, targets, counts in parts:
+                with autocast, batch.part(counts):
+                    losses = replica(images, targets)                 # {"loss_...": scalar}; the model moves its inputs
+                    loss = sum(losses.values())
+                read.append(read_losses(losses, stop))                # starts the copy; the GPU goes on working
+                run.scaler.scale(loss).backward()                     # <- a breakpoint here sees images, targets, losses
+            values, asked = check_losses([values() for values in read], [targets for _, targets, _ in parts], run)
             if recipe.clip_grad_norm > 0:
                 run.scaler.unscale_(run.optimizer)
                 torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip_grad_norm)
@@ -77,10 +84,13 @@ def train(run, stop):
             state.sums = {name: state.sums.get(name, 0.0) + value for name, value in values.items()}
             now = time.perf_counter()
             state.seconds, tick = state.seconds + now - tick, now
-            progress.step(step + 1, len(images), f"epoch {state.epoch + 1}/{recipe.epochs}  {state.step}/{steps_per_epoch}", values)
-            if stop.requested:
+            progress.step(step + 1, pictures_of(run, state.step), f"epoch {state.epoch + 1}/{recipe.epochs}  {state.step}/{steps_per_epoch}", values)
+            stopping = asked if distributed.world() > 1 else stop.requested
+            if stopping:
                 break
-        metrics = None if stop.requested else validate(run, stop, progress)
+        else:
+            stopping = distributed.any_of(stop.requested)             # a signal behind the last step
+        metrics = None if stopping else validate(run, stop, progress)
         if metrics is None:                                           # Ctrl-C or SIGTERM, in training or in validation
             progress.clear()
             return False
@@ -99,12 +109,23 @@ def out_of_patience(run):
 
 
 def training_batches(run):
-    """The batches of this epoch that are still to be done, in an order that depends on the seed and the epoch alone."""
+    """The batches of this epoch that are still to be done, in an order that depends on the seed and the epoch alone.
+
+    Each is this process's share of it, in parts: a list of (images, targets, whether they count, see distributed.shares). How many
+    processes there are changes who does what, not what is done: a run resumes with more or fewer of them.
+    """
     state, size = run.state, run.recipe.batch_size
     order = np.random.default_rng([run.args.seed, state.epoch]).permutation(len(run.train_set)).tolist()
-    batches = [order[i:i + size] for i in range(0, len(order), size)]
+    batches = [distributed.shares(order[i:i + size], run.args.accumulate) for i in range(state.step * size, len(order), size)]
     run.train_set.set_epoch(state.epoch)                              # augmentation draws from (seed, epoch, picture)
-    return loader(run, run.train_set, batches[state.step:])
+    loaded = iter(loader(run, run.train_set, [indices for parts in batches for indices, _ in parts]))
+    for parts in batches:
+        yield [(*next(loaded), counts) for _, counts in parts]
+
+
+def pictures_of(run, done):
+    """Pictures in the batch that was the done-th of its epoch, all processes together: the last one may be smaller."""
+    return min(run.recipe.batch_size, len(run.train_set) - (done - 1) * run.recipe.batch_size)
 
 
 def loader(run, dataset, batches):
@@ -113,12 +134,16 @@ def loader(run, dataset, batches):
                                        worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda", generator=torch.Generator())
 
 
-def read_losses(losses):
-    """Starts copying the loss terms to the CPU; the function that comes back waits for them and returns {term: float}.
+def read_losses(losses, stop):
+    """Starts copying the loss terms to the CPU; the function that comes back waits for them and returns ({term: float}, the same of this
+    process's pictures alone, whether any process was asked to stop).
 
-    On a GPU the wait is for the forward pass alone: backward is queued meanwhile, and the GPU never idles.
+    On a GPU the wait is for the forward pass alone: backward is queued meanwhile, and the GPU never idles. Several processes have one
+    loss, and so one decision on it: the mean of theirs. NaN anywhere is NaN everywhere.
     """
-    stacked = torch.stack([value.detach().float() for value in losses.values()])
+    own = torch.stack([*(value.detach().float() for value in losses.values())])
+    asked = torch.full((1,), float(stop.requested), device=own.device)
+    stacked = torch.cat([distributed.summed(torch.cat([own, asked])) / distributed.world(), own])
     copied = torch.cuda.Event() if stacked.is_cuda else None
     stacked = stacked.to("cpu", non_blocking=True)
     if copied is not None:
@@ -127,27 +152,45 @@ def read_losses(losses):
     def values():
         if copied is not None:
             copied.synchronize()
-        return dict(zip(losses, stacked.tolist()))
+        *means, asked = stacked[:len(losses) + 1].tolist()
+        return dict(zip(losses, means)), dict(zip(losses, stacked[len(losses) + 1:].tolist())), asked > 0
     return values
 
 
-def check_losses(values, targets, run, validating=False):
-    """Returns `values`; raises NonFiniteLoss that names the term, the files and what to type, before weights are touched or saved."""
-    broken = {name: value for name, value in values.items() if not math.isfinite(value)}
-    if not broken:
-        return values
+def check_losses(read, targets, run, validating=False):
+    """({term: float} of the whole step, whether any process was asked to stop). read: what `read_losses` gave for each part; targets: each
+    part's.
+
+    Raises NonFiniteLoss, in every process, that names the term, the files and what to type, before weights are touched or saved.
+    """
+    values = {name: sum(means[name] for means, _, _ in read) for name in (read[0][0] if read else ())}
+    if not validating and all(map(math.isfinite, values.values())):
+        return values, any(asked for *_, asked in read)
+    broken = [(own, [str(target["file"]) for target in part]) for (_, own, _), part in zip(read, targets)
+              if not all(map(math.isfinite, own.values()))]
+    reports = distributed.gather(broken)                              # in validation each process has pictures of its own
+    if validating and not any(reports):
+        return values, False
+    raise NonFiniteLoss(explain_losses(values, reports, run, validating))
+
+
+def explain_losses(values, reports, run, validating):
+    """The message of NonFiniteLoss; saves last.pt where the weights are still whole. reports: [each process's [(terms, files)]]."""
     state, recipe = run.state, run.recipe
     whole = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
     saved = save(run, "last.pt", {}) if whole and not validating else False       # else: the last.pt of before is the good one
     rate = run.optimizer.param_groups[0]["lr"]
-    place = "validation" if validating else f"step {state.step + 1}"
-    raise NonFiniteLoss(
-        f"{', '.join(f'{name} = {value}' for name, value in broken.items())} in epoch {state.epoch + 1}, {place}.\n"
-        f"  all terms   {', '.join(f'{name} {value:.4g}' for name, value in values.items())};  lr {rate:.3g}\n"
-        f"  files       {', '.join(str(target['file']) for target in targets)}\n"
+    found = [(f" in process {rank}" if len(reports) > 1 else "", terms, files) for rank, parts in enumerate(reports) for terms, files in parts]
+    where, terms, _ = found[0] if found else ("", values, [])
+    broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
+    files = ";  ".join(f"{', '.join(files)}{where}" for where, _, files in found)
+    return (
+        f"{broken} in epoch {state.epoch + 1}, {'validation' if validating else f'step {state.step + 1}'}{where and f',{where}'}.\n"
+        f"  all terms   {', '.join(f'{name} {value:.4g}' for name, value in terms.items())};  lr {rate:.3g}\n"
+        f"  files       {files}\n"
         f"  weights     {'finite' if whole else 'no longer finite'};  "
         f"{run.path('last.pt')} is {'from just before this step' if saved else 'the one saved before, with finite weights'}\n"
-        f"  try         a lower rate or clipping: python train.py --resume {run.folder} --lr {rate / 4:.3g} "
+        f"  try         a lower rate or clipping: {command()} --resume {run.folder} --lr {rate / 4:.3g} "
         f"--clip {recipe.clip_grad_norm or 10:g}{' --amp off' if run.args.amp != 'off' else ''}\n"
         f"              and if it is always these files: python -m minidamage.data {run.args.data}")
 
@@ -162,33 +205,52 @@ def validate(run, stop, progress):
     """
     model = run.model if run.ema is None else run.ema.model
     model.eval()
+    distributed.copy_buffers(run.model, model if run.ema else None)
     records, names = run.val_set.records, run.identity["class_names"]
     predict, evaluator = ((predict_detections, CocoEvaluator(names, iou_types(model))) if model.task == "detection" else
                           (predict_label_map, PixelEvaluator(names)))
-    sums, shown = {}, []
-    for images, targets in loader(run, run.val_set, [[i] for i in range(len(records))]):       # one at a time: any size, least memory
+    shown_ones, rows, shown, last = pictures_to_show(records), [], [], []
+    for images, targets in loader(run, run.val_set, [[i] for i in distributed.shard(len(records))]):       # one at a time: any size
         if stop.requested:
-            return None
+            break
         image, target = images[0], targets[0]
         progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  validation {target['index'] + 1}/{len(records)}")
         losses, prediction = predict(model, images, targets)
-        for name, value in check_losses(read_losses(losses)(), targets, run, validating=True).items():
-            sums[name] = sums.get(name, 0.0) + value
+        rows.append(dict(zip(losses, torch.stack([*losses.values()]).tolist())))
+        last = [targets]
+        if not all(map(math.isfinite, rows[-1].values())):
+            break
         add_picture(evaluator, target, prediction, image.shape[-2:])
-        if target["index"] in pictures_to_show(records):
-            shown.append((image, target, prediction))
-    result = evaluator.evaluate()
-    if model.task == "detection":
-        run.identity["thresholds"] = result.best_thresholds()         # per class, best F1 on this part; never on test
-    means = {name: value / len(records) for name, value in sums.items()}
-    metrics = {"loss": sum(means.values()), **means, **result.stats}
-    if math.isnan(metrics[run.recipe.select_by]):
-        causes = result.causes if model.task == "detection" else ["no damage in the validation part, and none found"]
-        progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *causes]))
+        if target["index"] in shown_ones:
+            shown.append((target["index"], image, target, prediction))
+    check_losses([(row, row, False) for row in rows[-1:]], last, run, validating=True)
+    if distributed.any_of(stop.requested):
+        return None
+    gathered = distributed.gather_to_main((rows, evaluator, shown))
+    metrics, run.identity["thresholds"] = distributed.on_main(lambda: score_validation(gathered, run, progress))
     if is_better(metrics, run):
         title = f"Validation, epoch {run.state.epoch + 1}"
-        keep(run, "val_predictions.png", lambda path: draw_predictions(path, shown, names, run.identity["thresholds"], title))
+        keep(run, "val_predictions.png", lambda path: draw_predictions(path, in_order(gathered), names, run.identity["thresholds"], title))
     return metrics
+
+
+def in_order(gathered):
+    """The pictures to show, (image, target, prediction), of all processes."""
+    return [each[1:] for each in sorted((each for _, _, shown in gathered for each in shown), key=lambda each: each[0])]
+
+
+def score_validation(gathered, run, progress):
+    """(metrics, thresholds a class) of what the processes found, each in its share of the pictures: the numbers of one process alone."""
+    rows = distributed.interleave([rows for rows, _, _ in gathered])
+    result = type(gathered[0][1]).joined([evaluator for _, evaluator, _ in gathered]).evaluate()
+    detects = run.model.task == "detection"
+    means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+    metrics = {"loss": sum(means.values()), **means, **result.stats}
+    if math.isnan(metrics[run.recipe.select_by]):
+        causes = result.causes if detects else ["no damage in the validation part, and none found"]
+        progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *causes]))
+    # per class, best F1 on this part; never on test
+    return metrics, result.best_thresholds() if detects else run.identity["thresholds"]
 
 
 def predict_detections(model, images, targets):
@@ -219,20 +281,22 @@ def tune_threshold(run, stop):
     """
     model, checkpoint = load_checkpoint(run.path("best.pt"), run.device)
     checkpoint["train"]["tuned"] = True
-    batches, names = loader(run, run.val_set, [[i] for i in range(len(run.val_set))]), checkpoint["class_names"]
+    batches, names = loader(run, run.val_set, [[i] for i in distributed.shard(len(run.val_set))]), checkpoint["class_names"]
     stopped = f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {run.folder}"
     if "segm" in iou_types(model) and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
         results = score_mask_thresholds(model, batches, names, iou_types(model), stop)
         if results is None:
             print(f"stopped before the mask threshold was chosen: {stopped.format(model.config.mask_threshold)}")
             return
-        take_mask_threshold(checkpoint, results, model.config.mask_threshold)
+        if distributed.is_main():
+            take_mask_threshold(checkpoint, results, model.config.mask_threshold)
     elif model.task == "segmentation" and len(names) == 1:
         result = score_pixel_thresholds(model, batches, stop)
         if result is None:
             print(f"stopped before the pixel threshold was chosen: {stopped.format(0.5)}")
             return
-        take_pixel_threshold(checkpoint, result)
+        if distributed.is_main():
+            take_pixel_threshold(checkpoint, result)
     keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
 
 
@@ -276,26 +340,34 @@ def finish_epoch(run, metrics, progress):
 
 def save(run, file, metrics):
     """Writes last.pt (all that a resume needs), or best.pt or epoch-001.pt (what evaluate.py and predict.py need)."""
+    return keep(run, file, lambda path: save_checkpoint(path, contents(run, file, metrics)))
+
+
+def contents(run, file, metrics):
+    """The checkpoint dict of a file."""
     weights = run.model.state_dict()
     averaged = weights if run.ema is None else run.ema.model.state_dict()
     state = {**run.identity, "weights": averaged, "metrics": metrics, "train": {"epoch": run.state.epoch}}
     if file == "last.pt":
         state["train"] = {**dataclasses.asdict(run.state), "optimizer": run.optimizer.state_dict(), "scaler": run.scaler.state_dict(),
                           "rng": rng_state(), "ema_updates": run.ema.updates if run.ema else 0, "raw_weights": weights if run.ema else None}
-    return keep(run, file, lambda path: save_checkpoint(path, state))
+    return state
 
 
 def keep(run, file, write):
-    """Calls write(path of a file in the run folder). A full disk is no reason to lose a training: it warns and returns False."""
-    try:
-        write(run.path(file))
-    except OSError as error:
-        run.unsaved.add(file)
-        print(f"\nWARNING: {file}: {error.strerror or error}\n"
-              "         Free some space: training goes on, the next try is after the next epoch.", file=sys.stderr)
-        return False
-    run.unsaved.discard(file)
-    return True
+    """Calls write(path of a file in the run folder), in process 0. A full disk is no reason to lose a training: it warns and returns
+    False, everywhere."""
+    def written():
+        try:
+            write(run.path(file))
+        except OSError as error:
+            run.unsaved.add(file)
+            print(f"\nWARNING: {file}: {error.strerror or error}\n"
+                  "         Free some space: training goes on, the next try is after the next epoch.", file=sys.stderr)
+            return False
+        run.unsaved.discard(file)
+        return True
+    return distributed.on_main(written)
 
 
 # ------------------------------------------------------------------------------------- learning rate, command line
@@ -339,6 +411,7 @@ def parse_arguments(argv=None):
     add = parser.add_argument
     add("--model", help=f"one of {', '.join(MODELS)} (default: {DEFAULTS['model']})")
     add("--data", metavar="PATH", help="data set folder or annotation file, any known layout; 'demo' draws one (default: demo)")
+    add_reading_flags(parser)
     add("--epochs", type=int, help="passes over the training part (default: the model's recipe; the demo has its own)")
     add("--batch-size", type=int, help="pictures a step (default: recipe)")
     add("--size", type=int, help="pixels of the resized picture: both sides (segmenters), or the shorter, and the limit of the longer with "
@@ -347,6 +420,11 @@ def parse_arguments(argv=None):
     add("--seed", type=int, help=f"of weights, order and augmentation (default: {DEFAULTS['seed']})")
     add("--split-seed", type=int, help=f"of split and --limit, which runs of several --seed share (default: {DEFAULTS['split_seed']})")
     add("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
+    add("--accumulate", type=int, metavar="N", help="parts that a batch goes through a GPU in, its gradients added up: less memory, the same "
+        "batch (default: 1)")
+    add("--sync-bn", action="store_true", help="several processes: batch normalisation over the pictures of all of them")
+    add("--timeout", type=float, metavar="MINUTES", help="several processes: how long one waits for the others before it stops "
+        f"(default: {DEFAULTS['timeout']:g})")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
     add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")
     add("--deterministic", action="store_true", help="equal bytes from run to run on a GPU too; slower there")
@@ -408,14 +486,42 @@ def say_goodbye(run, seconds):
 
 def main(argv=None):
     """Exit code: 0 done, 1 stopped by an error in training, 2 a mistake in the command, 130 Ctrl-C, 143 SIGTERM."""
+    given = parse_arguments(argv)
     try:
-        run = set_up(parse_arguments(argv))
-        claim = run_folder.claim(run.folder)
+        distributed.start(given.get("timeout", DEFAULTS["timeout"]))
+        with distributed.quiet():
+            run = set_up(given)
+        claim = run_folder.claim(run.folder) if distributed.is_main() else contextlib.nullcontext()
     except (ValueError, OSError) as error:
-        print(f"train.py: {error}", file=sys.stderr)
+        if distributed.first_to_say(str(error)):
+            print(f"train.py: {error}", file=sys.stderr)
         return 2
-    with claim:
-        return perform(run)
+    except RuntimeError as error:
+        return lost(error)
+    with claim, distributed.quiet():
+        try:
+            code = perform(run)
+        except RuntimeError as error:
+            return lost(error, run)
+    distributed.end()
+    return code
+
+
+def lost(error, run=None):
+    """Another process has ended, or hangs: says so, once for all that are left, and how to go on. Any other error is raised."""
+    if not distributed.is_lost(error):
+        raise error
+    if distributed.first_to_say("lost"):
+        place = f" in epoch {run.state.epoch + 1}, step {run.state.step + 1}" if run else ""
+        resume = f"\n  saved  {run.path('last.pt')} is good: the run as it was last saved\n  try    {command()} --resume {run.folder}" if run else ""
+        print(f"\ntrain.py: process {distributed.rank()} of {distributed.world()} has lost another one{place}: it has ended (its own message "
+              f"says why) or has not answered within --timeout.\n  {str(error).strip().splitlines()[0]}{resume}", file=sys.stderr, flush=True)
+    return 1
+
+
+def command():
+    """How this training is typed."""
+    return "python train.py" if distributed.world() == 1 else f"torchrun --nproc-per-node {distributed.local('LOCAL_WORLD_SIZE', 1)} train.py"
 
 
 def perform(run):
@@ -427,8 +533,9 @@ def perform(run):
     with StopSignal() as stop:
         try:
             finished = train(run, stop)
-        except NonFiniteLoss as error:
-            print(f"\ntrain.py: the loss is no longer finite: {error}", file=sys.stderr)
+        except NonFiniteLoss as error:                                # in every process
+            if distributed.is_main():
+                print(f"\ntrain.py: the loss is no longer finite: {error}", file=sys.stderr)
             return 1
         except (ValueError, MemoryError, RuntimeError) as error:      # any other RuntimeError is a fault of this code
             if isinstance(error, RuntimeError) and not is_out_of_memory(error):
@@ -439,11 +546,11 @@ def perform(run):
             exactly = save(run, "last.pt", {})
             print(f"stopped in epoch {run.state.epoch + 1}, step {run.state.step}; go on "
                   f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n"
-                  f"  python train.py --resume {run.folder}")
-            return stop.exit_code
+                  f"  {command()} --resume {run.folder}")
+            return max(distributed.gather(stop.exit_code))
         tune_threshold(run, stop)
     say_goodbye(run, time.perf_counter() - start)
-    return stop.exit_code or (1 if run.unsaved else 0)
+    return max(distributed.gather(stop.exit_code or (1 if run.unsaved else 0)))
 
 
 if __name__ == "__main__":

@@ -80,9 +80,8 @@ def quiet():
 
 
 def end():
-    """Leaves the group, once all have come so far."""
+    """Leaves the group."""
     if world() > 1:
-        dist.barrier()
         dist.destroy_process_group()
 
 
@@ -147,6 +146,11 @@ def gather_to_main(value):
     values = [None] * world() if is_main() else None
     dist.gather_object(value, values, dst=0)
     return values
+
+
+def any_of(flag):
+    """Whether the flag is set in any process."""
+    return any(gather(bool(flag)))
 
 
 def shard(count):

@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from minidamage import distributed
 from minidamage.metrics.measure import peak_memory
 
 
@@ -103,7 +104,7 @@ class StopSignal:
             os.write(2, b"\nstopped at once; last.pt is the one written before\n")
             os._exit(128 + signum)                                    # nothing to tidy: files are written beside, then renamed
         first, self.signum = not self.requested, signum               # before the write: the next Ctrl-C may come right behind it
-        if first:
+        if first and distributed.is_main():
             os.write(2, b"\nstopping after this step and saving; Ctrl-C once more exits at once\n")
 
 

@@ -15,21 +15,24 @@ import numpy as np
 import torch
 
 import minidamage
-from minidamage import MODELS, run_folder
+from minidamage import MODELS, distributed, run_folder
 from minidamage.checkpoint import (build_from_checkpoint, choose_device, load_pretrained, load_weights, read_checkpoint,
                                    set_rng_state)
 from minidamage.config import Recipe, apply_settings, from_dict
 from minidamage.data import DetectionDataset, SegmentationDataset, limit, load_dataset
 from minidamage.data.anchor_choice import choose_anchors, fit_of, training_sides
+from minidamage.data.flags import reading
 from minidamage.data.split import from_names, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
+from minidamage.layers.sync_batch_norm import synchronise_norms
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.segmentation import PixelEvaluator
 
 DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off",
             "deterministic": False, "keep_epochs": False, "patience": 0, "set": [], "split": None,
-            "anchors": "config"}
-CHANGES_ON_RESUME = {"resume", "data", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp", "keep_epochs"}
+            "voc_boxes": "pixels", "voc_difficult": "ignore", "anchors": "config", "accumulate": 1, "sync_bn": False, "timeout": 10.0}
+CHANGES_ON_RESUME = {"resume", "data", "images", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp", "keep_epochs",
+                     "accumulate", "timeout"}
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant", "plateau")
 
 
@@ -80,7 +83,7 @@ def set_up(given):
     """
     checkpoint, args = None, argparse.Namespace(**{**DEFAULTS, **given})
     if "resume" in given:
-        path = run_folder.find_checkpoint(given["resume"], args.out, "last.pt")
+        path = distributed.on_main(lambda: run_folder.find_checkpoint(given["resume"], args.out, "last.pt"))
         checkpoint = read_checkpoint(path)
         args = resumed_arguments(given, checkpoint, path)
     if args.deterministic:
@@ -109,10 +112,17 @@ def set_up(given):
         model = build_from_checkpoint(checkpoint, path)
     recipe = dataclasses.replace(recipe, select_by=recipe.select_by or default_metric(model))
     check_recipe(recipe, metric_names(model))
+    distributed.check_batch(recipe.batch_size, args.accumulate)
+    if args.sync_bn and distributed.world() > 1:
+        print(f"batch normalisation over all processes: {synchronise_norms(model)} layers")
     model.to(args.device)
     train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
 
-    folder = os.path.dirname(path) if checkpoint else run_folder.new_run_folder(args.out, args.model, args.data)
+    folder = os.path.dirname(path) if checkpoint else distributed.on_main(
+        lambda: run_folder.new_run_folder(args.out, args.model, args.data))
+    if not os.path.isdir(folder):
+        raise ValueError(f"{os.path.abspath(folder)}: process {distributed.rank()} does not see the folder that process 0 made; give --out on "
+                         "a disk that all machines share")
     run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
               optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
               train_set=train_set, val_set=val_set,
@@ -120,10 +130,15 @@ def set_up(given):
               identity=identity(model, dataset, parts, recipe, args, checkpoint))
     if checkpoint:
         restore(run, checkpoint, path)
-    run_folder.write_json(os.path.join(folder, "config.json"), {key: run.identity[key] for key in ("model", "config", "num_classes",
-                                                                                              "class_names", "category_ids", "run")})
-    run_folder.write_json(os.path.join(folder, "split.json"), run.identity["split"])
+    distributed.on_main(lambda: write_identity(run))
     return run
+
+
+def write_identity(run):
+    """config.json and split.json."""
+    keys = ("model", "config", "num_classes", "class_names", "category_ids", "run")
+    run_folder.write_json(run.path("config.json"), {key: run.identity[key] for key in keys})
+    run_folder.write_json(run.path("split.json"), run.identity["split"])
 
 
 def make_datasets(model, parts, recipe, seed, path):
@@ -170,14 +185,14 @@ def identity(model, dataset, parts, recipe, args, checkpoint):
             "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": names_of(parts, dataset.path),
             "run": {"commands": [*earlier["commands"], run_folder.command_line()],
                     "commits": [*earlier.get("commits", []), here["commit"]], "args": typed, "recipe": dataclasses.asdict(recipe),
-                    "data": os.path.abspath(dataset.path), "layout": dataset.layout, "seed": args.seed,
+                    "data": os.path.abspath(dataset.path), "layout": dataset.layout, "seed": args.seed, "processes": distributed.world(),
                     **here}}
 
 
 def open_data(args):
     """The Dataset of --data; "demo" is drawn first, once, into a folder under --out."""
-    path = make_demo(os.path.join(args.out, "demo-data")) if args.data == "demo" else args.data
-    return load_dataset(path)
+    path = distributed.on_main(lambda: make_demo(os.path.join(args.out, "demo-data"))) if args.data == "demo" else args.data
+    return load_dataset(path, **reading(args))
 
 
 def split_parts(dataset, args):
@@ -295,18 +310,20 @@ def check_arguments(args):
         near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
     ranges = {"size": (lambda v: v >= 32, "32 pixels or more"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
-              "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "workers": (lambda v: v >= 0, "0 or more processes"),
+              "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "accumulate": (lambda v: v >= 1, "1 or more parts"),
+              "timeout": (lambda v: 0 < v < math.inf, "minutes above 0"), "workers": (lambda v: v >= 0, "0 or more processes"),
               "seed": (lambda v: v >= 0, "0 or more"), "split_seed": (lambda v: v >= 0, "0 or more")}
     for name, (fits, expected) in ranges.items():
         value = getattr(args, name, None)
         if value is not None and not fits(value):
             raise ValueError(f"--{name.replace('_', '-')}: expected {expected}, got {value}")
-    device = choose_device(getattr(args, "device", None) or "auto")
+    device = choose_device(distributed.device_name(getattr(args, "device", None) or "auto"))
     args.device, kind = str(device), device.type
     if args.amp == "fp16" and kind != "cuda":
         raise ValueError(f"--amp fp16 needs a GPU (its gradient scaler), got --device {args.device}; use --amp bf16 or off")
     if getattr(args, "workers", None) is None:
-        args.workers = 0 if kind == "cpu" else min(8, os.cpu_count() or 1)     # on a CPU, training needs every core itself
+        cores = (os.cpu_count() or 1) // distributed.local("LOCAL_WORLD_SIZE", 1)
+        args.workers = 0 if kind == "cpu" else max(1, min(8, cores))  # on a CPU, training needs every core itself
 
 
 def check_recipe(recipe, names):

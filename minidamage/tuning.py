@@ -4,7 +4,7 @@ A detector's: tau of DamageNet, section III.A, tuned there too; on which part is
 segmenter's of one class: where the pooled F1, and so the pooled IoU, is highest. With several classes the likeliest wins: nothing to
 choose.
 """
-from minidamage import masks
+from minidamage import distributed, masks
 from minidamage.layers.detector import masks_in_form
 from minidamage.layers.segmenter import IGNORE
 from minidamage.metrics.detection import CocoEvaluator
@@ -30,16 +30,22 @@ def add_picture(evaluator, target, prediction, size):
 
 
 def score_mask_thresholds(model, batches, class_names, iou_types, stop):
-    """{tau: DetectionResult} of the validation part, the network run once; None when a signal came."""
+    """{tau: DetectionResult} of the validation part, the network run once; None when a signal came.
+
+    batches: of one picture, this process's share; what all of them found is scored in process 0, the others return {}.
+    """
     evaluators = {tau: CocoEvaluator(class_names, iou_types) for tau in MASK_THRESHOLDS}
     for images, targets in batches:
         if stop.requested:
-            return None
+            break
         size, raw = tuple(images[0].shape[-2:]), model.detect(images, mask_form="raw")[0]
         for tau, evaluator in evaluators.items():
             rles = masks_in_form(raw["masks"], raw["boxes"], size, "rle", tau, model.refine_masks)
             add_picture(evaluator, targets[0], {**raw, "masks": rles}, size)
-    return {tau: evaluator.evaluate() for tau, evaluator in evaluators.items()}
+    if distributed.any_of(stop.requested):
+        return None
+    gathered = distributed.gather_to_main(evaluators)
+    return {tau: CocoEvaluator.joined([each[tau] for each in gathered]).evaluate() for tau in MASK_THRESHOLDS} if gathered else {}
 
 
 def take_mask_threshold(checkpoint, results, default):
@@ -56,14 +62,17 @@ def take_mask_threshold(checkpoint, results, default):
 
 
 def score_pixel_thresholds(model, batches, stop):
-    """The SweepResult of the validation part, at the size it is trained at; None when a signal came."""
+    """The SweepResult of the validation part, at the size it is trained at; None when a signal came. batches: as above; processes other
+    than 0 return the result of no picture."""
     sweep = ThresholdSweep()
     for images, targets in batches:
         if stop.requested:
-            return None
+            break
         probabilities, truth = model.probabilities(images, at="model")[0], targets[0]["label_map"]
         sweep.add(probabilities[0], truth, ignore=truth == IGNORE)
-    return sweep.evaluate()
+    if distributed.any_of(stop.requested):
+        return None
+    return ThresholdSweep.joined(distributed.gather_to_main(sweep) or [ThresholdSweep()]).evaluate()
 
 
 def take_pixel_threshold(checkpoint, result):

@@ -72,7 +72,8 @@ class DetectionDataset(RecordDataset):
     iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
     that this sample stands in for, "" as a rule). Sets without any outline (boxes only) have no "masks".
 
-    train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay.
+    train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay. The target
+    also has seed int, from (seed, epoch, index): what a detector's samplers draw for the picture.
     max_side: pictures are reduced to this longest side before augmentation (training only): faster, and 12-megapixel
     masks never exist. None: original pixels.
     Raises ValueError for records with label maps: where one damage ends and the next begins is not in them.
@@ -101,6 +102,8 @@ class DetectionDataset(RecordDataset):
         target = {"boxes": torch.from_numpy(boxes[keep]), "labels": torch.from_numpy(record.labels[keep]),
                   "iscrowd": torch.from_numpy(record.crowd[keep]), "area": torch.from_numpy(record.area[keep]),
                   "image_id": int(record.image_id), "file": record.file, "index": used, "replaced": replaced}
+        if self.train:
+            target["seed"] = int(np.random.SeedSequence([self.seed, int(self._epoch), index, 1]).generate_state(1)[0])
         if masks is not None:
             target["masks"] = torch.from_numpy(masks if keep.all() else masks[keep])
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target

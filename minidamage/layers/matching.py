@@ -15,6 +15,7 @@ from torch import nn
 
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
+KEYS_AT_ONCE = 4096            # random numbers are drawn in multiples of it, see draw_keys
 BBOX_XFORM_CLIP = math.log(1000.0 / 16)        # a box never grows more than 62.5-fold: exp() of a wild prediction stays finite
 
 
@@ -65,13 +66,14 @@ class BalancedPositiveNegativeSampler:
         self.positive_fraction = positive_fraction
 
     def __call__(self, labels, generator=None):
-        """labels: [N, A], >= 1 positive, 0 negative, -1 not to be used. generator: torch.Generator; None takes the global one.
+        """labels: [N, A], >= 1 positive, 0 negative, -1 not to be used. generator: torch.Generator, or a list of N, one a picture (what
+        is drawn for it then does not depend on the others in the batch); None takes the global one.
 
         Returns (positives, positive_valid, negatives, negative_valid): indices [N, P] and [N, B] int64 into A, and bool masks of
         the same shapes; only valid slots count. Each row's valid positives come first.
         """
         N, A = labels.shape
-        keys = torch.rand((N, A), device=labels.device, generator=generator)
+        keys = draw_keys(N, A, labels.device, generator)
         # the largest random keys among the eligible ones are a uniform draw without replacement; -1 marks the others
         max_positives = min(int(self.batch_size_per_image * self.positive_fraction), A)
         positive_keys, positives = keys.masked_fill(labels < 1, -1).topk(max_positives, dim=1)
@@ -80,6 +82,15 @@ class BalancedPositiveNegativeSampler:
         room = self.batch_size_per_image - positive_valid.sum(dim=1, keepdim=True)
         slot = torch.arange(negatives.shape[1], device=labels.device)
         return positives, positive_valid, negatives, (negative_keys >= 0) & (slot < room)
+
+
+def draw_keys(N, A, device, generator=None):
+    """[N, A] uniform in 0..1. generator: as in the sampler."""
+    if not isinstance(generator, list):
+        return torch.rand((N, A), device=device, generator=generator)
+    # A hangs on the batch (its picture with the most objects). On a GPU the first numbers of a longer draw are others: equal lengths
+    length = math.ceil(A / KEYS_AT_ONCE) * KEYS_AT_ONCE
+    return torch.stack([torch.rand(length, device=device, generator=each) for each in generator])[:, :A]
 
 
 class BoxCoder:

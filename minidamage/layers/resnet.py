@@ -251,7 +251,7 @@ def convolve(x, conv, weight, bias):
 
 def is_one_value(x, norm):
     """Whether batch normalisation would meet a single value a channel, which has no variance: one picture, pooled to 1 x 1."""
-    return isinstance(norm, nn.BatchNorm2d) and x.shape[0] * x.shape[2] * x.shape[3] == 1
+    return type(norm) is nn.BatchNorm2d and x.shape[0] * x.shape[2] * x.shape[3] == 1
 
 
 def normalise_as_constant(x, norm):

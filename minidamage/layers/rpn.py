@@ -117,6 +117,12 @@ class RegionProposalNetwork(nn.Module):
             return proposals, {}
         return proposals, self.losses(features, torch.cat(anchors), [target["boxes"] for target in targets], generator)
 
+    def loss_counts(self, features, batch_size_px, targets):
+        """{"anchors": how many the losses of these pictures are means over}: hangs on anchors and truth alone, not on what is drawn."""
+        anchors = torch.cat(self.anchor_generator([f.shape[-2:] for f in features], batch_size_px, features[0].device))
+        _, _, positive_valid, _, negative_valid = self.sample(anchors, [target["boxes"] for target in targets])
+        return {"anchors": positive_valid.sum() + negative_valid.sum()}
+
     def propose(self, objectness, bbox_deltas, anchors, image_sizes):
         mode = "training" if self.training else "testing"
         boxes, scores, levels = self.best_of_each_level(objectness, bbox_deltas, anchors, self.pre_nms_top_n[mode])
@@ -152,12 +158,16 @@ class RegionProposalNetwork(nn.Module):
         keep = rank.topk(len(keep)).indices
         return keep, torch.maximum(count, usable.sum().clamp(max=min(self.min_proposals, len(keep))))
 
+    def sample(self, anchors, gt_boxes, generator=None):
+        """(matches [N, A], and what the sampler returns); anchors: [A, 4], gt_boxes: N x [G_i, 4]."""
+        matches = torch.stack([self.proposal_matcher(ops.box_iou(boxes, anchors)) for boxes in gt_boxes])
+        labels = (matches >= 0).to(torch.int8) - (matches == -2).to(torch.int8)           # 1 object, 0 background, -1 in between
+        return matches, *self.fg_bg_sampler(labels, generator)
+
     def losses(self, features, anchors, gt_boxes, generator):
         """anchors: [A, 4], gt_boxes: N x [G_i, 4]. Only sampled anchors are touched."""
         with torch.no_grad():
-            matches = torch.stack([self.proposal_matcher(ops.box_iou(boxes, anchors)) for boxes in gt_boxes])      # [N, A]
-            labels = (matches >= 0).to(torch.int8) - (matches == -2).to(torch.int8)       # 1 object, 0 background, -1 in between
-            positives, positive_valid, negatives, negative_valid = self.fg_bg_sampler(labels, generator)
+            matches, positives, positive_valid, negatives, negative_valid = self.sample(anchors, gt_boxes, generator)
             own_anchors = anchors[positives]                                                                       # [N, P, 4]
             own_object = gather_rows(pad_boxes(gt_boxes), matches.gather(1, positives).clamp(min=0))
             own_object = torch.where(positive_valid[..., None], own_object, own_anchors)    # empty slots: any box with a size

@@ -17,6 +17,7 @@ import dataclasses
 import numpy as np
 
 from minidamage import skeleton
+from minidamage.distributed import interleave
 
 TOLERANCES = (0, 2, 5)                                        # pixels
 PIXEL_EDGES = (3.0, 6.0, 12.0, 24.0)                          # bounds between the classes of width, pixels
@@ -62,6 +63,13 @@ class CrackEvaluator:
             counts[:, 0] = np.bincount(bins, prediction[truth], len(counts))
             counts[:, 1] = np.bincount(bins, minlength=len(counts))
         return counts
+
+    @classmethod
+    def joined(cls, evaluators):
+        """One of several, each with every n-th picture (distributed.shard), in the pictures' order. The first one is made it."""
+        for field in ("_tolerant", "_widths"):
+            setattr(evaluators[0], field, interleave([getattr(evaluator, field) for evaluator in evaluators]))
+        return evaluators[0]
 
     def evaluate(self):
         """Returns the CrackResult of all pictures so far."""

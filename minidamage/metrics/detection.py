@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from minidamage import masks
+from minidamage.distributed import interleave
 from minidamage.metrics import coco, coco_files, confusion, diagnosis, intervals, operating, voc
 from minidamage.metrics.coco import COCO
 from minidamage.metrics.measure import peak_memory, speed, synchronize
@@ -74,6 +75,14 @@ class CocoEvaluator:
             raise ValueError(f"add_detections, picture {image_id!r}: expected finite scores, got {row['scores'].min()}; did the training "
                              "diverge?")
         self._detections.setdefault(image_id, []).append(row)
+
+    @classmethod
+    def joined(cls, evaluators):
+        """One of several, each with truth and detections of every n-th picture (distributed.shard), in the pictures' order. The first one is
+        made it."""
+        for field in ("_truth", "_detections"):
+            setattr(evaluators[0], field, dict(interleave([list(getattr(evaluator, field).items()) for evaluator in evaluators])))
+        return evaluators[0]
 
     def _row(self, image_id, name, boxes, labels, rles):
         boxes, labels = _array(boxes, np.float64).reshape(-1, 4), _array(labels, np.int64)

@@ -18,6 +18,7 @@ import dataclasses
 import numpy as np
 
 from minidamage import masks
+from minidamage.distributed import interleave
 
 NAMES = ("IoU", "Dice", "F1", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
 TP, FP, FN, TN = range(4)                                     # columns of the counts
@@ -83,6 +84,12 @@ class PixelEvaluator:
             found = [r for r, label in zip(rles, labels) if k in (0, label)]
             counts[k] = _union_counts(truth, found, ignore, height * width)
         self._counts.append(counts)
+
+    @classmethod
+    def joined(cls, evaluators):
+        """One of several, each with every n-th picture (distributed.shard), in the pictures' order. The first one is made it."""
+        evaluators[0]._counts = interleave([evaluator._counts for evaluator in evaluators])
+        return evaluators[0]
 
     def evaluate(self):
         """Returns the PixelResult of all pictures so far."""

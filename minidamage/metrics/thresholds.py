@@ -18,6 +18,7 @@ and hierarchical image segmentation, PAMI 2011.
 import numpy as np
 import torch
 
+from minidamage.distributed import interleave
 from minidamage.metrics.segmentation import quotients
 
 THRESHOLDS = np.arange(1, 100) / 100
@@ -45,6 +46,12 @@ class ThresholdSweep:
         background, damage = (side[::-1].cumsum()[::-1] for side in bins)                 # [100]: pixels in this bin or above
         tp, fp = damage[1:], background[1:]
         self._counts.append(np.stack([tp, fp, damage[0] - tp, background[0] - fp], axis=1))
+
+    @classmethod
+    def joined(cls, sweeps):
+        """One of several, each with every n-th picture (distributed.shard), in the pictures' order. The first one is made it."""
+        sweeps[0]._counts = interleave([sweep._counts for sweep in sweeps])
+        return sweeps[0]
 
     def evaluate(self):
         """Returns the SweepResult of all pictures so far."""
