@@ -4,12 +4,9 @@ Read first: matching.py.
 """
 from torch.nn import functional as F
 
+from minidamage.distributed import normaliser
+
 SMOOTH_L1_BETA = 1 / 9        # where the box loss turns from square to linear; torchvision's value, Detectron's sigma = 3
-
-
-def masked_mean(values, valid):
-    """Mean of values [R] over the valid slots; 0 (with zero gradients) where there is none."""
-    return (values * valid).sum() / valid.sum().clamp(min=1)
 
 
 def smooth_l1(prediction, target, beta=SMOOTH_L1_BETA):
@@ -34,7 +31,7 @@ def rpn_loss(objectness, bbox_deltas, bbox_targets, positive_valid, valid, objec
     positive_valid: [N, P]; valid: [N, S] bool. objectness_loss: logits, targets -> a loss each (DANet has another). Returns
     (objectness loss, box loss), both divided by the number of samples.
     """
-    samples = valid.sum().clamp(min=1)
+    samples = normaliser("anchors", valid.sum())
     labels = valid.new_zeros(valid.shape)
     labels[:, :positive_valid.shape[1]] = positive_valid
     entropy = objectness_loss(objectness, labels.to(objectness.dtype))
@@ -50,7 +47,7 @@ def fastrcnn_loss(class_logits, box_regression, labels, bbox_targets, valid, cla
     loss), both divided by the number of samples.
     """
     R = len(labels)
-    samples = valid.sum().clamp(min=1)
+    samples = normaliser("rois", valid.sum())
     entropy = class_loss(class_logits, labels)
     own_box = box_regression.unflatten(1, (-1, 4)).gather(1, labels.view(R, 1, 1).expand(R, 1, 4)).squeeze(1)
     box = smooth_l1(own_box, bbox_targets)
@@ -63,4 +60,4 @@ def maskrcnn_loss(mask_logits, mask_targets, valid):
     mask_logits hold the channel of each RoI's true class only: the other classes' masks do not compete (He et al., section 3).
     """
     entropy = F.binary_cross_entropy_with_logits(mask_logits, mask_targets, reduction="none")
-    return masked_mean(entropy.mean((1, 2)), valid)
+    return (entropy.mean((1, 2)) * valid).sum() / normaliser("masks", valid.sum())

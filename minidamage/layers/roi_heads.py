@@ -173,6 +173,11 @@ class RoIHeads(nn.Module):
             losses["loss_mask"] = self.mask_loss(features, samples, targets)
         return losses
 
+    def loss_counts(self, proposals, targets):
+        """{"rois", "masks": how many the losses of these pictures are means over}; no matter what is drawn."""
+        samples = self.select_training_samples(proposals, targets)
+        return {"rois": samples.valid.sum(), "masks": samples.positive_valid.sum()}
+
     def mask_loss(self, features, samples, targets):
         P = samples.positive_valid.shape[1]
         valid = samples.positive_valid.flatten()

@@ -164,10 +164,27 @@ class FasterRCNN(nn.Module):
         return self.losses(images, targets) if self.training else self.detect(images)
 
     def losses(self, images, targets, generator=None):
-        """The training losses; generator: torch.Generator for the samplers, None takes the global one."""
+        """The training losses. generator: torch.Generator for the samplers; None takes one for each picture, seeded by its target's
+        "seed" (what is drawn for a picture then hangs on nothing else), or the global one where there is none."""
+        generator = generator or picture_generators(targets, self.transform.image_mean.device)
         batch, targets = self.prepare(images, targets)
         features = self.backbone(batch.tensors)
         return self.losses_of(features, batch, targets, generator)[0]
+
+    @torch.no_grad()
+    def loss_counts(self, images, targets):
+        """What the losses of these pictures are divided by, {name: tensor}: body and RPN are run for the proposals. Running statistics
+        stay as they are, the global random generator does not."""
+        batch, targets = self.prepare(images, targets)
+        norms = [module for module in self.modules() if isinstance(module, nn.BatchNorm2d) and module.training]
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.momentum = 0.0
+        features = self.backbone(batch.tensors)
+        for norm, momentum in zip(norms, momenta):
+            norm.momentum = momentum
+        proposals, _ = self.rpn(features, batch.tensors.shape[-2:], batch.sizes)
+        return {**self.rpn.loss_counts(features, batch.tensors.shape[-2:], targets), **self.roi_heads.loss_counts(proposals, targets)}
 
     def prepare(self, images, targets):
         """Checked and resized: (ImageBatch, targets in its pixels)."""
@@ -238,6 +255,13 @@ class FasterRCNN(nn.Module):
     def load_state_dict(self, state_dict, strict=True, assign=False):
         """As in every module; names from before torchvision 0.13, which its published COCO weights still carry, are translated."""
         return super().load_state_dict({modern_name(key): value for key, value in state_dict.items()}, strict, assign)
+
+
+def picture_generators(targets, device):
+    """[a torch.Generator a picture], or None unless every target has a "seed"."""
+    if not targets or not all("seed" in target for target in targets):
+        return None
+    return [torch.Generator(device).manual_seed(target["seed"]) for target in targets]
 
 
 def modern_name(key):
