@@ -14,12 +14,13 @@ import torch
 from . import _extension, _toolchain
 from .deform_conv2d import (deform_conv2d_backward_input_reference, deform_conv2d_backward_weight_reference,
                             deform_conv2d_reference)
-from .focal_loss import sigmoid_focal_loss_reference, softmax_focal_loss_reference
+from .focal_loss import (sigmoid_focal_loss_backward_reference, sigmoid_focal_loss_reference, softmax_focal_loss_backward_reference,
+                         softmax_focal_loss_reference)
 from .linear_attention import linear_attention_backward_reference, linear_attention_reference
 from .nms import nms_padded_reference, nms_reference
 from .paste_masks import expand_boxes, paste_masks_bool_reference, paste_masks_reference, paste_masks_rle_reference
 from .roi_align import roi_align_backward_reference, roi_align_reference
-from .roi_pool import roi_pool_reference
+from .roi_pool import roi_pool_backward_reference, roi_pool_reference
 
 TOLERANCE = 1e-3                                # of results of size 1; a wrong kernel is off by far more
 
@@ -43,6 +44,8 @@ def examples():
     positions, (layer, projection) = features[1].flatten(2).transpose(1, 2), torch.randn(2, 1024, 64, generator=random) / 32
     attention = (positions, layer[:64], layer[64], layer[65:129], None, layer[129:193], None, projection, projection.flip(0), 4, None, None)
     attended, *kept = linear_attention_reference(*attention, True)
+    sigmoid, softmax = (grad, grad.sigmoid(), 0.25, 2.0, 0), (features[0][0, 0, :5].T.contiguous(), idxs[:64], 0.25, 2.0, 1, -100)
+    largest = roi_pool_reference(features[0], rois, [7, 7], 1 / 4)[1]
     return {
         "nms": (nms_reference, (boxes, scores, idxs, 0.5)),
         "nms_padded": (nms_padded_reference, (boxes, scores, idxs, 0.5, 100, scores > 0.1)),
@@ -55,11 +58,14 @@ def examples():
         "linear_attention_backward": (linear_attention_backward_reference, (attended, *attention[:2], *attention[3:11], attended, *kept[:3],
                                                                             kept[4])),
         "roi_pool": (roi_pool_reference, (features[0], rois, [7, 7], 1 / 4)),
+        "roi_pool_backward": (roi_pool_backward_reference, (grad, largest, rois, 2, sizes[0], sizes[0], 1 / 4, True)),
         "paste_masks": (paste_masks_reference, (masks, places, 256, 256, 1)),
         "paste_masks_bool": (paste_masks_bool_reference, (masks, places, 256, 256, 1, 0.5)),
         "paste_masks_rle": (paste_masks_rle_reference, (masks, places, 256, 256, 1, 0.5)),
-        "sigmoid_focal_loss": (sigmoid_focal_loss_reference, (grad, grad.sigmoid(), 0.25, 2.0, 0)),
-        "softmax_focal_loss": (softmax_focal_loss_reference, (features[0][0, 0, :5].T.contiguous(), idxs[:64], 0.25, 2.0, 1, -100)),
+        "sigmoid_focal_loss": (sigmoid_focal_loss_reference, sigmoid),
+        "sigmoid_focal_loss_backward": (sigmoid_focal_loss_backward_reference, (grad, *sigmoid)),
+        "softmax_focal_loss": (softmax_focal_loss_reference, softmax),
+        "softmax_focal_loss_backward": (softmax_focal_loss_backward_reference, (grad[0, 0, 0, 0], *softmax)),
     }
 
 
