@@ -21,6 +21,7 @@ import sys
 from minidamage import run_folder
 from minidamage.checkpoint import choose_device, load_checkpoint
 from minidamage.data import load_dataset
+from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
 from minidamage.data.split import from_names
 from minidamage.evaluation import comparison, complexity, detection, epochs, segmentation
 from minidamage.evaluation.common import Job, without_nan, writing
@@ -62,6 +63,7 @@ def parse_arguments(argv):
     add = parser.add_argument
     add("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
     add("--data", metavar="D", help="data set to score on (default: the one the run was trained on)")
+    add_reading_flags(parser)                 # default: as the run was trained
     add("--part", choices=("test", "val", "train", "all"),
         help="which part of it (default: test; of another data set without parts, all of it)")
     add("--score", type=float, metavar="S", help="lowest score of a finding (or probability of a damaged pixel) for pixel metrics, alarms "
@@ -140,7 +142,8 @@ def choose_pictures(args, checkpoint, path):
     if not args.data and not os.path.exists(where):
         raise ValueError(f"{where}: the data set that {path} was trained on is not there any more; name its new place, or another set, "
                          "with --data")
-    dataset = load_dataset(where, class_names=checkpoint["class_names"])
+    as_trained = reading(checkpoint.get("run", {}).get("args", {}), OF_A_KIND if args.data else READING)
+    dataset = load_dataset(where, class_names=checkpoint["class_names"], **{**as_trained, **reading(args)})
     split, own = checkpoint.get("split") or {}, False
     if split and (not args.data or is_own(dataset, split, trained_on)):
         parts, own = from_names(dataset, split), True

@@ -4,25 +4,19 @@ import sys
 
 from minidamage.data import load_dataset
 from minidamage.data.check import check, report
-from minidamage.data.voc import VOC_BOXES, VOC_DIFFICULT
+from minidamage.data.flags import add_reading_flags, reading
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="python -m minidamage.data", description=__doc__)
     parser.add_argument("path", help="folder of the data set, or its annotation file (VehiDE, LabelMe, COCO, VIA 1 or 2, Pascal "
                         "VOC, YOLO, CrackForest, picture and mask folders); PATH:NAME keeps the pictures whose names begin so")
-    parser.add_argument("--images", help="folder of the pictures, where the annotation file does not say it")
-    parser.add_argument("--attribute", help="VIA: the region attribute that holds the class (default: detected)")
-    parser.add_argument("--voc-boxes", choices=VOC_BOXES, default="pixels", help="Pascal VOC: what the numbers of a box are, pixels "
-                        "counted from 1 or corners (default: %(default)s)")
-    parser.add_argument("--voc-difficult", choices=VOC_DIFFICULT, default="ignore", help="Pascal VOC: objects marked difficult are left out "
-                        "of training and scoring, or count as the others do (default: %(default)s)")
+    add_reading_flags(parser)
     parser.add_argument("--quick", action="store_true", help="headers and annotations only: no decoding, no search for duplicates")
     parser.add_argument("--examples", type=int, default=3, help="how many files or annotations to name for each finding")
     args = parser.parse_args(arguments)
     try:
-        dataset = load_dataset(args.path, images=args.images, attribute=args.attribute, voc_boxes=args.voc_boxes,
-                               voc_difficult=args.voc_difficult)
+        dataset = load_dataset(args.path, **reading(args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

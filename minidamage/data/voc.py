@@ -65,6 +65,8 @@ def _add_notes(notes, tally, voc_boxes, voc_difficult, parts, files):
     if tally["from 0"] and voc_boxes == "pixels":
         notes.append(f"{tally['from 0']} boxes begin at 0, and VOC counts pixels from 1: if the tool wrote corners, "
                      "read with voc_boxes=\"corners\" (--voc-boxes corners)")
+    if voc_boxes == "corners":
+        notes.append("boxes are taken as corners, from 0")
     fate = ("are neither targets nor false alarms (voc_difficult=\"count\", --voc-difficult count: objects like the others)"
             if voc_difficult == "ignore" else "count as the others do")
     for key, text in (("named", "XML files name another picture in <filename>; the one with the XML's own name is taken"),
