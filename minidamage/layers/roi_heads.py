@@ -8,16 +8,19 @@ computed for the survivors only. Names and numbers are torchvision's.
 Read first: rpn.py. Read next: detector.py, then models/mask_rcnn.py.
 """
 import dataclasses
+import functools
+import math
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
 from minidamage import ops
-from minidamage.layers.losses import cross_entropy, fastrcnn_loss, maskrcnn_loss
+from minidamage.layers.losses import class_loss_and_scores, fastrcnn_loss, maskrcnn_loss, overlap_loss, smooth_l1
 from minidamage.layers.matching import BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, live_counts, live_rows, pad_boxes
 
 MIN_DETECTION_SIZE = 1e-2      # pixels of the resized picture: thinner detections are dropped (torchvision's value)
+CLASS_PRIOR = 0.01             # what K independent classes start from: else K / 2 of them are found in every RoI (RetinaNet, section 4.1)
 
 
 @dataclasses.dataclass
@@ -130,11 +133,12 @@ class MaskRCNNPredictor(nn.Module):
 
 
 class RoIHeads(nn.Module):
-    """Box stage and mask stage. mask_* None: a detector without masks (Faster R-CNN)."""
+    """Box stage and mask stage. mask_* None: a detector without masks (Faster R-CNN). The forms of the losses: losses.py."""
 
     def __init__(self, box_roi_pool, box_head, box_predictor, fg_iou_thresh, bg_iou_thresh, batch_size_per_image,
                  positive_fraction, bbox_reg_weights, score_thresh, nms_thresh, detections_per_img,
-                 mask_roi_pool=None, mask_head=None, mask_predictor=None, proposals="rpn+gt", class_loss=cross_entropy):
+                 mask_roi_pool=None, mask_head=None, mask_predictor=None, proposals="rpn+gt",
+                 class_loss="cross_entropy", focal_alpha=0.25, focal_gamma=2.0, box_loss="smooth_l1", mask_loss="bce"):
         super().__init__()
         if proposals not in ("rpn+gt", "rpn", "gt"):
             raise ValueError(f"proposals: expected rpn+gt, rpn or gt, got {proposals!r}")
@@ -151,7 +155,11 @@ class RoIHeads(nn.Module):
         self.nms_thresh = nms_thresh
         self.detections_per_img = detections_per_img
         self.proposals = proposals
-        self.class_loss = class_loss
+        self.class_loss, self.class_scores = class_loss_and_scores(class_loss, focal_alpha, focal_gamma)
+        self.box_loss_form = box_loss
+        self.mask_loss_form = mask_loss
+        if class_loss == "sigmoid_focal":
+            nn.init.constant_(box_predictor.cls_score.bias, math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
 
     # --- training ---
 
@@ -167,11 +175,19 @@ class RoIHeads(nn.Module):
         bbox_targets = F.pad(samples.bbox_targets, (0, 0, 0, samples.valid.shape[1] - samples.bbox_targets.shape[1]))    # [N, S, 4]
         class_logits, box_regression = self.box_predictor(self.box_head(self.box_roi_pool(features, rois)))
         loss_classifier, loss_box = fastrcnn_loss(class_logits.float(), box_regression.float(), labels,
-                                                  bbox_targets.flatten(0, 1)[rows], valid, self.class_loss)
+                                                  bbox_targets.flatten(0, 1)[rows], valid, self.class_loss,
+                                                  self.box_loss_of(rois[:, 1:], valid & (labels > 0)))
         losses = {"loss_classifier": loss_classifier, "loss_box_reg": loss_box}
         if self.mask_head is not None:
             losses["loss_mask"] = self.mask_loss(features, samples, targets)
         return losses
+
+    def box_loss_of(self, boxes, positive):
+        """deltas, targets [R, 4] -> [R]. boxes: [R, 4], the RoIs; an overlap is one of boxes, those of the other rows may have no size."""
+        if self.box_loss_form == "smooth_l1":
+            return smooth_l1
+        boxes = torch.where(positive[:, None], boxes, F.pad(boxes.new_zeros(2), (0, 2), value=1.0))
+        return functools.partial(overlap_loss, boxes=boxes, box_coder=self.box_coder, form=self.box_loss_form)
 
     def loss_counts(self, proposals, targets):
         """{"rois", "masks": how many the losses of these pictures are means over}; no matter what is drawn."""
@@ -187,7 +203,7 @@ class RoIHeads(nn.Module):
         with torch.no_grad():
             mask_targets = project_masks_on_boxes([target["masks"] for target in targets], boxes, samples.objects,
                                                   samples.positive_valid, mask_logits.shape[-1])
-        return maskrcnn_loss(mask_logits, mask_targets, valid[rows])
+        return maskrcnn_loss(mask_logits, mask_targets, valid[rows], self.mask_loss_form)
 
     def mask_logits(self, features, rois, labels):
         """[R, M, M] float32: the logits of each RoI's own class."""
@@ -230,18 +246,20 @@ class RoIHeads(nn.Module):
 
     def detect(self, features, proposals, image_sizes):
         """Returns a Detections for each picture. Reads the number of detections back once, after the box stage."""
-        rows = live_rows(proposals.valid.flatten())
-        rois = to_rois(proposals.boxes)[rows]
-        class_logits, box_regression = self.box_predictor(self.box_head(self.box_roi_pool(features, rois)))
-        boxes = self.box_coder.decode(box_regression.float().unflatten(1, (-1, 4)), rois[:, None, 1:])        # [R, K + 1, 4]
-        scores = class_logits.float().softmax(dim=1) * proposals.valid.flatten()[rows][:, None]               # [R, K + 1]
-        a_picture = live_counts(proposals.valid)
-        found = [self.thin_out(*each) for each in zip(boxes.split(a_picture), scores.split(a_picture), image_sizes)]
+        found = self.box_stage(features, proposals, image_sizes, live_rows(proposals.valid.flatten()), live_counts(proposals.valid))
         counts = torch.stack([count for *_, count in found]).tolist()
         detections = [Detections(boxes[:n], scores[:n], labels[:n]) for (boxes, scores, labels, _), n in zip(found, counts)]
         if self.mask_head is not None:
             self.add_masks(features, detections)
         return detections
+
+    def box_stage(self, features, proposals, image_sizes, rows, a_picture):
+        """Of each picture what `thin_out` returns. rows: the flattened slots that are looked at; a_picture: how many of them are whose."""
+        rois = to_rois(proposals.boxes)[rows]
+        class_logits, box_regression = self.box_predictor(self.box_head(self.box_roi_pool(features, rois)))
+        boxes = self.box_coder.decode(box_regression.float().unflatten(1, (-1, 4)), rois[:, None, 1:])        # [R, K + 1, 4]
+        scores = self.class_scores(class_logits.float()) * proposals.valid.flatten()[rows][:, None]           # [R, K + 1]
+        return [self.thin_out(*each) for each in zip(boxes.split(a_picture), scores.split(a_picture), image_sizes)]
 
     def thin_out(self, boxes, scores, image_size):
         """One picture, boxes [R, K + 1, 4], scores [R, K + 1]: drops background, weak and collapsed boxes, suppresses a class at

@@ -3,7 +3,7 @@
     D_r = Conv3x3_{rate d_r}(C)                                    eq. 9
     C~  = sum_r alpha_r D_r,  sum_r alpha_r = 1                    eq. 10
     p_l = Conv3x3(Conv1x1(c_l) + Upsample(p_{l+1}))                eq. 11
-    L   = lambda_1 L_cls + lambda_2 L_reg + lambda_3 L_mask        eq. 13
+    L   = lambda_1 L_cls + lambda_2 L_reg + lambda_3 L_mask        eq. 13: config fields loss_weight_cls, _reg, _mask; values not stated
     mask = remove islands(fill holes(M > tau))                    section III.A, figures 6 and 7
 
 Differs from the paper:
@@ -19,7 +19,6 @@ Ablations (`--set`): context=false, fpn=false, fill_holes=false, remove_islands=
 Read first: mask_rcnn.py.
 """
 import dataclasses
-import math
 
 import torch
 from torch import nn
@@ -39,9 +38,6 @@ class DamageNetConfig(mask_rcnn.MaskRCNNConfig):
     context_rates: tuple[int, ...] = (1, 2, 4, 8)   # d_r of eq. 9; not stated
     context_levels: tuple[int, ...] = (2, 3, 4, 5)  # the levels that get a block; not stated ("an intermediate feature map")
     context_groups: int = 1                         # 1: full convolutions, fpn_channels: depthwise (1/256 of the cost); not stated
-    loss_weight_cls: float = 1.0                    # lambda_1 of eq. 13; the values are not stated. The RPN's losses keep weight 1
-    loss_weight_reg: float = 1.0                    # lambda_2
-    loss_weight_mask: float = 1.0                   # lambda_3
     fill_holes: bool = True                         # post-processing: close holes in a mask
     remove_islands: bool = True                     # post-processing: drop small separate parts of a mask
     island_share: float = 0.1                       # ... smaller than this share of the mask's area; not stated
@@ -106,7 +102,7 @@ class ContextPyramid(FeaturePyramidNetwork):
 
 
 class DamageNet(mask_rcnn.MaskRCNN):
-    """Mask R-CNN with the context pyramid, the weighted loss, and repaired masks.
+    """Mask R-CNN with the context pyramid and repaired masks.
 
     The repair works on thresholded masks: detect(images, "bool") and "rle" have it; the probabilities of model(images) are before both.
     """
@@ -118,7 +114,8 @@ class DamageNet(mask_rcnn.MaskRCNN):
 
     def check_config(self, config):
         super().check_config(config)
-        check_loss_and_finish(config)
+        if not 0 <= config.island_share <= 1:
+            raise ValueError(f"island_share: expected from 0 to 1, a share of the mask's area, got {config.island_share}")
 
     def build_fpn(self, config, in_channels, levels, extra_level):
         if not config.context:
@@ -127,12 +124,6 @@ class DamageNet(mask_rcnn.MaskRCNN):
         return ContextPyramid(in_channels, config.fpn_channels, extra_level, levels, config.context_levels, config.context_rates,
                               config.context_groups)
 
-    def weigh(self, losses):
-        """Eq. 13. The region proposal network's losses, which it leaves out, keep weight 1."""
-        weights = {"loss_classifier": self.config.loss_weight_cls, "loss_box_reg": self.config.loss_weight_reg,
-                   "loss_mask": self.config.loss_weight_mask}
-        return {name: loss * weights.get(name, 1.0) for name, loss in losses.items()}
-
     def refine_masks(self, rles):
         """Post-processing of thresholded masks: holes are filled, then separate parts below `island_share` of the mask dropped."""
         if self.config.fill_holes and rles:
@@ -140,14 +131,6 @@ class DamageNet(mask_rcnn.MaskRCNN):
         if self.config.remove_islands:
             rles = [rle_masks.remove_islands(rle, self.config.island_share * rle_masks.area(rle)) for rle in rles]
         return rles
-
-
-def check_loss_and_finish(config):
-    for field in ("loss_weight_cls", "loss_weight_reg", "loss_weight_mask"):
-        if not 0 <= getattr(config, field) < math.inf:
-            raise ValueError(f"{field}: expected 0 or more, got {getattr(config, field)}")
-    if not 0 <= config.island_share <= 1:
-        raise ValueError(f"island_share: expected from 0 to 1, a share of the mask's area, got {config.island_share}")
 
 
 def check_context(config):

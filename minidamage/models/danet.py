@@ -52,7 +52,8 @@ class DANetConfig(faster_rcnn.FasterRCNNConfig):
     fpn: bool | None = None                         # the pyramid; without it one map of stride 16
     dcn: bool | None = None                         # deformable convolutions
     cbam: bool | None = None                        # attention in every residual block
-    focal: bool | None = None                       # focal loss for the RoI classifier, else cross-entropy
+    focal: bool | None = None                       # the paper's word for class_loss=softmax_focal, else cross_entropy
+    class_loss: str | None = None                   # one of the box stage's; where it is given, focal follows it
     roi_op: str | None = None                       # align | pool
     # the parts
     dcn_stages: tuple[int, ...] = (3, 4, 5)         # c3, c4, c5: the 3x3 convolutions of layer2, layer3, layer4; not stated
@@ -61,10 +62,7 @@ class DANetConfig(faster_rcnn.FasterRCNNConfig):
     cbam_slope: float = 0.01                        # of the MLP's LeakyReLU; 0: ReLU. "instead of ReLU", section III.E; not stated
     cbam_gain: float = 2.0                          # factor on both sigmoids; the paper's 1, see above
     fpn_upsample: str = "bilinear"                  # section III.C; nearest: torchvision
-    focal_alpha: float = 0.25                       # not stated, here and below
-    focal_gamma: float = 2.0
-    focal_objectness: bool = False                  # the region proposal network's objectness, too
-    loss_weight_cls: float = 1.0                    # of the RoI classifier's loss
+    focal_objectness: bool = False                  # focal_alpha and focal_gamma for the region proposal network's objectness, too
     # 200x200 pictures
     min_size: int = 400                             # not stated
     max_size: int = 400
@@ -113,40 +111,33 @@ class DANet(faster_rcnn.FasterRCNN):
             rpn.objectness_loss = functools.partial(ops.sigmoid_focal_loss, alpha=config.focal_alpha, gamma=config.focal_gamma)
         return rpn
 
-    def build_roi_heads(self, config, strides, num_classes):
-        heads = super().build_roi_heads(config, strides, num_classes)
-        if config.focal:
-            heads.class_loss = functools.partial(ops.softmax_focal_loss, alpha=config.focal_alpha, gamma=config.focal_gamma)
-        return heads
-
     def build_roi_pool(self, config, strides, size):
         kind = MultiScaleRoIPool if config.roi_op == "pool" else MultiScaleRoIAlign
         return kind(strides, (size, size), config.sampling_ratio, config.canonical_scale)
-
-    def weigh(self, losses):
-        return {**losses, "loss_classifier": losses["loss_classifier"] * self.config.loss_weight_cls}
 
 
 def settled(config):
     """The config with every switch that is None set as its phase has it."""
     if config.phase not in PHASES:
         raise ValueError(f"phase: expected 1 to 5, a row of the paper's Table 2, got {config.phase}")
+    if config.focal is None and config.class_loss is not None:
+        config = dataclasses.replace(config, focal=config.class_loss != "cross_entropy")
     open_switches = {switch: value for switch, value in PHASES[config.phase].items() if getattr(config, switch) is None}
-    return dataclasses.replace(config, **open_switches)
+    config = dataclasses.replace(config, **open_switches)
+    if config.class_loss is None:
+        return dataclasses.replace(config, class_loss="softmax_focal" if config.focal else "cross_entropy")
+    if config.focal != (config.class_loss != "cross_entropy"):
+        raise ValueError(f"focal: expected {not config.focal} beside class_loss={config.class_loss}, got {config.focal}; leave one of them out")
+    return config
 
 
 def check_parts(config):
     faster_rcnn.check_ranges(config, counts=("cbam_ratio",))
     if not config.dcn_stages or not set(config.dcn_stages) <= {2, 3, 4, 5}:
         raise ValueError(f"dcn_stages: expected stages out of 2, 3, 4, 5, got {config.dcn_stages}; dcn=false turns them all off")
-    for field, known in (("fpn_upsample", ("nearest", "bilinear")), ("roi_op", ("align", "pool"))):
-        if getattr(config, field) not in known:
-            raise ValueError(f"{field}: expected {' or '.join(known)}, got {getattr(config, field)!r}")
-    for field in ("focal_gamma", "loss_weight_cls", "cbam_slope"):
-        if not 0 <= getattr(config, field) < math.inf:
-            raise ValueError(f"{field}: expected 0 or more, got {getattr(config, field)}")
-    if not 0 < config.focal_alpha <= 1:
-        raise ValueError(f"focal_alpha: expected above 0, at most 1, got {config.focal_alpha}")
+    faster_rcnn.check_choice(config, fpn_upsample=("nearest", "bilinear"), roi_op=("align", "pool"))
+    if not 0 <= config.cbam_slope < math.inf:
+        raise ValueError(f"cbam_slope: expected 0 or more, got {config.cbam_slope}")
     if not 0 < config.cbam_gain < math.inf:
         raise ValueError(f"cbam_gain: expected a number above 0, got {config.cbam_gain}")
 

@@ -24,6 +24,7 @@ from minidamage.layers.anchors import AnchorGenerator
 from minidamage.layers.detector import (IMAGE_MEAN, IMAGE_STD, GeneralizedRCNNTransform, check_images, check_targets, resize_boxes,
                                         to_original)
 from minidamage.layers.fpn import Backbone, FeaturePyramidNetwork
+from minidamage.layers.losses import BOX_LOSSES, CLASS_LOSSES
 from minidamage.layers.resnet import ResNet
 from minidamage.layers.roi_heads import FastRCNNPredictor, MultiScaleRoIAlign, RoIHeads, TwoMLPHead
 from minidamage.layers.rpn import RegionProposalNetwork, RPNHead
@@ -77,6 +78,13 @@ class FasterRCNNConfig:
     # RoIAlign
     sampling_ratio: int = 2                         # study
     canonical_scale: int = 224                      # a box of this side, in pixels, belongs to level 4 (Lin et al. 2017)
+    # losses of the box stage, layers/losses.py; study: the first of each, or sigmoid_focal and iou
+    class_loss: str = "cross_entropy"               # | sigmoid_focal | softmax_focal
+    focal_alpha: float = 0.25                       # Lin et al. 2017; the study states no values, here and below
+    focal_gamma: float = 2.0
+    box_loss: str = "smooth_l1"                     # | iou | giou | diou | ciou
+    loss_weight_cls: float = 1.0
+    loss_weight_reg: float = 1.0
 
 
 # torchvision's detection reference: 26 epochs, SGD 0.02 for 16 pictures, rate / 10 at 16 and 22, flips.
@@ -147,7 +155,8 @@ class FasterRCNN(nn.Module):
             FastRCNNPredictor(config.box_head_channels, num_classes),
             config.box_fg_iou_thresh, config.box_bg_iou_thresh, config.box_batch_size_per_image, config.box_positive_fraction,
             config.bbox_reg_weights, config.box_score_thresh, config.box_nms_thresh, config.box_detections_per_img,
-            proposals=config.proposals)
+            proposals=config.proposals, class_loss=config.class_loss, focal_alpha=config.focal_alpha, focal_gamma=config.focal_gamma,
+            box_loss=config.box_loss)
 
     def build_roi_pool(self, config, strides, size):
         return MultiScaleRoIAlign(strides, (size, size), config.sampling_ratio, config.canonical_scale)
@@ -198,8 +207,11 @@ class FasterRCNN(nn.Module):
         return self.weigh({**roi_losses, **rpn_losses}), proposals
 
     def weigh(self, losses):
-        """The losses are added up as they are; a model with weights for them overrides this."""
-        return losses
+        """The RoI heads' losses times their weights; the region proposal network's keep weight 1."""
+        return {name: loss * self.loss_weight(name) for name, loss in losses.items()}
+
+    def loss_weight(self, name):
+        return {"loss_classifier": self.config.loss_weight_cls, "loss_box_reg": self.config.loss_weight_reg}.get(name, 1.0)
 
     @torch.no_grad()
     def detect(self, images, mask_form="probability", stages=False):
@@ -293,9 +305,12 @@ def check_config(config):
         raise ValueError(f"max_size: expected at least min_size = {config.min_size}, got {config.max_size}")
     if len(config.image_mean) != 3:
         raise ValueError(f"image_mean: expected 3 numbers, for red, green and blue, got {config.image_mean}")
-    for field in ("sampling_ratio", "min_proposals"):
-        if getattr(config, field) < 0:
+    for field in ("sampling_ratio", "min_proposals", "focal_gamma", "loss_weight_cls", "loss_weight_reg"):
+        if not 0 <= getattr(config, field) < math.inf:
             raise ValueError(f"{field}: expected 0 or more, got {getattr(config, field)}")
+    if not 0 < config.focal_alpha <= 1:
+        raise ValueError(f"focal_alpha: expected above 0, at most 1, got {config.focal_alpha}")
+    check_choice(config, class_loss=CLASS_LOSSES, box_loss=BOX_LOSSES)
     for stage in ("rpn", "box"):
         low, high = getattr(config, f"{stage}_bg_iou_thresh"), getattr(config, f"{stage}_fg_iou_thresh")
         if low > high:
@@ -315,6 +330,13 @@ def check_ranges(config, shares=(), counts=(), lists=None):
         if len(values) != (length or len(values)) or not values or not all(0 < value < math.inf for value in values):
             raise ValueError(f"{field}: expected {length or 'one or more'} numbers above 0, such as "
                              f"{','.join(map(str, getattr(type(config), field)))}, got {','.join(map(str, values)) or 'none'}")
+
+
+def check_choice(config, **known):
+    """ValueError for the first field whose value is not one of those known."""
+    for field, values in known.items():
+        if getattr(config, field) not in values:
+            raise ValueError(f"{field}: expected {', '.join(values[:-1])} or {values[-1]}, got {getattr(config, field)!r}")
 
 
 def anchor_sizes_of_levels(config):

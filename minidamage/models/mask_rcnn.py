@@ -6,9 +6,11 @@ Training: model(images, targets) -> dict of losses. Evaluation: model(images) ->
 Read first: faster_rcnn.py. Read next: damagenet.py.
 """
 import dataclasses
+import math
 
 from minidamage.config import Recipe
 from minidamage.layers.detector import to_original
+from minidamage.layers.losses import MASK_LOSSES
 from minidamage.layers.roi_heads import MaskRCNNHeads, MaskRCNNPredictor
 from minidamage.models import faster_rcnn
 
@@ -20,6 +22,8 @@ class MaskRCNNConfig(faster_rcnn.FasterRCNNConfig):
     mask_layers: tuple[int, ...] = (256, 256, 256, 256)         # study: four 3x3 convolutions of 256
     mask_dim_reduced: int = 256                     # torchvision
     mask_threshold: float = 0.5                     # probability above which a pixel is foreground; not stated
+    mask_loss: str = "bce"                          # | dice | bce+dice; study: bce, or dice
+    loss_weight_mask: float = 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,13 +55,20 @@ class MaskRCNN(faster_rcnn.FasterRCNN):
     def check_config(self, config):
         super().check_config(config)
         faster_rcnn.check_ranges(config, ("mask_threshold",), ("mask_pool_size", "mask_dim_reduced"), {"mask_layers": None})
+        faster_rcnn.check_choice(config, mask_loss=MASK_LOSSES)
+        if not 0 <= config.loss_weight_mask < math.inf:
+            raise ValueError(f"loss_weight_mask: expected 0 or more, got {config.loss_weight_mask}")
 
     def build_roi_heads(self, config, strides, num_classes):
         heads = super().build_roi_heads(config, strides, num_classes)
         heads.mask_roi_pool = self.build_roi_pool(config, strides, config.mask_pool_size)
         heads.mask_head = MaskRCNNHeads(config.fpn_channels, config.mask_layers)
         heads.mask_predictor = MaskRCNNPredictor(config.mask_layers[-1], config.mask_dim_reduced, num_classes)
+        heads.mask_loss_form = config.mask_loss
         return heads
+
+    def loss_weight(self, name):
+        return self.config.loss_weight_mask if name == "loss_mask" else super().loss_weight(name)
 
     refine_masks = None        # a model that repairs thresholded masks defines it: list of RLE dicts -> list of RLE dicts
 
