@@ -90,7 +90,8 @@ def segmentation_tables(sizes):
         out.append(("By class", ["class", "", *(f"{m}, pooled" for m in shown), "IoU per picture"], rows))
     out += _interval_tables(sizes)
     swept = ("ODS F1", "ODS threshold", "OIS F1", "OIS F1, mean over pictures")
-    out.append(("Damage over all thresholds (chosen on these very pictures: what one could reach; ODS one for all, OIS one a picture)",
+    out.append(("Damage over all thresholds (chosen on these very pictures: what one could reach; ODS one for all, OIS one a picture, "
+                "which can be less when pooled)",
                 ["", *swept], [[s.title, *(s.swept.stats[m] for m in swept)] for s in sizes.values()]))
     any_damage = ("Dice", "IoU", "accuracy")
     out.append(("Any damage against background, mean over pictures, empty ones count 1 (the rule of the car-damage segmentation project)",
