@@ -273,7 +273,12 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     c = stored(tmp_path / "c", "pan", "cfd", [[2, 1, 1, 1]])
     e, f = (stored(tmp_path / name, name, "deepcrack", [[3, 1, 1, 1]]) for name in ("unet", "pan"))
     assert evaluate.main(["--compare", a, c, e, f]) == 0
-    assert "2 data sets cannot give a p below 0.5" in capsys.readouterr().out
+    assert "2 data sets cannot give a p below 0.5" in (printed := capsys.readouterr().out) and "nothing to test" not in printed
+    assert evaluate.main(["--compare", a, c, e]) == 0
+    assert "0.3333 ±" not in (printed := capsys.readouterr().out) and "±" in printed and "nan" not in printed      # pan, on one set
+    assert evaluate.main(["--compare", a, f]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to test: unet (cfd) shares no data set with pan (deepcrack)" in printed and "±" not in printed
 
 
 def test_detectors_are_compared_by_their_ap(tmp_path, capsys):
@@ -314,6 +319,7 @@ def test_multiply_adds_by_hand():
              (nn.ConvTranspose2d(4, 8, 2, stride=2), x, 2 * 36 * 4 * 8 * 4, 2 * 144 * 4 * 8 * 4),
              (nn.Linear(5, 7), torch.zeros(3, 5), 3 * 5 * 7, None),
              (lambda t: t @ t.transpose(1, 2), torch.zeros(2, 3, 5), 2 * 3 * 3 * 5, None),
+             (lambda t: torch.baddbmm(torch.zeros(3), t, t.transpose(1, 2)), torch.zeros(2, 3, 5), 2 * 3 * 3 * 5, None),
              (nn.Sequential(nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2)), x, 0, None))
     for module, given, executed, output_rule in cases:
         with torch.no_grad(), complexity.Counter() as counter:

@@ -61,9 +61,9 @@ def compare(runs, metric, size, at, draws, out):
     for e in evaluations:
         by_model[e.model][e.data] = e
     sets = list(dict.fromkeys(e.data for e in evaluations))
-    if len(sets) > 1:
+    if max(map(len, by_model.values())) > 1:
         shown.append(spread_table(by_model, columns))
-    notes, paired = [], paired_table(by_model, metric, draws) if draws else None
+    notes, paired = not_shared(by_model), paired_table(by_model, metric, draws) if draws else None
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
     print("\n\n".join(tables.as_text(*table, digits=4) for table in shown))
@@ -149,8 +149,15 @@ def spread_table(by_model, columns):
     rows = []
     for model, found in by_model.items():
         pairs = [mean_std([as_number(e.stats.get(c)) for e in found.values()]) for c in columns]
-        rows.append([model, len(found), *(f"{mean:.4f} ± {std:.4f}" for mean, std in pairs)])
+        rows.append([model, len(found), *(f"{mean:.4f} ± {std:.4f}" if std == std else mean for mean, std in pairs)])
     return "Mean ± sample standard deviation over data sets", ["model", "sets", *columns], rows
+
+
+def not_shared(by_model):
+    """[a sentence] on the models that share no data set with the first, and so are not tested against it; [] where all do."""
+    (first, own), *others = by_model.items()
+    apart = [f"{model} ({', '.join(found)})" for model, found in others if not own.keys() & found.keys()]
+    return [f"nothing to test: {first} ({', '.join(own)}) shares no data set with {'; '.join(apart)}"] if apart else []
 
 
 def paired_table(by_model, metric, draws):
