@@ -48,9 +48,10 @@ def _problems(dataset):
     rest = len(dataset.problems) - len(left_out)
     out = []
     if left_out:
-        out.append(Finding("warning", f"{len(left_out)} pictures left out when reading: missing or unreadable", tuple(left_out)))
+        out.append(Finding("warning", f"{len(left_out)} pictures left out when reading", tuple(left_out)))
     if rest:
-        out.append(Finding("warning", f"{rest} objects or outlines were dropped, clipped or odd (listed above by kind)"))
+        out.append(Finding("warning", f"{rest} other problems when reading: objects dropped or clipped, masks without a picture and the like "
+                           "(listed above)"))
     return out
 
 
