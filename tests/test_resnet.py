@@ -140,6 +140,7 @@ def test_pretrained_files_in_every_wrapping(tmp_path):
         "plain": state,
         "wrapped": {"state_dict": {"module." + k: v for k, v in state.items()}, "epoch": 3},
         "model": {"model": {"backbone.body." + k: v for k, v in state.items()}},
+        "a_run's best.pt": {"model": "unet", "weights": {"encoder." + k: v for k, v in state.items()}},
         "without_counters": {k: v for k, v in state.items() if "num_batches" not in k},
     }
     for name, content in files.items():

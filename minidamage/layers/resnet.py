@@ -262,8 +262,9 @@ def normalise_as_constant(x, norm):
 def load_body(model, path):
     """Loads a ResNet state_dict file into the body of `model`, a detector's or a segmenter's (or into `model` if that is a ResNet).
 
-    path: a torchvision or timm file (their ResNets share the names), also wrapped as {"state_dict": ...}, {"model": ...} or
-    {"model_state_dict": ...}, also with the prefixes module., model., backbone., body., backbone.body., encoder..
+    path: a torchvision or timm file (their ResNets share the names), also wrapped as {"state_dict": ...}, {"model": ...},
+    {"model_state_dict": ...} or {"weights": ...} (a checkpoint of ours), also with the prefixes module., model., backbone., body.,
+    backbone.body., encoder..
     Returns {"loaded": [...], "missing": [...], "unexpected": [...], "mismatched": ["key: file [..], model [..]", ...]}: what is
     missing or mismatched keeps its initial values, so the caller has to show the report. The file's own classifier (fc.*) and
     counters (num_batches_tracked) are no surprise and are not listed. Raises ValueError, and loads nothing, for a file of another depth
@@ -304,7 +305,7 @@ def _read_state_dict(path):
         reason = str(error).splitlines()[0]
         raise ValueError(f"{path}: expected a file written by torch.save with a ResNet state_dict, got one that does not load "
                          f"({reason}); download it again, or convert it with torch.save(model.state_dict(), file)") from None
-    for wrapper in ("state_dict", "model", "model_state_dict"):
+    for wrapper in ("weights", "state_dict", "model", "model_state_dict"):                     # "weights": of our own checkpoints
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict):
