@@ -1,8 +1,9 @@
 """Large pictures through a segmenter in overlapping tiles, blended so that no seam shows.
 
 A segmenter resizes what it gets to its own size (448 x 448 in the crack paper): on a photograph of 4000 x 3000 a crack of 5 pixels is then
-half a pixel wide, and gone. Tiles keep it at the scale that the network was trained on. Each tile counts most in its middle, where the
-network sees context on all sides, and fades linearly over the overlap.
+half a pixel wide, and gone. A tile as large as the pictures it was trained on keeps it at the scale that the network knows; a smaller one
+shows everything larger, and grain then looks like cracks. Each tile counts most in its middle, where the network sees context on all
+sides, and fades linearly over the overlap.
 """
 import math
 
@@ -73,4 +74,4 @@ def suggestion(height, width, image_size):
         return ""
     rows, columns = (len(starts(side, image_size, image_size // 4)) for side in (height, width))
     return (f"{width}x{height} is reduced to the model's {image_size}x{image_size}, thin damage may vanish; --tile {image_size} looks at "
-            f"it unreduced, in {rows * columns} tiles")
+            f"it unreduced, in {rows * columns} tiles (if it was trained on larger pictures, reduced too: --tile with their size)")
