@@ -149,3 +149,12 @@ def test_any_value_may_be_junk(tmp_path):
             except ValueError:
                 continue
             assert all(np.isfinite(r.boxes).all() and (r.boxes[:, 2:] > r.boxes[:, :2]).all() for p in data.parts.values() for r in p)
+
+
+def test_a_set_whose_first_files_are_broken_is_still_one(tmp_path):
+    for name in "abcde":
+        labelme_set(tmp_path, [shape(SQUARE)], name=name)
+    for name in "abcd":
+        (tmp_path / f"{name}.json").write_text("{")
+    data = load(tmp_path)
+    assert data.layout == "labelme" and len(data.parts["all"]) == 1 and len(data.problems) == 4

@@ -178,6 +178,7 @@ def test_a_foreign_name_in_a_known_set_is_an_error_that_names_it(tmp_path):
     assert class_counts(load(tmp_path).parts["all"], 6).tolist() == [20, 19, 19, 19, 20, 19]    # other spellings of a known name are it
     own = neu_set(tmp_path / "own", {("images", "annotations"): 4}, names=(*NEU, "oil_spot"))     # a class of one's own is no typing error
     assert load(own).class_names == tuple(sorted((*NEU, "oil_spot")))
+    assert any("those of NEU-DET, but 'oil_spot' are not" in note for note in load(own).notes)
     with pytest.raises(ValueError, match="has objects of 'oil_spot', which the model does not know"):
         load(own, class_names=NEU)
 

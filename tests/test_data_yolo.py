@@ -98,6 +98,22 @@ def test_bad_lines_are_dropped_with_file_and_line(tmp_path, line, said):
     assert any(said in p and p.startswith("a.") for p in data.problems), data.problems
 
 
+@pytest.mark.parametrize("content, message", [
+    ("names: [dent, scratch\nnc: 2\n", r"data.yaml: expected \] at the end of names"),
+    ("names: dent\n", "data.yaml: names: expected a list such as .*, got 'dent'"),
+    ("names:\n  - dent\n  what\n nc 2\n:\n", "data.yaml, line")])
+def test_a_broken_data_yaml_is_an_error_and_not_another_list_of_names(tmp_path, content, message):
+    text(yolo_set(tmp_path) / "data.yaml", content)
+    with pytest.raises(ValueError, match=message):
+        load(tmp_path)
+
+
+def test_names_over_several_lines_and_a_wrong_count(tmp_path):
+    text(yolo_set(tmp_path) / "data.yaml", "names: ['dent',\n  'scratch']\nnc: 3\n")
+    data = load(tmp_path)
+    assert data.class_names == ("dent", "scratch") and any("says nc: 3, and names 2 classes" in n for n in data.notes)
+
+
 def test_empty_absent_and_orphaned_label_files(tmp_path):
     yolo_set(tmp_path, names="abc")
     text(tmp_path / "labels/b.txt", "")

@@ -1,4 +1,4 @@
-"""train.py, evaluate.py and the data set doctor on sets of boxes alone: how they are read, what is wrong in them, in the words of the command line."""
+"""train.py, evaluate.py and the data set doctor on boxes alone: how they are read and what is wrong in them, by the command line."""
 import json
 import os
 
@@ -20,7 +20,8 @@ TINY = ("body=resnet18", "norm=batch", "min_size=48", "max_size=64", "anchor_siz
 def voc(tmp_path):
     """Six pictures in VOC's layout, three parts of two, each with an object and a difficult one, whose boxes begin at 0."""
     for i in range(6):
-        pair(tmp_path / "voc/JPEGImages", tmp_path / "voc/Annotations", f"{i:02d}", [("dent", (0, 0, 20, 20)), ("dent", (30, 10, 60, 40), 1)], seed=i)
+        objects = [("dent", (0, 0, 20, 20)), ("dent", (30, 10, 60, 40), 1)]
+        pair(tmp_path / "voc/JPEGImages", tmp_path / "voc/Annotations", f"{i:02d}", objects, seed=i)
     (tmp_path / "voc/ImageSets/Main").mkdir(parents=True)
     for part, first in (("train", 0), ("val", 2), ("test", 4)):
         (tmp_path / f"voc/ImageSets/Main/{part}.txt").write_text(f"{first:02d}\n{first + 1:02d}\n")
@@ -41,7 +42,8 @@ def test_how_the_boxes_were_read_goes_from_the_training_to_the_evaluation(voc, t
     assert saved["voc_boxes"] == "corners" and saved["voc_difficult"] == "count"
 
     def truth(*more):
-        assert evaluate.main(["--checkpoint", run, "--device", "cpu", "--draws", "0", "--worst", "0", "--out", str(tmp_path / "out"), *more]) == 0
+        out = ["--draws", "0", "--worst", "0", "--out", str(tmp_path / "out")]
+        assert evaluate.main(["--checkpoint", run, "--device", "cpu", *out, *more]) == 0
         with open(tmp_path / "out/truth.json", encoding="utf-8") as stream:
             found = json.load(stream)["annotations"]
         return found[0]["bbox"], [a["iscrowd"] for a in found]
@@ -67,6 +69,6 @@ def test_a_bad_data_set_is_refused_or_named_before_training(voc, tmp_path, capsy
         assert words in printed
     assert check([voc]) in (0, 1) and "not valid XML" in capsys.readouterr().out
     for name in os.listdir(folder):
-        os.unlink(os.path.join(folder, name))
+        (tmp_path / "voc/Annotations" / name).write_text("<annotation")
     assert train.main(arguments(voc, tmp_path / "runs")) == 2
-    assert "no known annotation layout found" in capsys.readouterr().err
+    assert "no known annotation layout found among its 6 .jpg, 6 .xml, 3 .txt; where these" in capsys.readouterr().err

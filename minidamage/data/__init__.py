@@ -7,6 +7,7 @@ dataset, split.
     train = SegmentationDataset(parts["train"], recipe, seed=0, train=True, image_size=448)            # a label for every pixel
 """
 import collections
+import itertools
 import os
 import re
 
@@ -18,6 +19,8 @@ from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import read_image
 from minidamage.data.record import Dataset, Record, class_counts, problem_kinds, summary
+
+MOST_FOLDERS = 1000                            # that are looked through for an error message
 
 __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "SegmentationDataset", "collate", "limit", "Dataset", "Record",
            "summary", "class_counts", "problem_kinds", "LAYOUTS"]
@@ -56,8 +59,8 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
             break
     else:
         known = "; ".join(name for name, _ in LAYOUTS)
-        raise ValueError(f"{path}: no known annotation layout found. Known: {known}. Give the folder that holds the annotation "
-                         "file, or the file itself")
+        raise ValueError(f"{path}: no known annotation layout found{_what_is_there(path)}. Known: {known}. Give the folder that holds the "
+                         "annotation file, or the file itself (of formats with a file a picture, the folder)")
     try:
         dataset = layout.read(path, images=images, attribute=attribute, voc_boxes=voc_boxes, voc_difficult=voc_difficult)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
@@ -76,6 +79,19 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     if not quiet:
         print(summary(dataset), flush=True)
     return dataset
+
+
+def _what_is_there(path):
+    """" in 30 .jpg, 30 .xml (...)": the endings of the files, so that one sees whether it is the right folder."""
+    if not os.path.isdir(path):
+        return ""
+    names = [n for _, _, names in itertools.islice(os.walk(path), MOST_FOLDERS) for n in names if not n.startswith(".")]
+    endings = collections.Counter(os.path.splitext(n)[1].lower() or "without an ending" for n in names)
+    counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
+    broken = sum(endings[e] for e in (".xml", ".json", ".txt"))
+    if not counts:
+        return ": it is empty"
+    return f" among its {counts}" + ("; where these are its annotations, the first of them cannot be read" if broken else "")
 
 
 def _selection(path):

@@ -28,7 +28,7 @@ DEPTH = 4                                      # folders below the data set's th
 
 def recognise(path):
     """Whether `path` is a LabelMe JSON, or a folder with some in it or below it."""
-    return _is_labelme(path) if os.path.isfile(path) else any(_is_labelme(f) for _, files in _folders(path) for f in files[:2])
+    return _is_labelme(path) if os.path.isfile(path) else any(_is_labelme(f) for _, files in _folders(path) for f in files[:5])
 
 
 def read(path, images=None, **_):

@@ -71,8 +71,8 @@ def _add_notes(notes, tally, voc_boxes, voc_difficult, parts, files):
             if voc_difficult == "ignore" else "count as the others do")
     for key, text in (("named", "XML files name another picture in <filename>; the one with the XML's own name is taken"),
                       ("difficult", f"difficult objects {fate}"),
-                      ("above", "pictures were found outside the folder, beside it or above it: give the folder that holds both if they are "
-                                "not its own")):
+                      ("above", "pictures were found outside the folder, beside it or above it: give the folder that holds both if they "
+                                "are not its own")):
         if tally[key]:
             notes.append(f"{tally[key]} {text}")
     for part, records in parts.items():
@@ -195,7 +195,11 @@ def _class_map(path, parsed, notes):
     for title, known in KNOWN_SETS.items():
         own = {_key(name): k + 1 for k, name in enumerate(known)}
         inside = sum(count for key, count in counts.items() if key in own)
-        if inside < MOSTLY * sum(counts.values()) or 2 * len(own.keys() & counts.keys()) < len(own):
+        if 2 * len(own.keys() & counts.keys()) < len(own):
+            continue
+        if inside < MOSTLY * sum(counts.values()):
+            others = sorted(next(iter(spelled[key])) for key in counts.keys() - own.keys())
+            notes.append(f"some class names are those of {title}, but {', '.join(map(repr, others))} are not: taken as a set of its own")
             continue
         foreign = sorted(counts.keys() - own.keys())
         if foreign:

@@ -61,9 +61,12 @@ def _is_yaml(file):
     if not os.path.isfile(file) or not file.lower().endswith((".yaml", ".yml")):
         return False
     try:
-        return {"names"} <= read_yaml(file).keys()
-    except (ValueError, UnicodeDecodeError):
+        return "names" in read_yaml(file)
+    except UnicodeDecodeError:
         return False
+    except ValueError:                          # it is meant to be one where it has a line of names: `read` then says what is wrong
+        with open(file, encoding="utf-8-sig") as handle:
+            return any(line.startswith("names:") for line in handle)
 
 
 def _label_folders(path):
@@ -167,11 +170,16 @@ def read_yaml(file):
 
     Raises ValueError naming the line that is none of these.
     """
-    out, key = {}, None
+    out, key, begun = {}, None, ""                        # begun: a list or mapping in brackets that goes on in the next line
     with open(file, encoding="utf-8-sig") as handle:
         for number, raw in enumerate(handle, 1):
             line = re.sub(r"(^|\s)#.*$", "", raw.rstrip())
             if not line.strip() or line.strip() == "---":
+                continue
+            if begun:
+                begun = f"{begun} {line.strip()}"
+                if _is_closed(begun):
+                    out[key], begun = _flow(begun), ""
                 continue
             inner = re.match(r"(?:\s+|(?=-\s))(?:-\s+(?P<item>.*)|(?P<key>[^:]+):\s*(?P<value>.*))$", line)
             outer = re.match(r"(?P<key>[^\s:][^:]*):\s*(?P<value>.*)$", line)
@@ -182,10 +190,19 @@ def read_yaml(file):
                     out[key] = {**(out[key] or {}), _scalar(inner["key"]): _scalar(inner["value"])}
             elif outer and not line[0].isspace():
                 key = outer["key"].strip("\"'")
-                out[key] = _flow(outer["value"].strip())
+                begun = outer["value"].strip()
+                if _is_closed(begun):
+                    out[key], begun = _flow(begun), ""
             elif not (line[0].isspace() and key is not None):
                 raise ValueError(f"{file}, line {number}: expected `key: value` or `- item`, got {line.strip()!r}")
+    if begun:
+        raise ValueError(f"{file}: expected {']' if begun[0] == '[' else '}'} at the end of {key}: {begun[:60]}")
     return out
+
+
+def _is_closed(text):
+    """False for a list or mapping in brackets whose end is not there yet."""
+    return text[:1] not in ("[", "{") or text[-1:] == {"[": "]", "{": "}"}[text[0]]
 
 
 def _flow(text):
@@ -216,6 +233,10 @@ def _class_names(root, declared, lines, notes):
     names, source = declared.get("names"), "data.yaml"
     if isinstance(names, dict):
         names = [names.get(i, f"class {i}") for i in range(max((i for i in names if isinstance(i, int)), default=-1) + 1)]
+    if names is not None and not isinstance(names, list):
+        raise ValueError(f"{source}: names: expected a list such as [dent, scratch] or one `- name` a line, got {names!r}")
+    if names and isinstance(declared.get("nc"), int) and declared["nc"] != len(names):
+        notes.append(f"data.yaml says nc: {declared['nc']}, and names {len(names)} classes: the names are taken")
     for file in NAME_FILES if not names else ():
         if os.path.isfile(os.path.join(root, file)):
             source = file
