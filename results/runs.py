@@ -98,7 +98,9 @@ STEEL_PRINTED = {PHASES[phase]: numbers for phase, numbers in published.DANET.it
 # ---- cracks ------------------------------------------------------------------------------------------------------------------------
 
 BASELINES = ("deeplabv3", "deeplabv3plus", "fpn", "linknet", "manet", "pan", "pspnet", "unet", "unetplusplus")
-CRACK_SETS = {"cfd": ("{data}/cfd", "CFD"), "deepcrack": ("{data}/deepcrack", "DeepCrack")}
+CRACK_SETS = {"cfd": ("{data}/cfd", "CFD"), "deepcrack": ("{data}/deepcrack", "DeepCrack"),
+              "cracks448": ("{data}/cracks448", "eight more sets, 204 pictures, pooled")}
+LEADING = ("context_cracknet", "unet", "unetplusplus")               # the three that no comparison leaves out
 # One schedule for all ten models, equal in steps: the paper's 1,000 epochs of ten models do not fit.
 CRACKS_FULL = "--epochs 60 --batch-size 8 --amp bf16 --set schedule=cosine"
 CRACKS_SMALL = "--size 256 --epochs 30 --batch-size 4 --amp bf16 --lr 2e-4 --set schedule=cosine --set warmup_iters=20"
@@ -109,14 +111,18 @@ ABLATION = {"no-rfem": ("CAGM", "--set rfem=false"), "no-cagm": ("RFEM", "--set 
             "neither": ("neither", "--set rfem=false --set cagm=false")}
 
 
-def crack_runs(prefix, schedule, hardware, which, models, seeds, minutes, ablation=False):
-    """The ten models, or some, on one set; with the ablation of Table 6."""
+def crack_runs(prefix, schedule, hardware, which, models, seeds, minutes, ablation=False, scratch=False):
+    """The ten models, or some, on one set; with the ablation of Table 6, and the leading models from random weights too."""
     data, _ = CRACK_SETS[which]
     runs = []
     for seed in seeds:
         base = f"--data {data} {schedule} {FROM_AUGNET} --seed {seed}"
         runs += [Run(seeded(f"{prefix}-{which}-{model.replace('_', '-')}", seed), f"{prefix}-{which}", f"--model {model} {base}",
                      {CRACK_NAMES[model]: ""}, hardware, minutes) for model in models]
+        if scratch:
+            runs += [Run(seeded(f"{prefix}-{which}-{model.replace('_', '-')}-scratch", seed), f"{prefix}-{which}",
+                         f"--model {model} {base.replace(f' {FROM_AUGNET}', '')}", {f"{CRACK_NAMES[model]}, from scratch": ""}, hardware,
+                         minutes) for model in LEADING]
         if ablation:
             runs += [Run(seeded(f"{prefix}-{which}-{name}", seed), f"{prefix}-{which}", f"--model context_cracknet {base} {switches}",
                          {f"Context-CrackNet, {what}": ""}, hardware, minutes) for name, (what, switches) in ABLATION.items()]
@@ -129,6 +135,7 @@ AT = "sizes/model/points/{in_use}/stats/pixel/"
 CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall", "precision": AT + "precision",
                  "IoU at 0.5": "sizes/model/points/at 0.5/stats/pixel/IoU", "IoU, native size": AT.replace("model", "native") + "IoU",
                  "F1 within 2 px, native": "sizes/native/points/{in_use}/stats/tolerance 2 px/F1"}
+CRACK_NOTE = "Bodies start from AugNet weights (trained without labels), where a row does not say \"from scratch\"; the paper's from ImageNet's."
 
 # ---- the car-damage project's seven segmenters -------------------------------------------------------------------------------------
 
@@ -137,6 +144,14 @@ CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall"
 SMALL_SEGMENTERS = {"fcn_resnet50": "FCN-ResNet50", "deeplabv3_resnet50": "DeepLabV3-ResNet50", "custom_segnet1": "CustomSegNet1",
                     "custom_segnet2": "CustomSegNet2", "custom_segnet3": "CustomSegNet3", "custom_unet": "CustomUNet",
                     "custom_unet2": "CustomUNet2"}
+
+
+# The project's own rule first, which its document prints: any damage against background, the mean over pictures.
+ANY_DAMAGE = "sizes/model/points/{in_use}/stats/any-damage/"
+SEGMENTER_COLUMNS = {"any damage: Dice": ANY_DAMAGE + "Dice", "any damage: IoU": ANY_DAMAGE + "IoU",
+                     "any damage: accuracy": ANY_DAMAGE + "accuracy", "Dice, pooled": AT + "Dice", "IoU, pooled": AT + "IoU",
+                     "IoU, pooled, native size": AT.replace("model", "native") + "IoU"}
+SEGMENTER_PRINTED = {SMALL_SEGMENTERS[model]: numbers for model, numbers in published.SEGMENTERS.items()}
 
 
 def segmenter_runs(prefix, schedule, hardware, seeds, minutes):
@@ -159,7 +174,9 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
         *(Run(seeded(f"steel-full-best{start}", seed), "steel-full", f"{NEU_BEST} --seed {seed}{weights}", {f"ours, {what}": ""}, "gpu")
           for seed in (0, 1, 2) for start, what, weights in (("", "from AugNet", f" {FROM_AUGNET}"), ("-scratch", "from scratch", " --set norm=batch"))),
         *(run for which in CRACK_SETS
-          for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True)),
+          for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True, True)
+          if which != "cracks448"),
+        *crack_runs("cracks-full", CRACKS_FULL, "gpu", "cracks448", LEADING, (0, 1, 2), (None, None)),
         *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None))]
 
 
@@ -171,8 +188,10 @@ TABLES = {
     "cars-coco-full": Table("The same with the COCO labels", CAR_COLUMNS),
     "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
     "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
-    "segmenters": Table("Seven small segmenters on cars, reduced", CRACK_COLUMNS),
-    "segmenters-full": Table("Seven small segmenters on cars", CRACK_COLUMNS),
-    **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS,
-                                {CRACK_NAMES[model]: numbers for model, numbers in published.CRACKS[name].items()})
-       for which, (_, name) in CRACK_SETS.items() for kind, reduced in (("cracks", ", reduced"), ("cracks-full", ""))}}
+    "segmenters": Table("Seven small segmenters on cars, reduced", SEGMENTER_COLUMNS, SEGMENTER_PRINTED,
+                        note="The printed rows are of its own car set's validation part, after as many epochs on as large a share of it."),
+    "segmenters-full": Table("Seven small segmenters on cars", SEGMENTER_COLUMNS),
+    **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS, {CRACK_NAMES[model]: numbers for model, numbers
+                                                                    in published.CRACKS.get(name, {}).items()}, note=CRACK_NOTE)
+       for which, (_, name) in CRACK_SETS.items() for kind, reduced in (("cracks", ", reduced"), ("cracks-full", ""))
+       if any(run.table == f"{kind}-{which}" for run in RUNS)}}
