@@ -147,8 +147,8 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
         if false + missed == 0:
             break
         image, truth = samples[index]
-        left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"])
-        right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names)
+        left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"], enlarge=True)
+        right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names, enlarge=True)
         caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed"
         path = os.path.join(folder, f"worst-{rank:02d}.jpg")
         save_picture(path, grid([left, right], ["truth", "prediction"], columns=2, title=caption))
