@@ -104,6 +104,13 @@ def is_done(run):
     return (HERE / run.name / "summary.json").exists()
 
 
+def lacks(run):
+    """The data set of a run, where it is not there (nor MINIDAMAGE_DATA); else "": a run of the list may wait for its data."""
+    words = shlex.split(run.train.format(data=os.environ.get("MINIDAMAGE_DATA", "$MINIDAMAGE_DATA")))
+    path = words[words.index("--data") + 1] if "--data" in words else ""
+    return path if path and not os.path.exists(path.partition(":")[0]) else ""
+
+
 def share_done(run):
     """Of a run's epochs: 0 for one that has not begun, 1 for one that is kept."""
     if is_done(run):
@@ -129,6 +136,9 @@ def spend(minutes, runs):
     for run in missing_most(runs):
         if time.monotonic() > deadline - 2 * STOP_EARLY:
             break
+        if lacks(run):
+            print(f"reproduce.py: {run.name} waits for its data: {lacks(run)}", flush=True)
+            continue
         try:
             perform(run, deadline)
         except OutOfTime:
@@ -141,13 +151,14 @@ def show_list():
     for run in RUNS:
         share, (cpu, gpu) = share_done(run), run.minutes
         state = "done" if share == 1 else f"{share:.0%}" if share else ""
+        state = state or "-" * bool(lacks(run))
         expected = ", ".join(f"{minutes} min on {where}" for minutes, where in ((cpu, "two CPU cores"), (gpu, "a GPU")) if minutes)
         print(f"{state:5s} {run.hardware}  {run.name:38s} {', '.join(run.rows)}" + f"   ({expected})" * bool(expected))
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="the runs, and which are done")
+    parser.add_argument("--list", action="store_true", help="the runs, and which are done; -: its data is not there")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="runs to make, in this order; one that was cut goes on")
     parser.add_argument("--resume", action="store_true", help="go on with every run that was begun and not finished")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop, and save, when so many minutes are over; without --run: what "

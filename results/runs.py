@@ -95,6 +95,14 @@ STEEL_COLUMNS = {**{name: f"per_class/{name}/bbox/AP50" for name in published.DA
                  "AP50, VOC all points": "voc/bbox/mean", "AP .5:.95": "stats/bbox/AP"}
 STEEL_PRINTED = {PHASES[phase]: numbers for phase, numbers in published.DANET.items()}
 
+# The text's Pascal VOC row: "a subset of 2000 images", year and split not stated. Here VOC2007's own lists (its trainval and its test archive
+# unpacked into one folder): 2,001 of train's 2,501, and all 4,952 of test. Size and anchors as Faster R-CNN had them there.
+VOC_FULL = ("--model danet --data {data}/VOC2007 --limit 0.8 --amp bf16 --pretrained {data}/weights/resnet50_augnet.pth "
+            "--set min_size=600 --set max_size=1000 --set anchor_sizes=32,64,128,256,512 --set aspect_ratios=0.5,1,2 "
+            "--set canonical_scale=224")
+VOC_COLUMNS = {"mean AP50": "stats/bbox/AP50", "AP50, VOC all points": "voc/bbox/mean", "AP .5:.95": "stats/bbox/AP"}
+VOC_PRINTED = {PHASES[phase]: (number,) for phase, number in published.DANET_VOC.items()}
+
 # ---- cracks ------------------------------------------------------------------------------------------------------------------------
 
 BASELINES = ("deeplabv3", "deeplabv3plus", "fpn", "linknet", "manet", "pan", "pspnet", "unet", "unetplusplus")
@@ -173,6 +181,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
         *steel_runs("steel-full", NEU_FULL, "gpu", (1, 2, 3, 4, 5), (0, 1, 2), (None, None)),
         *(Run(seeded(f"steel-full-best{start}", seed), "steel-full", f"{NEU_BEST} --seed {seed}{weights}", {f"ours, {what}": ""}, "gpu")
           for seed in (0, 1, 2) for start, what, weights in (("", "from AugNet", f" {FROM_AUGNET}"), ("-scratch", "from scratch", " --set norm=batch"))),
+        *steel_runs("voc-full", VOC_FULL, "gpu", (1, 5), (0,), (None, None)),
         *(run for which in CRACK_SETS
           for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True, True)
           if which != "cracks448"),
@@ -188,6 +197,9 @@ TABLES = {
     "cars-coco-full": Table("The same with the COCO labels", CAR_COLUMNS),
     "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
     "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
+    "voc-full": Table("DANet on Pascal VOC 2007", VOC_COLUMNS, VOC_PRINTED, percent=True,
+                      note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under MINIDAMAGE_DATA. "
+                           "The paper does not state its IoU."),
     "segmenters": Table("Seven small segmenters on cars, reduced", SEGMENTER_COLUMNS, SEGMENTER_PRINTED,
                         note="The printed rows are of its own car set's validation part, after as many epochs on as large a share of it."),
     "segmenters-full": Table("Seven small segmenters on cars", SEGMENTER_COLUMNS),

@@ -82,4 +82,7 @@ def test_the_budget_goes_on_with_what_was_begun_then_with_first_seeds(results, t
     (begun / "metrics.csv").write_text("epoch\n1\n")
     (begun / "config.json").write_text(json.dumps({"run": {"recipe": {"epochs": 4}}}))
     assert [run.name for run in reproduce.missing_most(listed)] == ["c-begun-seed2", "a", "b2", "a-seed1"]
+    monkeypatch.setenv("MINIDAMAGE_DATA", str(tmp_path))
+    assert reproduce.lacks(runs.Run("v", "v", "--model danet --data {data}/VOC2007", {}, "gpu")) == str(tmp_path / "VOC2007")
+    assert not reproduce.lacks(runs.Run("d", "d", "", {}, "cpu")) and not reproduce.lacks(runs.Run("d", "d", "--data {data}", {}, "cpu"))
     assert reproduce.share_done(listed[-1]) == 0.25 and reproduce.is_done(listed[2])
