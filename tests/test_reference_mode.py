@@ -59,20 +59,22 @@ def cases():
 
 
 def results():
-    """(name, memory format) -> values, gradients, and which of them are channels_last."""
+    """name with memory format, or "autocast" -> values, gradients, and which of them are channels_last."""
     found = {}
     for name, (function, tensors) in cases().items():
-        for form in (torch.contiguous_format, torch.channels_last):
+        for how, form in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last),
+                          ("autocast", torch.contiguous_format)):
             arguments = [t.detach().contiguous(memory_format=form if t.dim() == 4 else torch.contiguous_format)
                          .requires_grad_(t.requires_grad) for t in tensors]
-            values = function(*arguments)
+            with torch.autocast("cpu", torch.bfloat16, enabled=how == "autocast"):
+                values = function(*arguments)
             values = [values] if isinstance(values, torch.Tensor) else list(values)
             wanted = [t for t in arguments if t.requires_grad and values[0].requires_grad]
             if wanted:
                 values[0].mul(torch.linspace(-1, 1, values[0].numel()).view_as(values[0])).sum().backward()
             values = [t.detach() for t in values] + [t.grad for t in wanted]
             layouts = [t.dim() == 4 and t.is_contiguous(memory_format=torch.channels_last) for t in values]
-            found[f"{name}, {'channels_last' if form == torch.channels_last else 'contiguous'}"] = values, layouts
+            found[f"{name}, {how}"] = values, layouts
     return found
 
 

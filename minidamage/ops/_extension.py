@@ -12,6 +12,7 @@ TORCH_EXTENSIONS_DIR.
 """
 import concurrent.futures
 import contextlib
+import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -65,7 +66,8 @@ def define(schema, reference):
         if load() and key and torch._C._dispatch_has_kernel_for_dispatch_key(f"minidamage::{name}", key):
             return op(*args)                    # this very call built the kernels
         _announce_reference(device, kernels_mode())
-        return reference(*args)
+        with torch.autocast(device, enabled=False) if key else contextlib.nullcontext():
+            return reference(*args)             # the public function has settled the dtypes, as for the kernel
 
     _LIBRARY.impl(name, without_kernel, "CompositeExplicitAutograd")
     return op
@@ -259,7 +261,8 @@ def _included(source, found):
     """A source file and our own headers that it includes, directly or not."""
     found.add(source)
     for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
-        header = CSRC / pathlib.PurePath(name).name
+        beside, shared = source.with_name(name), CSRC / pathlib.PurePath(name).name
+        header = beside if beside.exists() and "/" not in name else shared
         if header.exists() and header not in found:
             _included(header, found)
     return found
