@@ -2,6 +2,7 @@
 
 Other sides of a row. torchvision, smp: their model. plain: our model without the part that the row is about (Mask R-CNN beside DamageNet,
 Faster R-CNN beside DANet). stock: our model with its own ops replaced by the framework's parts.
+contiguous: ours in NCHW. bfloat16: ours under autocast.
 """
 import dataclasses
 import gc
@@ -14,6 +15,7 @@ from benchmarks.op_rows import random_boxes
 from benchmarks.timing import DTYPES, peer
 from minidamage.layers.segmenter import Segmenter
 from minidamage.models import context_cracknet
+from minidamage.ops.linear_attention import split_heads
 
 SMP = {"unet": "Unet", "unetplusplus": "UnetPlusPlus", "deeplabv3": "DeepLabV3", "deeplabv3plus": "DeepLabV3Plus", "fpn": "FPN",
        "pspnet": "PSPNet", "linknet": "Linknet", "manet": "MAnet", "pan": "PAN"}
@@ -68,7 +70,7 @@ def model_call(case, which):
     is_detector = model_class(case.name).task == "detection"
     images, targets = (detector_inputs if is_detector else segmenter_inputs)(case)
     if which == "contiguous":
-        model = model.to(memory_format=torch.contiguous_format)
+        make_contiguous(model)
     dtype = DTYPES["bfloat16" if which == "bfloat16" else case.dtype]
     autocast = torch.autocast(case.device, dtype, enabled=dtype in (torch.bfloat16, torch.float16))
 
@@ -88,6 +90,16 @@ def model_call(case, which):
         return infer
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-5, momentum=0.9)
     return step
+
+
+def make_contiguous(model):
+    """The segmenter in NCHW: weights and pictures, for a convolution runs in channels_last where either of the two is."""
+    batch = model.to(memory_format=torch.contiguous_format).batch
+
+    def contiguous_batch(images):
+        pictures, size = batch(images)
+        return pictures.contiguous(), size
+    model.batch = contiguous_batch
 
 
 def model_class(name):
@@ -185,9 +197,9 @@ class StockCAGM(context_cracknet.CAGM):
         X = x.flatten(2).transpose(1, 2)
         E, F_ = self.projections(H, W)
         normed = self.norm1(X)
-        Q = self.split_heads(self.query(normed))
-        K = self.split_heads(E.mT @ self.key(normed))                   # [B, heads, k, d]
-        V = self.split_heads(F_.mT @ self.value(normed))
+        Q = split_heads(self.query(normed), self.heads)
+        K = split_heads(E.mT @ self.key(normed), self.heads)                   # [B, heads, k, d]
+        V = split_heads(F_.mT @ self.value(normed), self.heads)
         Z = F.scaled_dot_product_attention(Q, K, V).transpose(1, 2).flatten(2)
         X = X + self.dropout(self.output(Z))
         X = X + self.dropout(self.linear2(self.dropout(F.relu(self.linear1(self.norm2(X))))))
