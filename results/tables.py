@@ -87,7 +87,7 @@ def cell(values, percent):
 
 # The rows of the speed table that the README shows; results/speed.md has all of them.
 SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "paste_masks",
-         "maskrcnn_resnet50_fpn", "damagenet", "COCO")
+         "maskrcnn_resnet50_fpn", "damagenet", "COCO", "CAGM block", "context_cracknet", "unet inference")
 
 
 def speed_text(shown=("",)):
@@ -104,7 +104,7 @@ def speed_text(shown=("",)):
             cells = ["", "", ""]
             if value:
                 cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
-            peak = " / ".join(f"{row[key]:.0f}" for key in ("peak_MB_ours", "peak_MB_torchvision") if key in row)
+            peak = " / ".join(f"{row[key]:.0f}" for key in ("peak_MB_ours", f"peak_MB_{name}") if key in row)
             lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + f" | {peak} |")
     for run in measured:
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
