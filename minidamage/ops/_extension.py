@@ -12,7 +12,6 @@ TORCH_EXTENSIONS_DIR.
 """
 import concurrent.futures
 import contextlib
-import contextlib
 import functools
 import hashlib
 import importlib.util
@@ -261,8 +260,8 @@ def _included(source, found):
     """A source file and our own headers that it includes, directly or not."""
     found.add(source)
     for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
-        beside, shared = source.with_name(name), CSRC / pathlib.PurePath(name).name
-        header = beside if beside.exists() and "/" not in name else shared
+        header = CSRC / pathlib.PurePath(name).name
+        header = header if header.exists() else source.parent / name         # a test program's own
         if header.exists() and header not in found:
             _included(header, found)
     return found
