@@ -144,6 +144,8 @@ def write_identity(run):
 def make_datasets(model, parts, recipe, seed, path):
     """(what trains, what chooses) as the model's task needs them: outlines in original pixels, or label maps at the model's size."""
     if model.task == "segmentation":
+        if recipe.multi_scale:
+            raise ValueError(f"multi_scale: {model.name} takes pictures of one size (--size); vary what they show with jitter_scale or scale")
         size = model.config.image_size
         return (SegmentationDataset(parts["train"], recipe, seed=seed, train=True, image_size=size),
                 SegmentationDataset(parts["val"], image_size=size))
@@ -343,6 +345,10 @@ def check_recipe(recipe, names):
         value = getattr(recipe, field)
         if not fits(value):
             raise ValueError(f"{field}: expected {expected}, got {value}")
+    if recipe.jitter_scale and not (len(recipe.jitter_scale) == 2 and 0 < recipe.jitter_scale[0] <= recipe.jitter_scale[1] <= 10):
+        raise ValueError(f"jitter_scale: expected the smallest and the largest factor, such as 0.1,2.0, got {recipe.jitter_scale}")
+    if any(side < 32 for side in recipe.multi_scale):
+        raise ValueError(f"multi_scale: expected shorter sides of 32 pixels or more, such as 480,512,544, got {recipe.multi_scale}")
     for field, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("select_by", names)):
         value = getattr(recipe, field)
         if value not in known:

@@ -69,7 +69,7 @@ class DetectionDataset(RecordDataset):
     """Pictures and targets for a detector.
 
     dataset[i] -> (image uint8 [3, H, W] RGB, target) with target: boxes f32 [G, 4] xyxy px, labels i64 [G] 1..K, masks u8 [G, H, W],
-    iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
+    min_size int (pixels its shorter side is resized to; with the recipe's multi_scale alone), iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
     that this sample stands in for, "" as a rule). Sets without any outline (boxes only) have no "masks".
 
     train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay. The target
@@ -94,7 +94,8 @@ class DetectionDataset(RecordDataset):
     def __getitem__(self, index):
         image, used, replaced = self._read(index)
         record = self.records[used]
-        image, boxes, masks, visible = transforms.apply(image, record, self._draw(index), self.with_masks)
+        draw = self._draw(index)
+        image, boxes, masks, visible = transforms.apply(image, record, draw, self.with_masks)
         keep = np.ones(len(boxes), bool)
         if self.train:
             sides = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf)
@@ -104,6 +105,8 @@ class DetectionDataset(RecordDataset):
                   "image_id": int(record.image_id), "file": record.file, "index": used, "replaced": replaced}
         if self.train:
             target["seed"] = int(np.random.SeedSequence([self.seed, int(self._epoch), index, 1]).generate_state(1)[0])
+        if draw.shorter_side:
+            target["min_size"] = draw.shorter_side
         if masks is not None:
             target["masks"] = torch.from_numpy(masks if keep.all() else masks[keep])
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target

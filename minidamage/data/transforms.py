@@ -5,6 +5,9 @@ exactly and rasterised afterwards; the picture is resampled once, bilinearly, an
 inverse, at pixel centres. All
 therefore meet at the same place, with no half-pixel shift (tests/test_data_transforms.py draws shapes to hold that).
 What a shift, a rotation or a smaller scale uncovers is FILL in the picture and 255 (not judged) in a label map.
+
+Large-scale jitter (Ghiasi et al. 2021, arXiv:2012.07177: factors 0.1 to 2) comes before all of it, as a step of its own: reduced by a
+tenth, a picture has to be averaged, which no single lookup does. The scaled picture is a whole number of pixels, so is where it is cut.
 """
 import dataclasses
 import functools
@@ -40,6 +43,9 @@ class Draw:
     hue: float = 0.0                           # share of the colour circle
     noise: float = 0.0                         # standard deviation, of 0..255
     noise_seed: int = 0
+    jitter: float = 1.0                        # large-scale jitter's factor
+    cut: tuple = (0.0, 0.0)                    # where a picture that it made larger is cut: shares of what is left and above, 0..1
+    shorter_side: int = 0                      # pixels the model resizes the picture's shorter side to; 0: as its config has it
 
 
 def draw(recipe, rng):
@@ -47,6 +53,8 @@ def draw(recipe, rng):
     others as they were under the same seed."""
     u = rng.random(5)
     v = rng.random(9)
+    w = rng.random(4)
+    low, high = recipe.jitter_scale or (1.0, 1.0)
     spread = lambda width, v: 1.0 + width * (2.0 * v - 1.0)
     moved = v[0] < recipe.shift_scale_rotate
     return Draw(flip=bool(u[0] < recipe.hflip), angle=recipe.rotate * (2.0 * u[1] - 1.0) if moved else 0.0,
@@ -55,7 +63,40 @@ def draw(recipe, rng):
                 quarter_turns=1 + int(3 * v[3]) if v[2] < recipe.rot90 else 0,
                 shift=(recipe.shift * (2.0 * v[4] - 1.0), recipe.shift * (2.0 * v[5] - 1.0)) if moved else (0.0, 0.0),
                 scale=spread(recipe.scale, v[6]) if moved else 1.0, hue=recipe.hue * (2.0 * v[7] - 1.0),
-                noise=recipe.noise * v[8], noise_seed=int(v[8] * 2 ** 53) if recipe.noise else 0)
+                noise=recipe.noise * v[8], noise_seed=int(v[8] * 2 ** 53) if recipe.noise else 0,
+                jitter=low + (high - low) * w[0], cut=(w[1], w[2]) if recipe.jitter_scale else (0.0, 0.0),
+                shorter_side=recipe.multi_scale[int(w[3] * len(recipe.multi_scale))] if recipe.multi_scale else 0)
+
+
+def jitter_geometry(draw, width, height):
+    """Large-scale jitter of a picture: (width, height) it is scaled to, (x, y) of the scaled picture's pixel that comes to the corner.
+
+    Both are whole numbers: the scaled picture is cut there to the old size, or padded on the right and below.
+    """
+    size = max(1, round(width * draw.jitter)), max(1, round(height * draw.jitter))
+    left, top = (round(share * max(0, after - before)) for share, after, before in zip(draw.cut, size, (width, height)))
+    return size, (left, top)
+
+
+def jitter_matrix(draw, width, height):
+    """[3, 3] float64: points of the picture to points of the jittered one."""
+    (w, h), (left, top) = jitter_geometry(draw, width, height)
+    return np.array([[w / width, 0.0, -left], [0.0, h / height, -top], [0, 0, 1]])
+
+
+def jitter(pixels, draw, fill=FILL, resample=Image.Resampling.BILINEAR):
+    """A picture [H, W, 3] or a label map [H, W] scaled and cut or padded: the same size comes back. Reduced, a picture is averaged."""
+    if draw.jitter == 1.0:
+        return pixels
+    height, width = pixels.shape[:2]
+    (w, h), (left, top) = jitter_geometry(draw, width, height)
+    seen = min(w, width), min(h, height)                          # pixels of the result that show the picture
+    box = left * width / w, top * height / h, (left + seen[0]) * width / w, (top + seen[1]) * height / h
+    box = box[0], box[1], min(box[2], width), min(box[3], height)                                     # rounding may pass the border by 1e-13
+    source = Image.fromarray(pixels)
+    canvas = Image.new(source.mode, (width, height), fill)
+    canvas.paste(source.resize(seen, resample, box))
+    return np.array(canvas)
 
 
 def matrix_of(draw, width, height):
@@ -187,10 +228,10 @@ def apply(image, record, draw, with_masks=True):
     """
     height, width = image.shape[:2]
     matrix = matrix_of(draw, width, height)
-    image = recolour(move(image, draw, matrix), draw)
+    image = recolour(move(jitter(image, draw), draw, matrix), draw)
 
     scale = np.diag([width / record.width, height / record.height, 1.0])
-    objects = matrix @ scale
+    objects = matrix @ jitter_matrix(draw, width, height) @ scale
     boxes = warp_boxes(record.boxes.astype(np.float64), objects, width, height)
     grown = abs(np.linalg.det(objects))                  # how many pixels of the sample one of the record's becomes
     full = np.prod((record.boxes[:, 2:] - record.boxes[:, :2]).astype(np.float64), axis=1) * grown
@@ -205,7 +246,7 @@ def apply(image, record, draw, with_masks=True):
     # against the outline's own area: what the file gives as "area" may be the box's, and a thin scratch fills little of its box
     whole = np.array([_outline_area(m, r) for m, r in zip(record.masks, record.area)]) * grown
     visible = np.where(pixels > 0, pixels / np.maximum(whole, 1e-9), 0.0)
-    if _resampled(draw):
+    if _resampled(draw) or draw.jitter != 1.0:
         boxes = np.where((pixels > 0)[:, None], boxes_of_masks(masks), boxes)
     return image, boxes.astype(np.float32), masks, visible
 
@@ -213,8 +254,8 @@ def apply(image, record, draw, with_masks=True):
 def apply_to_label_map(image, labels, draw):
     """One picture and its label map under a Draw: (image uint8 [H, W, 3], labels uint8 [H, W]); what is uncovered becomes IGNORE."""
     matrix = matrix_of(draw, image.shape[1], image.shape[0])
-    labels = move(labels, draw, matrix, IGNORE, Image.Resampling.NEAREST)
-    return recolour(move(image, draw, matrix), draw), labels
+    labels = move(jitter(labels, draw, IGNORE, Image.Resampling.NEAREST), draw, matrix, IGNORE, Image.Resampling.NEAREST)
+    return recolour(move(jitter(image, draw), draw, matrix), draw), labels
 
 
 def _outline_area(segmentation, listed):

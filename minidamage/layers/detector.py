@@ -44,14 +44,16 @@ class GeneralizedRCNNTransform(nn.Module):
         self.register_buffer("image_std", torch.tensor(image_std).view(3, 1, 1), persistent=False)
 
     def forward(self, images, targets=None):
-        """images: list of [3, H, W], uint8 or float in 0..1; targets: list of dicts or None; both may lie on the CPU.
+        """images: list of [3, H, W], uint8 or float in 0..1; targets: list of dicts or None; both may lie on the CPU. A target may have a
+        min_size of its own, int pixels, for its picture (multi-scale training).
 
         Returns (ImageBatch, targets with boxes [G, 4] and masks [G, h, w] resized, or None), on the model's device.
         """
         device = self.image_mean.device
         images = [image.to(device, non_blocking=True) for image in images]
         original_sizes = [tuple(image.shape[-2:]) for image in images]
-        sizes = [self.resized_size(*size) for size in original_sizes]
+        shorter = [target.get("min_size", self.min_size) for target in targets] if targets else [self.min_size] * len(images)
+        sizes = [self.resized_size(*size, min_size) for size, min_size in zip(original_sizes, shorter)]
         H, W = (math.ceil(max(side) / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in zip(*sizes))
         batch = torch.zeros((len(images), H, W, 3), device=device).permute(0, 3, 1, 2)                # channels_last
         for image, (h, w), place in zip(images, sizes, batch):
@@ -63,8 +65,8 @@ class GeneralizedRCNNTransform(nn.Module):
             targets = [resize_target(*each, device) for each in zip(targets, original_sizes, sizes)]
         return ImageBatch(batch, sizes, original_sizes), targets
 
-    def resized_size(self, h, w):
-        scale = min(self.min_size / min(h, w), self.max_size / max(h, w))
+    def resized_size(self, h, w, min_size=None):
+        scale = min((min_size or self.min_size) / min(h, w), self.max_size / max(h, w))
         return max(1, math.floor(h * scale)), max(1, math.floor(w * scale))
 
 
@@ -133,7 +135,7 @@ def check_targets(images, targets, num_classes, masks=True):
         crowd = target.get("iscrowd")
         if crowd is not None and G:
             keep = ~crowd.bool()
-            target = {key: target[key][keep.to(target[key].device)] for key in needed}
+            target = {**target, **{key: target[key][keep.to(target[key].device)] for key in needed}}
         checked.append(target)
     return checked
 
