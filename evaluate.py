@@ -4,6 +4,7 @@
     python evaluate.py --checkpoint runs/damagenet-demo-001 --part val
     python evaluate.py --checkpoint best.pt --data other/                another data set, same class names
     python evaluate.py --truth gt.json --detections dt.json              two COCO files, no model
+    python evaluate.py --ceiling --data coco/                            what perfect masks of 28x28 pixels would score, no model
     python evaluate.py --compare runs/context_cracknet-cfd-001 runs/unet-cfd-001 ...       tables, spread over sets, paired tests
     python evaluate.py --test-epochs runs/unet-cfd-001                   every kept epoch on the validation part
     python evaluate.py --complexity unet context_cracknet                parameters, multiply-adds, time, memory (no name: all of them)
@@ -23,7 +24,7 @@ from minidamage.checkpoint import choose_device, load_checkpoint
 from minidamage.data import load_dataset
 from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
 from minidamage.data.split import from_names
-from minidamage.evaluation import comparison, complexity, detection, epochs, segmentation
+from minidamage.evaluation import ceiling, comparison, complexity, detection, epochs, segmentation
 from minidamage.evaluation.common import Job, without_nan, writing
 from minidamage.metrics import tables
 from minidamage.metrics.detection import evaluate_coco_files
@@ -36,6 +37,10 @@ def main(argv=None):
         check_numbers(args)
         if args.truth or args.detections:
             return score_files(args)
+        if args.ceiling is not None:
+            if not args.data:
+                raise ValueError("--ceiling is a data set's: name it with --data")
+            return ceiling.report(args.ceiling, args.data, args.part, args.out, **reading(args))
         if args.compare:
             return comparison.compare(args.compare, args.metric, args.size, args.at, args.draws, args.out)
         if args.complexity is not None:
@@ -85,6 +90,8 @@ def parse_arguments(argv):
     files.add_argument("--detections", metavar="DT.JSON", help="COCO results, a list of detections")
     files.add_argument("--iou-type", choices=("bbox", "segm"), help="score only boxes or only masks of the files (default: what they hold)")
     files.add_argument("--no-categories", action="store_true", help="files: ignore categories, as for proposals")
+    add("--ceiling", nargs="?", type=int, const=28, metavar="M", help="no model: the mask AP of the truth itself at the mask head's M x M "
+        "pixels (28), what a perfect head would score; with --data and, if you like, --part")
     several = parser.add_argument_group("several models")
     several.add_argument("--compare", nargs="+", metavar="RUN", help="results of several evaluations (run or evaluation folders, or their "
                          "results.json): one table, mean and spread over data sets, the first model tested against each other one")
