@@ -188,22 +188,28 @@ def _as_bytes(mask, name):
 # ---- the rules, in plain numpy ---------------------------------------------------------------------------------------------------
 
 def nearest_pixels_reference(mask):
-    """Columns first: the nearest set row within each column. Then each row: the column whose site is nearest, over all columns."""
+    """Columns first: the nearest set row within each column. Then along the rows: the columns 1, 2, ... further left and right, until
+    that step alone is as long as the longest distance so far; in a thin crack that is soon."""
     H, W = mask.shape
+    if not np.any(mask):
+        return np.full((H, W), -1, np.int32)
     far = 4 * (H + W)
-    rows = np.arange(H)[:, None]
+    rows, columns = np.indices((H, W), np.int32)
     above = np.maximum.accumulate(np.where(mask, rows, -far), axis=0)
     below = np.minimum.accumulate(np.where(mask, rows, far + H)[::-1], axis=0)[::-1]
-    site = np.where(below - rows < rows - above, below, above)                            # [H, W] row of the nearest in the column
-    known = (site >= 0) & (site < H)
-    nearest = np.full((H, W), -1, np.int32)
-    apart = (np.arange(W)[:, None] - np.arange(W)[None]) ** 2                             # [W, W]
-    for y in range(H):
-        columns = np.flatnonzero(known[y])
-        if len(columns):
-            chosen = columns[np.argmin(apart[:, columns] + (y - site[y, columns]) ** 2, axis=1)]
-            nearest[y] = site[y, chosen] * W + chosen
-    return nearest
+    row = np.where(below - rows < rows - above, below, above)                             # [H, W] of the nearest in the column
+    known = (row >= 0) & (row < H)
+    within = np.where(known, (rows - row).astype(np.int64) ** 2, NONE)                    # squared distance inside the column
+    site, squared = row * W + columns, within.copy()
+    nearest = site.copy()
+    for step in range(1, W):
+        if step * step >= squared.max():
+            break
+        for here, there in ((np.s_[:, step:], np.s_[:, :-step]), (np.s_[:, :-step], np.s_[:, step:])):
+            through = within[there] + step * step
+            nearer = through < squared[here]
+            squared[here][nearer], nearest[here][nearer] = through[nearer], site[there][nearer]
+    return nearest.astype(np.int32)
 
 
 def squared_distances_reference(mask):
