@@ -17,11 +17,22 @@ The file is a `torch.save` of one plain dict (tensors, numbers, strings, lists, 
 
 A file is never written in place: the new one is written beside, flushed to the disk and renamed, so whatever kills the
 process (a second Ctrl-C, a full disk, a power cut) leaves the older file whole.
+
+For other programs, the weights alone, under the names that torchvision (ResNet, Faster and Mask R-CNN, FCN, DeepLabV3), timm (ResNet) and
+segmentation_models.pytorch (its nine segmenters) give them:
+
+    python -m minidamage.checkpoint export runs/maskrcnn-coco-001/best.pt weights.pth
+    python -m minidamage.checkpoint export --body best.pt resnet.pth          the ResNet body alone
+    torchvision.models.detection.maskrcnn_resnet50_fpn(num_classes=4).load_state_dict(torch.load("weights.pth"))
+
+What comes back goes in by train.py --pretrained.
 """
+import argparse
 import os
 import pickle
 import random
 import re
+import sys
 import zipfile
 
 import numpy as np
@@ -34,16 +45,21 @@ REQUIRED_KEYS = ("model", "config", "num_classes", "class_names", "weights")
 
 
 def save_checkpoint(path, state):
-    """Writes a checkpoint dict to `path`, whole or not at all.
+    """Writes a checkpoint dict to `path`, whole or not at all (see `write_whole`). Adds `format` and `version`."""
+    write_whole(path, {"format": FORMAT, "version": VERSION, **state})
 
-    Adds `format` and `version`. Raises OSError when the disk is full or the folder cannot be written; the older file, if
-    there was one, is then untouched and the half-written one is removed.
+
+def write_whole(path, content):
+    """torch.save of a plain dict, whole or not at all.
+
+    Raises OSError when the disk is full or the folder cannot be written; the older file, if there was one, is then untouched and the
+    half-written one is removed.
     """
     path = os.fspath(path)
     partial = path + ".partial"                                       # same folder: a rename cannot cross file systems
     try:
         with open(partial, "wb") as file:
-            torch.save(plain({"format": FORMAT, "version": VERSION, **state}), file)
+            torch.save(plain(content), file)
             file.flush()
             os.fsync(file.fileno())                                   # on the disk before the name points to it
         os.replace(partial, path)
@@ -205,6 +221,25 @@ def is_whole_model(weights, model):
             or any(key in weights and not key.startswith(prefixes) for key in model.state_dict()))
 
 
+def export_weights(path, out, body=False):
+    """Writes the weights of a checkpoint of ours as a plain state_dict that others load; returns (model, the tensors written).
+
+    body: the ResNet body alone, under torchvision's and timm's names (conv1.weight, layer1.0..., no classifier). Raises ValueError for a
+    file that is no checkpoint, or has no such body; OSError where `out` cannot be written.
+    """
+    from minidamage.layers.resnet import ResNet
+
+    model = build_from_checkpoint(read_checkpoint(path), path)
+    part = model
+    if body:
+        part = next((module for module in model.modules() if isinstance(module, ResNet)), None)
+        if part is None:
+            raise ValueError(f"--body: {path} holds {model.name}, which has no ResNet body; leave --body out")
+    weights = {key: value.contiguous() for key, value in part.state_dict().items()}      # channels_last is ours: others see plain tensors
+    write_whole(out, weights)
+    return model, weights
+
+
 def rng_state():
     """The state of every random generator that training draws from (Python, numpy, torch, each GPU), as plain data."""
     kind, keys, position, has_gauss, gauss = np.random.get_state()
@@ -250,3 +285,26 @@ def _os_error_behind(error):
     if "write" in str(error):                                         # "PytorchStreamWriter failed writing file ..."
         return OSError(None, str(error).splitlines()[0])
     return None
+
+
+def main(argv=None):
+    """python -m minidamage.checkpoint export. Returns the exit code: 0, 1 where it could not be written, 2 for a mistake."""
+    parser = argparse.ArgumentParser(prog="python -m minidamage.checkpoint", description="Checkpoints of minidamage for other programs.")
+    export = parser.add_subparsers(dest="command", required=True).add_parser(
+        "export", help="the weights alone, under torchvision's, timm's and segmentation_models.pytorch's names")
+    export.add_argument("checkpoint", metavar="BEST.PT", help="a checkpoint that train.py wrote")
+    export.add_argument("out", metavar="OUT.PTH", help="the file to write; one that is there is replaced as a whole")
+    export.add_argument("--body", action="store_true", help="the ResNet body alone")
+    args = parser.parse_args(argv)
+    try:
+        model, weights = export_weights(args.checkpoint, args.out, args.body)
+    except (ValueError, OSError) as error:
+        print(f"minidamage.checkpoint: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    print(f"{args.out}: {len(weights)} tensors of {model.name}{' (its body)' if args.body else ''}, {model.num_classes} classes with the "
+          f"background; first {next(iter(weights))}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
