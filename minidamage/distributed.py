@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import math
 import os
+import warnings
 
 import numpy as np
 import torch
@@ -213,7 +214,13 @@ def replicate(model):
     search for unused ones is needed (find_unused_parameters would walk the graph in every step). Pictures stay where they are: the
     model moves them. Running statistics are each process's own during an epoch, see `copy_buffers`.
     """
-    return model if world() == 1 else nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    if world() == 1:
+        return model
+    # a 1x1 convolution's gradient has channels_last strides or plain ones, both the same memory: nothing that costs
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)                # torch 2.13 renames broadcast_buffers, older ones have no other
+        return nn.parallel.DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def seed_step(*numbers):

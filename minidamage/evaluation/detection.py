@@ -4,13 +4,15 @@ import os
 import numpy as np
 import torch
 
-from minidamage import masks, run_folder
+from minidamage import distributed, masks, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
+from minidamage.evaluation.ceiling import mask_ceiling
 from minidamage.evaluation.common import change_finish, cost_text, print_sections, unreadable_note, without_nan, write_page, writing
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
-from minidamage.metrics.detection import evaluate_model
+from minidamage.metrics.detection import CocoEvaluator, run_model
+from minidamage.metrics.measure import peak_memory, speed
 from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress
 from minidamage.training import iou_types
@@ -21,7 +23,10 @@ from minidamage.visualize.report import Picture
 
 
 def score(job):
-    """Runs the detector over the job's pictures, prints the tables and writes the evaluation folder."""
+    """Runs the detector over the job's pictures, prints the tables and writes the evaluation folder.
+
+    Several processes: each runs its share of the pictures, process 0 scores what all of them found and writes.
+    """
     model, records, names = job.model, job.records, job.names
     if job.args.set:
         model.config = change_finish(model, job.args.set)
@@ -38,20 +43,32 @@ def score(job):
             outlines, crowds = ([r for r, c in zip(truth["rles"], truth["iscrowd"]) if c == crowd] for crowd in (False, True))
             pixels.add_instances(truth["labels"][~truth["iscrowd"]], outlines, kept["labels"], kept["masks"], *image.shape[-2:], crowds)
         judged.append((truth["index"], kept))
-        unreadable.extend([truth["unreadable"]] if truth["unreadable"] else [])
+        unreadable.append(truth["unreadable"])
         progress.note(f"{len(judged)}/{len(samples)} pictures")
 
-    loader = torch.utils.data.DataLoader(samples, batch_size=None, num_workers=job.workers)
-    metrics, result, evaluator = evaluate_model(job.model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
+    loader = torch.utils.data.DataLoader(samples, batch_size=None, sampler=distributed.shard(len(samples)), num_workers=job.workers)
+    evaluator, seconds = run_model(job.model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
     progress.clear()
+    gathered = distributed.gather_to_main((evaluator, pixels, judged, unreadable, seconds))
+    if gathered is None:
+        return
+    evaluators, several_pixels, *lists = zip(*gathered)
+    evaluator, pixels = CocoEvaluator.joined(evaluators), PixelEvaluator.joined(several_pixels)
+    judged, unreadable, seconds = map(distributed.interleave, lists)
+    unreadable, result = [file for file in unreadable if file], evaluator.evaluate()
+    metrics = {**result.stats, **speed(seconds), "peak memory MB": peak_memory(job.device)}
     pixel_result = pixels.evaluate() if with_masks else None
 
     wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if job.args.draws else []
     intervals = {name: result.interval(name, samples=job.args.draws) for name in wanted}
 
     notes = [*unreadable_note(unreadable, len(records)), *result.causes]
+    ceiling = mask_ceiling(records, names, job.args.ceiling).evaluate().stats if with_masks and job.args.ceiling else None
+    if ceiling:
+        notes.append(f"perfect masks of {job.args.ceiling}x{job.args.ceiling} pixels would score a mask AP of {ceiling['segm/AP']:.3f} here, "
+                     f"AP50 {ceiling['segm/AP50']:.3f}")
     shown = show(result, pixel_result, thresholds, metrics, intervals, notes)
-    numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable}
+    numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable, "ceiling": ceiling or {}}
     about, folder = job.about(), job.folder
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
     with writing(folder):

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch.nn import functional as F
 
-from minidamage import run_folder
+from minidamage import distributed, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
@@ -34,7 +34,10 @@ LIKELIEST = "likeliest class"
 
 
 def score(job):
-    """Runs the segmenter over the job's pictures, prints the tables and writes the evaluation folder."""
+    """Runs the segmenter over the job's pictures, prints the tables and writes the evaluation folder.
+
+    Several processes: each runs its share of the pictures (and writes their maps), process 0 scores what all of them found.
+    """
     if job.args.set:
         change_finish(job.model, job.args.set)                # raises: nothing of a segmenter is settled after training
     points, records = operating_points(job), job.records
@@ -43,7 +46,7 @@ def score(job):
     unreadable, seconds, progress = [], [], Progress(len(dataset), device=job.device)
     maps = os.path.join(job.folder, "maps") if job.args.save_maps else None
 
-    loader = torch.utils.data.DataLoader(dataset, batch_size=None, num_workers=job.workers)
+    loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=distributed.shard(len(dataset)), num_workers=job.workers)
     for image, target in loader:
         synchronize(job.device)
         began = time.perf_counter()
@@ -53,13 +56,19 @@ def score(job):
         truth = target["label_map"].numpy()
         for name, scores in sizes.items():
             scores.add(truth if name == "native" else nearest(truth, probabilities[name].shape[-2:]), probabilities[name])
-        unreadable += [target["replaced"]] if target["replaced"] else []
+        unreadable.append(target["replaced"])
         if maps:
             with writing(maps):
                 label_map = label_map_of(probabilities["native"], list(points.values())[-1]).cpu().numpy()
                 save_label_map(os.path.join(maps, f"{map_name(target, records)}.png"), label_map, job.names)
         progress.note(f"{target['index'] + 1}/{len(dataset)} pictures")
     progress.clear()
+    gathered = distributed.gather_to_main((sizes, unreadable, seconds))
+    if gathered is None:
+        return
+    sizes = {name: SizeScores.joined([each[name] for each, _, _ in gathered]) for name in sizes}
+    unreadable, seconds = (distributed.interleave(lists) for lists in list(zip(*gathered))[1:])
+    unreadable = [file for file in unreadable if file]
     finish(job, sizes, points, {**speed(seconds), "peak memory MB": peak_memory(job.device)}, unreadable)
 
 
@@ -108,6 +117,17 @@ class SizeScores:
         self.cracks = {point: CrackEvaluator(mm_per_px=mm_per_px) for point in points}
         self.sweep = ThresholdSweep()
         self.shapes = set()
+
+    @classmethod
+    def joined(cls, several):
+        """One of several, each with every n-th picture (distributed.shard), in the pictures' order. The first one is made it."""
+        first = several[0]
+        for point in first.points:
+            PixelEvaluator.joined([scores.pixels[point] for scores in several])
+            CrackEvaluator.joined([scores.cracks[point] for scores in several])
+        ThresholdSweep.joined([scores.sweep for scores in several])
+        first.shapes = set().union(*(scores.shapes for scores in several))
+        return first
 
     def add(self, truth, probabilities):
         """truth: uint8 [h, w], 255 is not judged; probabilities: [C, h, w]."""

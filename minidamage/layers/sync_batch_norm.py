@@ -49,7 +49,7 @@ class NormaliseTogether(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias, eps):
         C = x.shape[1]
-        values = x.float()
+        values = at_least_float32(x)
         sums = summed(torch.cat([values.sum((0, 2, 3)), values.new_full((1,), x.numel() // C)]))
         count = sums[-1]
         mean = sums[:C] / count
@@ -64,12 +64,17 @@ class NormaliseTogether(torch.autograd.Function):
         x, weight, mean, variance, count = ctx.saved_tensors
         C = x.shape[1]
         inverse = torch.rsqrt(variance + ctx.eps)
-        unit = (x.float() - mean.view(1, C, 1, 1)) * inverse.view(1, C, 1, 1)
-        gradient = gradient.float()
+        unit = (at_least_float32(x) - mean.view(1, C, 1, 1)) * inverse.view(1, C, 1, 1)
+        gradient = at_least_float32(gradient)
         for_bias, for_weight = gradient.sum((0, 2, 3)), (gradient * unit).sum((0, 2, 3))                # this process's: averaged later
         sums = summed(torch.cat([for_bias, for_weight])) / count
         for_x = (gradient - sums[:C].view(1, C, 1, 1) - unit * sums[C:].view(1, C, 1, 1)) * (weight * inverse).view(1, C, 1, 1)
         return for_x.to(x.dtype), for_weight.to(weight.dtype), for_bias.to(weight.dtype), None
+
+
+def at_least_float32(x):
+    """x, out of a half: the sum of a map does not fit one."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
 def synchronise_norms(model):

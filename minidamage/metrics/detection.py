@@ -268,6 +268,13 @@ def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=
     (default: its place). metrics: the result's stats, "ms per picture", "pictures per second" (the model alone), "peak memory MB".
     on_picture(image, truth, detection) is called after each, detection with masks as RLEs. Raises ValueError for a model in training mode.
     """
+    evaluator, seconds = run_model(model, samples, class_names, iou_types, on_picture)
+    result = evaluator.evaluate()
+    return {**result.stats, **speed(seconds), "peak memory MB": peak_memory(next(model.parameters()).device)}, result, evaluator
+
+
+def run_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None):
+    """The first half of `evaluate_model`: (CocoEvaluator with every picture, seconds of each), nothing scored yet."""
     if model.training:
         raise ValueError("evaluate_model expects the model in evaluation mode; call model.eval() first")
     evaluator, seconds, device = CocoEvaluator(class_names, iou_types), [], next(model.parameters()).device
@@ -284,8 +291,7 @@ def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=
             _add_picture(evaluator, image, truth, detection)
             if on_picture is not None:
                 on_picture(image, truth, detection)
-    result = evaluator.evaluate()
-    return {**result.stats, **speed(seconds), "peak memory MB": peak_memory(device)}, result, evaluator
+    return evaluator, seconds
 
 
 def _add_picture(evaluator, image, truth, detection):
