@@ -7,6 +7,7 @@
     python evaluate.py --ceiling --data coco/                            what perfect masks of 28x28 pixels would score, no model
     python evaluate.py --compare runs/context_cracknet-cfd-001 runs/unet-cfd-001 ...       tables, spread over sets, paired tests
     python evaluate.py --test-epochs runs/unet-cfd-001                   every kept epoch on the validation part
+    torchrun --nproc-per-node 8 evaluate.py --checkpoint best.pt         the pictures shared out to eight GPUs, the same numbers
     python evaluate.py --complexity unet context_cracknet                parameters, multiply-adds, time, memory (no name: all of them)
 
 With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), report.html, the pictures of the worst
@@ -19,7 +20,7 @@ import argparse
 import os
 import sys
 
-from minidamage import run_folder
+from minidamage import distributed, run_folder
 from minidamage.checkpoint import choose_device, load_checkpoint
 from minidamage.data import load_dataset
 from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
@@ -34,26 +35,43 @@ def main(argv=None):
     """Returns the exit code: 0, 1 where something could not be read or written, 2 for a mistake in what was asked."""
     args = parse_arguments(argv)
     try:
-        check_numbers(args)
-        if args.truth or args.detections:
-            return score_files(args)
-        if args.ceiling is not None:
-            if not args.data:
-                raise ValueError("--ceiling is a data set's: name it with --data")
-            return ceiling.report(args.ceiling, args.data, args.part, args.out, **reading(args))
-        if args.compare:
-            return comparison.compare(args.compare, args.metric, args.size, args.at, args.draws, args.out)
-        if args.complexity is not None:
-            return complexity.report(args.complexity, choose_device(args.device), args.out)
-        if args.test_epochs:
-            return epochs.score(args.test_epochs, choose_device(args.device), choose_pictures, args)
-        return score_model(args)
-    except ValueError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        print(f"evaluate.py: {error}", file=sys.stderr)
+        distributed.start()
+        with distributed.quiet():
+            code = answer(args)
+        distributed.end()
+        return code
+    except (ValueError, OSError) as error:
+        if distributed.first_to_say(str(error)):
+            print(f"evaluate.py: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
+    except RuntimeError as error:
+        if not distributed.is_lost(error):
+            raise
+        if distributed.first_to_say("lost"):
+            print(f"evaluate.py: process {distributed.rank()} of {distributed.world()} has lost another one, nothing was written: "
+                  f"{str(error).splitlines()[0]}", file=sys.stderr)
         return 1
+
+
+def answer(args):
+    """Does what was asked; returns the exit code. Of several processes all score a model, process 0 alone does the rest."""
+    check_numbers(args)
+    needs_one = args.truth or args.detections or args.compare or args.complexity is not None or args.test_epochs or args.ceiling is not None
+    if needs_one and not distributed.is_main():
+        return 0
+    if args.truth or args.detections:
+        return score_files(args)
+    if args.ceiling is not None:
+        if not args.data:
+            raise ValueError("--ceiling is a data set's: name it with --data")
+        return ceiling.report(args.ceiling, args.data, args.part, args.out, **reading(args))
+    if args.compare:
+        return comparison.compare(args.compare, args.metric, args.size, args.at, args.draws, args.out)
+    if args.complexity is not None:
+        return complexity.report(args.complexity, choose_device(args.device), args.out)
+    if args.test_epochs:
+        return epochs.score(args.test_epochs, choose_device(args.device), choose_pictures, args)
+    return score_model(args)
 
 
 def check_numbers(args):
@@ -130,7 +148,7 @@ def score_files(args):
 
 def score_model(args):
     """Runs the checkpoint over the part, prints the tables and writes the evaluation folder."""
-    device = choose_device(args.device)
+    device = choose_device(distributed.device_name(args.device))
     path = run_folder.find_checkpoint(args.checkpoint, "runs", "best.pt")
     model, checkpoint = load_checkpoint(path, device)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)

@@ -1,0 +1,77 @@
+"""The Mask R-CNN study's model as a whole: its shape, its proposals, its recipe; and that true boxes as proposals starve nobody."""
+import pytest
+import torch
+
+import minidamage
+from detection_cases import no_objects, overfit, small_model, two_pictures
+from minidamage.models import mask_rcnn
+from test_faster_rcnn import assert_found
+
+
+@pytest.mark.parametrize("name, body, lr", [("maskrcnn_study_resnet50", "resnet50", 5e-4), ("maskrcnn_study_resnet101", "resnet101", 1e-4)])
+def test_the_study_as_its_document_has_it(name, body, lr):
+    _, config_class, recipe, _ = minidamage.MODELS[name]
+    with torch.device("meta"):
+        model = minidamage.build_model(name, 91)
+    assert model.config == config_class() and model.config.body == body
+    assert all(parameter.requires_grad for parameter in model.parameters())                      # nothing frozen, norms neither
+    assert sum(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules()) > 50
+    head = model.rpn.head
+    assert head.conv[0][0].out_channels == 512 and head.cls_logits.out_channels == 9 and head.bbox_pred.out_channels == 36
+    assert model.roi_heads.box_head.fc6.out_features == model.roi_heads.box_head.fc7.out_features == 1024
+    assert [block[0].out_channels for block in model.roi_heads.mask_head] == [256] * 4
+    assert model.roi_heads.box_roi_pool.sampling_ratio == 2 and model.roi_heads.box_roi_pool.output_size == (7, 7)
+    assert (recipe.optimizer, recipe.schedule, recipe.lr, recipe.weight_decay, recipe.batch_size) == ("adamw", "cosine", lr, 1e-4, 16)
+    assert recipe.clip_grad_norm > 0 and recipe.hflip == 0.5 and min(recipe.brightness, recipe.contrast, recipe.saturation) > 0
+    assert model.config.proposals == "gt" and model.config.min_proposals == 30
+    assert recipe == (mask_rcnn.RECIPE if body == "resnet50" else mask_rcnn.RECIPE_RESNET101)
+
+
+def test_true_boxes_as_proposals_leave_the_rpn_its_own_losses():
+    """The RoI heads see true boxes alone, and nothing but its own two losses reaches the RPN: it has them, and learns."""
+    images, targets = two_pictures()
+    model = small_model("maskrcnn_study_resnet50", proposals="gt").train()
+    losses = model(images, targets)
+    heads = sum(value for key, value in losses.items() if key not in ("loss_objectness", "loss_rpn_box_reg"))
+    assert not any(grad is not None and grad.any() for grad in
+                   torch.autograd.grad(heads, list(model.rpn.parameters()), allow_unused=True, retain_graph=True))
+    assert losses["loss_objectness"] > 0 and losses["loss_rpn_box_reg"] > 0
+    sum(losses.values()).backward()
+    assert all(parameter.grad.any() for parameter in model.rpn.parameters())
+    samples = model.roi_heads.select_training_samples(*candidates(model, images, targets))
+    assert samples.valid.sum(1).tolist() == [2, 2] and (samples.labels[samples.valid] > 0).all()  # no background but of the RPN's boxes
+
+
+def candidates(model, images, targets):
+    batch, resized = model.prepare(images, targets)
+    proposals, _ = model.rpn(model.backbone(batch.tensors), batch.tensors.shape[-2:], batch.sizes)
+    return proposals, resized
+
+
+def test_where_a_picture_has_no_boxes_the_rpn_steps_in():
+    images, targets = two_pictures()
+    model = small_model("maskrcnn_study_resnet50").train()
+    proposals, resized = candidates(model, images, [targets[0], no_objects(images[1])])
+    samples = model.roi_heads.select_training_samples(proposals, resized)
+    assert samples.valid[0].sum() == 2 and samples.valid[1].sum() == min(32, proposals.valid[1].sum()) and not samples.labels[1].any()
+
+
+def test_rpn_finds_in_evaluation_what_it_learned_beside_true_boxes():
+    """Evaluation never sees truth: after training on true boxes the proposals have to be the RPN's own, and cover the objects."""
+    images, targets = two_pictures()
+    model = small_model("maskrcnn_study_resnet50", proposals="gt")
+    first, last = overfit(model, images, targets, steps=60)
+    assert last < 0.6 * first
+    batch, resized = model.prepare(images, targets)
+    proposals, _ = model.rpn(model.backbone(batch.tensors), batch.tensors.shape[-2:], batch.sizes)
+    for i, target in enumerate(resized):
+        best = minidamage.ops.box_iou(target["boxes"], proposals.boxes[i][proposals.valid[i]]).amax(1)
+        assert best.min() > 0.6, best
+        assert proposals.valid[i].sum() >= min(30, len(proposals.valid[i]))
+
+
+def test_the_usual_proposals_overfit_the_same_model():
+    images, targets = two_pictures()
+    model = small_model("maskrcnn_study_resnet50", proposals="rpn+gt")
+    overfit(model, images, targets)
+    assert_found(model, images, targets)
