@@ -56,12 +56,13 @@ def main(argv=None):
 def answer(args):
     """Does what was asked; returns the exit code. Of several processes all score a model, process 0 alone does the rest."""
     check_numbers(args)
-    needs_one = args.truth or args.detections or args.compare or args.complexity is not None or args.test_epochs or args.ceiling is not None
+    of_the_set = args.ceiling is not None and not args.checkpoint
+    needs_one = args.truth or args.detections or args.compare or args.complexity is not None or args.test_epochs or of_the_set
     if needs_one and not distributed.is_main():
         return 0
     if args.truth or args.detections:
         return score_files(args)
-    if args.ceiling is not None:
+    if of_the_set:
         if not args.data:
             raise ValueError("--ceiling is a data set's: name it with --data")
         return ceiling.report(args.ceiling, args.data, args.part, args.out, **reading(args))
@@ -108,8 +109,8 @@ def parse_arguments(argv):
     files.add_argument("--detections", metavar="DT.JSON", help="COCO results, a list of detections")
     files.add_argument("--iou-type", choices=("bbox", "segm"), help="score only boxes or only masks of the files (default: what they hold)")
     files.add_argument("--no-categories", action="store_true", help="files: ignore categories, as for proposals")
-    add("--ceiling", nargs="?", type=int, const=28, metavar="M", help="no model: the mask AP of the truth itself at the mask head's M x M "
-        "pixels (28), what a perfect head would score; with --data and, if you like, --part")
+    add("--ceiling", nargs="?", type=int, const=28, metavar="M", help="the mask AP of the truth itself at the mask head's M x M pixels (28), what "
+        "a perfect head would score: of --data, without a model, or beside what --checkpoint scores")
     several = parser.add_argument_group("several models")
     several.add_argument("--compare", nargs="+", metavar="RUN", help="results of several evaluations (run or evaluation folders, or their "
                          "results.json): one table, mean and spread over data sets, the first model tested against each other one")

@@ -70,7 +70,8 @@ def perform(run, deadline=None):
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
-        script("evaluate.py", ["--checkpoint", str(folder / "best.pt"), "--out", str(target), *shlex.split(arguments)], deadline)
+        script("evaluate.py", ["--checkpoint", str(folder / "best.pt"), "--out", str(target), *shlex.split(arguments.format(run=folder))],
+               deadline)
         summary["rows"][row] = without_paths(json.loads((target / "results.json").read_text()), data)
     for name in ("metrics.csv", "curves.png"):
         shutil.copyfile(folder / name, kept / name)

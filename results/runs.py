@@ -11,7 +11,7 @@ class Run:
     name: str
     table: str
     train: str                          # arguments of train.py; {data} is MINIDAMAGE_DATA
-    rows: dict                          # row of the table -> further arguments of evaluate.py
+    rows: dict                          # row of the table -> further arguments of evaluate.py; {run} is the run's folder
     hardware: str                       # "cpu": fits two cores; "gpu": waits for a card
     minutes: tuple = (None, None)       # expected on two CPU cores, on an H100-class GPU; None: not known yet
 
@@ -168,6 +168,25 @@ def segmenter_runs(prefix, schedule, hardware, seeds, minutes):
                 {name: ""}, hardware, minutes) for seed in seeds for model, name in SMALL_SEGMENTERS.items()]
 
 
+# ---- sixteen pictures of COCO, learned by heart ------------------------------------------------------------------------------------
+
+# Not a result but a proof that everything is wired: the last weights, scored on the very pictures that they were trained on, against what
+# perfect masks of 28 x 28 pixels would score there. No augmentation. Validation's choice of an epoch has no meaning here.
+OVERFIT = ("--model maskrcnn_resnet50_fpn --data {data}/coco_tiny --amp bf16 --lr 2e-4 --clip 5 --set warmup_iters=100 --set hflip=0 "
+           "--set brightness=0 --set contrast=0 --set saturation=0 --set weight_decay=0")
+BY_HEART = "--part train --checkpoint {run}/last.pt --ceiling"
+FROM_RESNET18 = "--pretrained {data}/weights/resnet18_bnfolded_conv1_to_layer3_fp16.pth"
+OVERFIT_RUNS = [
+    Run("coco-tiny-overfit", "coco-tiny-overfit", f"{OVERFIT} {FROM_AUGNET} --epochs 250 --batch-size 2",
+        {"Mask R-CNN, 16 pictures": BY_HEART}, "gpu"),
+    Run("coco-tiny-overfit-4", "coco-tiny-overfit", f"{OVERFIT} {FROM_RESNET18} --epochs 200 --batch-size 2 --limit 0.25 --size 320 "
+        "--set body=resnet18 --set fpn_channels=128 --set rpn_channels=128 --set box_head_channels=512 --set mask_layers=128,128 "
+        "--set mask_dim_reduced=128 --set anchor_sizes=16,32,64,128,256 --set canonical_scale=112 --set rpn_pre_nms_top_n_train=500 "
+        "--set rpn_post_nms_top_n_train=500 --set rpn_post_nms_top_n_test=300 --set box_batch_size_per_image=128",
+        {"Mask R-CNN (ResNet-18, 320 px), 4 pictures": BY_HEART}, "cpu")]
+OVERFIT_COLUMNS = {"box AP": "stats/bbox/AP", "box AP50": "stats/bbox/AP50", "mask AP": "stats/segm/AP", "mask AP50": "stats/segm/AP50",
+                   "mask AP, of perfect 28x28 masks": "ceiling/segm/AP"}
+
 # ---- the list ----------------------------------------------------------------------------------------------------------------------
 
 RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
@@ -186,7 +205,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
           for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True, True)
           if which != "cracks448"),
         *crack_runs("cracks-full", CRACKS_FULL, "gpu", "cracks448", LEADING, (0, 1, 2), (None, None)),
-        *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None))]
+        *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS]
 
 
 TABLES = {
@@ -200,6 +219,7 @@ TABLES = {
     "voc-full": Table("DANet on Pascal VOC 2007", VOC_COLUMNS, VOC_PRINTED, percent=True,
                       note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under MINIDAMAGE_DATA. "
                            "The paper does not state its IoU."),
+    "coco-tiny-overfit": Table("Sixteen pictures of COCO, or four of them, learned by heart", OVERFIT_COLUMNS),
     "segmenters": Table("Seven small segmenters on cars, reduced", SEGMENTER_COLUMNS, SEGMENTER_PRINTED,
                         note="The printed rows are of its own car set's validation part, after as many epochs on as large a share of it."),
     "segmenters-full": Table("Seven small segmenters on cars", SEGMENTER_COLUMNS),

@@ -18,8 +18,10 @@ from minidamage.metrics.detection import CocoEvaluator
 
 def mask_ceiling(records, class_names, size=28):
     """A CocoEvaluator that holds the truth, and as detections its own masks, sampled to size x size inside their boxes as in training and
-    pasted back. records: with outlines; crowd regions are truth, and no detection is made of them. Scores are all 1. At the pictures' own size: training
-    targets are cut from the resized picture's masks, which loses a little more where that is smaller. Raises ValueError without outlines.
+    pasted back, all of score 1. records: with outlines; crowd regions are truth, and no detection is made of them.
+
+    At the pictures' own size: training targets are cut from the resized picture's masks, which loses more where that is smaller. Raises
+    ValueError without outlines.
     """
     if not any(mask is not None for record in records for mask in record.masks):
         raise ValueError(f"the ceiling of masks expects objects with outlines, got none in {len(records)} pictures")
@@ -58,7 +60,8 @@ def report(size, data, part, out, **reading):
     rows = [(name, len(parts[name]), sum(int((~record.crowd).sum()) for record in parts[name]),
              *(f"{result.stats[f'segm/{number}']:.3f}" for number in ("AP", "AP50", "AP75", "APs", "APm", "APl")))
             for name, result in results.items()]
-    print("\n" + tables.as_text(f"The truth's own masks at {size}x{size}, pasted back: what a perfect mask head would score", columns, rows))
+    caption = f"The truth's own masks at {size}x{size}, pasted back: what a perfect mask head would score"
+    print("\n" + tables.as_text(caption, columns, rows))
     if out:
         with writing(out):
             run_folder.write_json(os.path.join(out, "results.json"), without_nan(
