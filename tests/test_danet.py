@@ -195,13 +195,13 @@ def test_pooling_takes_each_box_from_its_own_level():
         assert torch.equal(got, ops.roi_pool(features[level], roi[None], (3, 3), 1 / (4 * 2 ** level))[0])
 
 
-@pytest.mark.parametrize("phase, steps", [(1, 150), (5, 90)])             # one map of stride 16 learns such small objects more slowly
+@pytest.mark.parametrize("phase, steps", [(1, 100), (5, 80)])             # one map of stride 16 learns such small objects more slowly
 def test_overfits_two_pictures(phase, steps):
     images, targets = two_pictures()
     model = small_model("danet", phase=phase, loss_weight_cls=4.0 if phase == 5 else 1.0)
-    first, last = overfit(model, images, without_masks(targets), steps)
+    first, last = overfit(model, images, without_masks(targets), steps, lr=4e-3)
     assert last < 0.4 * first
-    assert_found(model, images, targets)
+    assert_found(model, images, targets, iou=0.5)                          # as AP50 asks; three runs reached 0.78 to 0.93
 
 
 @pytest.mark.parametrize("fields, message", [
