@@ -49,7 +49,8 @@ class FixedSizeDetector(nn.Module):
         boxes, scores, labels, counts = (torch.stack(parts) for parts in zip(*found))
         valid = torch.arange(scores.shape[1], device=scores.device) < counts[:, None]
         boxes, scores, labels = boxes.masked_fill(~valid[..., None], 0), scores.masked_fill(~valid, 0), labels.masked_fill(~valid, 0)
-        result = {"boxes": resize_boxes(boxes, batch.sizes[0], (self.height, self.width)), "scores": scores, "labels": labels, "valid": valid}
+        boxes_in_picture = resize_boxes(boxes, batch.sizes[0], (self.height, self.width))
+        result = {"boxes": boxes_in_picture, "scores": scores, "labels": labels, "valid": valid}
         if heads.mask_head is not None:
             masks = heads.mask_logits(features, to_rois(boxes), labels.flatten()).sigmoid()                # [N * D, M, M]
             result["masks"] = masks.view(*valid.shape, 1, *masks.shape[1:]).masked_fill(~valid[..., None, None, None], 0)
@@ -73,7 +74,7 @@ def exportable(model, height, width, batch_size=1):
 
 
 def export_detector(model, path, height, width, batch_size=1, dtype=torch.uint8):
-    """Writes the program to `path` (.pt2) and returns it. dtype: of the pictures. The file is written beside and renamed, as checkpoints."""
+    """Writes the program to `path` (.pt2) and returns it. dtype: of the pictures. The file is written beside and renamed."""
     fixed = exportable(model, height, width, batch_size)
     images = torch.zeros(batch_size, 3, height, width, dtype=dtype, device=model.transform.image_mean.device)
     with torch.no_grad():
@@ -86,7 +87,7 @@ def export_detector(model, path, height, width, batch_size=1, dtype=torch.uint8)
 
 def main(argv=None):
     """Exit code: 0, 1 where the program could not be written, 2 for a mistake in what was asked."""
-    parser = argparse.ArgumentParser(prog="python -m minidamage.export", description="A trained detector as one graph for one picture size.")
+    parser = argparse.ArgumentParser(prog="python -m minidamage.export", description="A detector as one graph for one picture size.")
     add = parser.add_argument
     add("checkpoint", metavar="BEST.PT", help="a checkpoint that train.py wrote")
     add("out", metavar="OUT.PT2", help="the program; torch.export.load reads it")

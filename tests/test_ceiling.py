@@ -6,7 +6,9 @@ import pytest
 
 import evaluate
 from data_sets import coco_content, coco_set, dump
+from detection_cases import small_model
 from minidamage import masks
+from minidamage.checkpoint import save_checkpoint
 from minidamage.data import load_dataset
 from minidamage.evaluation.ceiling import mask_ceiling, through_the_head
 from minidamage.metrics.detection import evaluate_coco_files
@@ -58,6 +60,17 @@ def test_on_the_command_line(drawn, tmp_path, capsys):
     assert written["ceiling"] == 28 and 0.4 < written["parts"]["all"]["segm/AP"] < 1
     assert evaluate.main(["--ceiling", "56", "--data", str(drawn), "--part", "test"]) == 2
     assert evaluate.main(["--ceiling"]) == 2 and evaluate.main(["--ceiling", "1", "--data", str(drawn)]) == 2
+
+
+def test_beside_a_model(drawn, tmp_path, capsys):
+    """With a checkpoint the ceiling stands beside what the model scores, of the same pictures."""
+    dataset, model = load_dataset(str(drawn)), small_model(num_classes=3).eval()
+    save_checkpoint(tmp_path / "best.pt", {"model": model.name, "config": vars(model.config), "num_classes": 3,
+                                           "class_names": list(dataset.class_names), "weights": model.state_dict()})
+    command = ["--checkpoint", str(tmp_path / "best.pt"), "--data", str(drawn), "--draws", "0", "--device", "cpu"]
+    assert evaluate.main([*command, "--ceiling", "--out", str(tmp_path / "out")]) == 0
+    assert "perfect masks of 28x28 pixels would score a mask AP of 0.5" in capsys.readouterr().out
+    assert json.loads((tmp_path / "out/results.json").read_text())["ceiling"]["segm/AP"] == pytest.approx(0.5, abs=0.01)
 
 
 def test_boxes_alone_have_no_ceiling(tmp_path, capsys):

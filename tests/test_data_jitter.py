@@ -46,8 +46,9 @@ def test_half_the_size_is_averaged_and_the_rest_is_fill():
     assert (labels[:4, :6] == 1).all() and (labels[4:] == IGNORE).all() and (labels[:, 6:] == IGNORE).all()
 
 
-@pytest.mark.parametrize("factor, cut, flip, angle", [(0.5, (0.0, 0.0), False, 0.0), (0.73, (0.9, 0.9), True, 0.0), (1.37, (0.2, 0.4), False, 0.0),
-                                                     (1.9, (0.3, 0.5), True, 0.0), (1.2, (0.5, 0.5), False, 15.0)])
+@pytest.mark.parametrize("factor, cut, flip, angle", [
+    (0.5, (0.0, 0.0), False, 0.0), (0.73, (0.9, 0.9), True, 0.0), (1.37, (0.2, 0.4), False, 0.0), (1.9, (0.3, 0.5), True, 0.0),
+    (1.2, (0.5, 0.5), False, 15.0)])
 def test_picture_and_outline_meet(factor, cut, flip, angle):
     image, record = drawn(STAR, 80, 72), record_of([STAR])
     out, boxes, moved, visible = transforms.apply(image, record, transforms.Draw(jitter=factor, cut=cut, flip=flip, angle=angle))
@@ -55,7 +56,7 @@ def test_picture_and_outline_meet(factor, cut, flip, angle):
     if factor < 1 or angle:
         light[light == transforms.FILL[0]] = 0
     assert moved[0].sum() > 200 and ((light > 127) != (moved[0] > 0)).sum() <= 0.03 * moved[0].sum()
-    np.testing.assert_allclose(centroid(light), centroid(moved[0].astype(float)), atol=0.25)       # of a rim that rounds; half a pixel shows
+    np.testing.assert_allclose(centroid(light), centroid(moved[0].astype(float)), atol=0.25)       # a rim rounds; half a pixel shows
     np.testing.assert_allclose(boxes[0], transforms.boxes_of_masks(moved)[0], atol=1.0)
     assert visible[0] == pytest.approx(moved[0].sum() / (record.area[0] * factor ** 2), rel=0.03)
 
@@ -106,7 +107,8 @@ def test_objects_that_the_cut_leaves_out_are_no_targets_and_the_sample_is_the_se
 def test_the_model_resizes_each_picture_to_its_own_side():
     images, targets = two_pictures()                                        # 96 x 112 and 100 x 96
     model = small_model(min_size=96, max_size=256).train()
-    batch, resized = model.prepare(images, [dict(targets[0], min_size=48, iscrowd=torch.tensor([False, True])), dict(targets[1], min_size=192)])
+    small, large = dict(targets[0], min_size=48, iscrowd=torch.tensor([False, True])), dict(targets[1], min_size=192)
+    batch, resized = model.prepare(images, [small, large])
     assert batch.sizes == [(48, 56), (200, 192)]
     torch.testing.assert_close(resized[0]["boxes"], targets[0]["boxes"][:1] / 2)
     torch.testing.assert_close(resized[1]["boxes"], targets[1]["boxes"] * 2)
@@ -115,8 +117,9 @@ def test_the_model_resizes_each_picture_to_its_own_side():
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(jitter_scale=(0.1,)), "jitter_scale: expected the smallest and the largest factor"), (dict(jitter_scale=(0.0, 2.0)), "jitter_scale"),
-    (dict(jitter_scale=(2.0, 0.1)), "jitter_scale"), (dict(multi_scale=(480, 8)), "multi_scale: expected shorter sides of 32")])
+    (dict(jitter_scale=(0.1,)), "jitter_scale: expected the smallest and the largest factor"),
+    (dict(jitter_scale=(0.0, 2.0)), "jitter_scale"), (dict(jitter_scale=(2.0, 0.1)), "jitter_scale"),
+    (dict(multi_scale=(480, 8)), "multi_scale: expected shorter sides of 32")])
 def test_wrong_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         check_recipe(dataclasses.replace(Recipe(select_by="loss"), **fields), ["loss"])

@@ -101,7 +101,7 @@ def test_two_classes_can_be_found_at_one_place():
 
 
 def test_independent_classes_start_unlikely():
-    """With its prior the first loss does not grow with the classes: 80 classes of 1/2 each would give some 80 * 0.75 * 0.25 * log 2 = 10."""
+    """With its prior the first loss does not grow with the classes: 80 of 1/2 each would give some 80 * 0.75 * 0.25 * log 2 = 10."""
     images, targets = two_pictures()
     model = small_model("fasterrcnn_resnet50_fpn", num_classes=81, class_loss="sigmoid_focal").train()
     assert model.roi_heads.box_predictor.cls_score.bias.sigmoid().allclose(torch.tensor(0.01))
@@ -119,7 +119,8 @@ def test_the_usual_losses_are_the_default():
 @pytest.mark.parametrize("name, fields, steps", [
     ("maskrcnn_resnet50_fpn", dict(STUDY, loss_weight_cls=4.0, loss_weight_reg=8.0), 120),
     ("damagenet", dict(class_loss="softmax_focal", box_loss="giou", mask_loss="bce+dice", loss_weight_cls=4.0, loss_weight_reg=8.0), 90),
-    ("fasterrcnn_resnet50_fpn", dict(box_loss="diou", loss_weight_reg=8.0), 80), ("fasterrcnn_resnet50_fpn", dict(box_loss="ciou", loss_weight_reg=8.0), 80)])
+    ("fasterrcnn_resnet50_fpn", dict(box_loss="diou", loss_weight_reg=8.0), 80),
+    ("fasterrcnn_resnet50_fpn", dict(box_loss="ciou", loss_weight_reg=8.0), 80)])
 def test_overfits_two_pictures(name, fields, steps):
     images, targets = two_pictures()
     model = small_model(name, **fields)

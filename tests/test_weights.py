@@ -96,8 +96,8 @@ def test_a_head_of_other_classes_is_named_and_everything_else_is_kept(tmp_path):
            for key, value in source.state_dict().items()}
     torch.save(old, tmp_path / "coco.pth")
     report = checkpoint.load_pretrained(model, tmp_path / "coco.pth")
-    heads = {f"roi_heads.{layer}.{kind}" for layer in ("box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits")
-             for kind in ("weight", "bias")}
+    layers = "box_predictor.cls_score", "box_predictor.bbox_pred", "mask_predictor.mask_fcn_logits"
+    heads = {f"roi_heads.{layer}.{kind}" for layer in layers for kind in ("weight", "bias")}
     assert {entry.split()[0] for entry in report["mismatched"]} == heads and not report["missing"] + report["unexpected"]
     assert "roi_heads.box_predictor.cls_score.bias (91,) for (4,)" in report["mismatched"]
     assert set(report["loaded"]) == set(before) - heads

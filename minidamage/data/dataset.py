@@ -69,10 +69,11 @@ class DetectionDataset(RecordDataset):
     """Pictures and targets for a detector.
 
     dataset[i] -> (image uint8 [3, H, W] RGB, target) with target: boxes f32 [G, 4] xyxy px, labels i64 [G] 1..K, masks u8 [G, H, W],
-    min_size int (pixels its shorter side is resized to; with the recipe's multi_scale alone), iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
+    iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
     that this sample stands in for, "" as a rule). Sets without any outline (boxes only) have no "masks".
 
-    train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay. The target
+    train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay. With the
+    recipe's multi_scale the target has also min_size int, the pixels that the model resizes the shorter side to. The target
     also has seed int, from (seed, epoch, index): what a detector's samplers draw for the picture.
     max_side: pictures are reduced to this longest side before augmentation (training only): faster, and 12-megapixel
     masks never exist. None: original pixels.

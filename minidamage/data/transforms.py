@@ -92,7 +92,7 @@ def jitter(pixels, draw, fill=FILL, resample=Image.Resampling.BILINEAR):
     (w, h), (left, top) = jitter_geometry(draw, width, height)
     seen = min(w, width), min(h, height)                          # pixels of the result that show the picture
     box = left * width / w, top * height / h, (left + seen[0]) * width / w, (top + seen[1]) * height / h
-    box = box[0], box[1], min(box[2], width), min(box[3], height)                                     # rounding may pass the border by 1e-13
+    box = box[0], box[1], min(box[2], width), min(box[3], height)      # rounding may pass the border by 1e-13
     source = Image.fromarray(pixels)
     canvas = Image.new(source.mode, (width, height), fill)
     canvas.paste(source.resize(seen, resample, box))

@@ -65,8 +65,8 @@ def score(job):
     notes = [*unreadable_note(unreadable, len(records)), *result.causes]
     ceiling = mask_ceiling(records, names, job.args.ceiling).evaluate().stats if with_masks and job.args.ceiling else None
     if ceiling:
-        notes.append(f"perfect masks of {job.args.ceiling}x{job.args.ceiling} pixels would score a mask AP of {ceiling['segm/AP']:.3f} here, "
-                     f"AP50 {ceiling['segm/AP50']:.3f}")
+        notes.append(f"perfect masks of {job.args.ceiling}x{job.args.ceiling} pixels would score a mask AP of {ceiling['segm/AP']:.3f} "
+                     f"here, AP50 {ceiling['segm/AP50']:.3f}")
     shown = show(result, pixel_result, thresholds, metrics, intervals, notes)
     numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable, "ceiling": ceiling or {}}
     about, folder = job.about(), job.folder

@@ -127,7 +127,7 @@ def settled(config):
     if config.class_loss is None:
         return dataclasses.replace(config, class_loss="softmax_focal" if config.focal else "cross_entropy")
     if config.focal != (config.class_loss != "cross_entropy"):
-        raise ValueError(f"focal: expected {not config.focal} beside class_loss={config.class_loss}, got {config.focal}; leave one of them out")
+        raise ValueError(f"focal: expected {not config.focal} beside class_loss={config.class_loss}, got {config.focal}; leave one out")
     return config
 
 
