@@ -14,6 +14,8 @@
 
 namespace minidamage {
 
+constexpr int64_t PASTE_MAX_PADDING = 1024;  // cells; Mask R-CNN has 1. M + 2 padding cells squared stay far inside 64 bits
+
 // A is the type it computes in (double for double, else float); masks may be narrower.
 template <typename A>
 struct PasteMasks {

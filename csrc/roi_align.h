@@ -15,6 +15,10 @@
 namespace minidamage {
 
 constexpr int MAX_FEATURE_LEVELS = 8;  // an FPN has four or five
+// Samples a bin and axis, where their number is fixed: two are usual. Each costs time, wherever it lies; the adaptive number
+// (sampling_ratio <= 0) needs no limit, because it follows the pixels and sample_range() skips those outside the level.
+constexpr int64_t ROI_ALIGN_MAX_SAMPLES = 256;
+constexpr int64_t ROI_ALIGN_MAX_SIDE = int64_t(1) << 30;  // feature pixels: boxes reach no farther
 
 struct FeatureLevel {
   void* data;  // [N, height, width, C]: the features, or their gradient
@@ -30,7 +34,7 @@ struct RoiAlign {
   const A* rois;              // [R, 5]: index in the batch, x1, y1, x2, y2 in image pixels
   const int64_t* roi_levels;  // [R]
   int64_t R, PH, PW;
-  int64_t sampling_ratio;  // samples a bin and axis; <= 0: ceil(bin size)
+  int64_t sampling_ratio;  // samples a bin and axis, at most ROI_ALIGN_MAX_SAMPLES; <= 0: ceil(bin size)
   bool aligned;            // true: shift by half a pixel, so that pixel centres are at .5
 };
 
@@ -134,6 +138,10 @@ void roi_align_free(RoiAlignPlan<T>* plan);
 
 // ---- CUDA, cuda/roi_align.cu; dtype is that of output and grad_output -----------------------------------------------------------
 constexpr int64_t ROI_ALIGN_MAX_BINS = 512;  // PH and PW on a GPU: the tables fit in 48 KiB of shared memory
+constexpr int ROI_ALIGN_TILE = 4;            // deterministic backward: 4 x 4 pixels a block, a warp each
+inline int64_t roi_align_tiles(int64_t N, int64_t height, int64_t width) {
+  return N * ceil_div(height, ROI_ALIGN_TILE) * ceil_div(width, ROI_ALIGN_TILE);
+}
 
 // output [R, PH, PW, C]. A RoI whose batch index or level does not exist gets NaN: a GPU cannot raise without waiting for it.
 template <typename A>

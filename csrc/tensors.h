@@ -90,6 +90,12 @@ void in_compute_type(const Tensor& t, const Run& run) {
   else run(float());
 }
 
+// A grid of x times `times` blocks by y, before it is launched: past the limits a launch would fail or, in 32 bits, do too little.
+inline void check_grid(const char* op, int64_t x, int64_t times = 1, int64_t y = 1) {
+  TORCH_CHECK_VALUE(x <= MOST_BLOCKS_X / std::max<int64_t>(1, times) && y <= MOST_BLOCKS_Y, op, ": expected at most ", MOST_BLOCKS_X,
+                    " blocks of work by ", MOST_BLOCKS_Y, " in one launch, got ", x, " x ", times, " by ", y, "; take fewer at a time");
+}
+
 // ---- layout --------------------------------------------------------------------------------------------------------------
 
 inline bool is_channels_last(const Tensor& t) { return t.is_contiguous(at::MemoryFormat::ChannelsLast) && !t.is_contiguous(); }
@@ -111,11 +117,12 @@ inline Tensor from_rows(const Tensor& t, bool channels_last) {
 inline Tensor zeros_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
   constexpr size_t alignment = 64, least = 1 << 20;
   uint64_t count = 0;
-  TORCH_CHECK(!c10::safe_multiplies_u64(sizes, &count) && count < (uint64_t(1) << 47), "paste_masks: no memory for an array of ", sizes);
+  TORCH_CHECK(!c10::safe_multiplies_u64(sizes, &count) && count < (uint64_t(1) << 47), "minidamage: no memory for an array of ", sizes);
   const size_t bytes = static_cast<size_t>(count) * options.dtype().itemsize();
   if (bytes < least) return at::zeros(sizes, options);
   void* memory = std::calloc(bytes + alignment, 1);
-  TORCH_CHECK(memory, "paste_masks: no memory for ", bytes, " bytes; paste_masks_rle needs a thousandth of it");
+  TORCH_CHECK(memory, "minidamage: no memory for an array of ", sizes, ", ", bytes, " bytes (of pasted masks, paste_masks_rle needs a "
+              "thousandth)");
   void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + alignment - 1) / alignment * alignment);
   return at::from_blob(aligned, sizes, [memory](void*) { std::free(memory); }, options);
 }

@@ -151,6 +151,7 @@ def test_non_square_masks_and_wide_boxes():
     (lambda m, b: ops.paste_masks_in_image(m, b.long(), (9, 9)), "float"),
     (lambda m, b: ops.paste_masks_in_image(m, b, (0, 9)), "at least one pixel"),
     (lambda m, b: ops.paste_masks_in_image(m, b, (9, 9), -1), "padding"),
+    (lambda m, b: ops.paste_masks_bool(m, b, (9, 9), 2 ** 40), "padding of 0 to 1024"),
 ])
 def test_mistakes_are_named(call, message):
     with pytest.raises(ValueError, match=message):

@@ -298,6 +298,7 @@ def test_second_derivative_is_refused():
     (lambda f, r: ops.roi_align(f, [r], 2), r"\[R_n, 4\]"),
     (lambda f, r: ops.roi_align(f, r, (2, 2, 2)), "output_size"),
     (lambda f, r: ops.roi_align(f, r, 0), "output_size"),
+    (lambda f, r: ops.roi_align(f, r, 2, sampling_ratio=2 ** 40), "sampling_ratio of at most 256"),
     (lambda f, r: ops.multiscale_roi_align([f, f], r, torch.zeros(len(r), dtype=torch.int64), 2, [1.0]), "spatial_scales"),
     (lambda f, r: ops.multiscale_roi_align([f], r, torch.zeros(len(r)), 2, [1.0]), r"levels \[24\] int64"),
 ])
@@ -318,6 +319,8 @@ def test_the_bindings_protect_memory(namespace):
                           (lambda: forward([features.to(torch.float8_e4m3fn)], rois, levels, [3, 5], [0.5], 2, True), "float32"),
                           (lambda: backward(grad[:3], rois, levels, 2, [20], [24], [0.5], 2, True, False), "grad must be"),
                           (lambda: backward(grad, rois, levels, 2, [20], [], [0.5], 2, True, False), "widths"),
-                          (lambda: backward(grad, rois, levels, 2, [20], [0], [0.5], 2, True, False), "without pixels")):
+                          (lambda: backward(grad, rois, levels, 2, [20], [0], [0.5], 2, True, False), "pixels a side"),
+                          (lambda: forward([features], rois, levels, [3, 5], [0.5], 257, True), "sampling_ratio must be at most 256"),
+                          (lambda: backward(grad, rois, levels, 2 ** 50, [20], [24], [0.5], 2, True, False), "no memory")):
         with pytest.raises((ValueError, RuntimeError), match=message):
             call()

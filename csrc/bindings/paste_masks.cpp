@@ -18,7 +18,8 @@ void check_paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64
                   boxes.device() == masks.device(),
               "paste_masks: boxes must be [", masks.size(0), ", 4] int64 on ", masks.device(), ", got ", boxes.sizes(), " ",
               boxes.scalar_type(), " on ", boxes.device());
-  TORCH_CHECK(height >= 0 && width >= 0 && padding >= 0, "paste_masks: negative size or padding: ", height, ", ", width, ", ", padding);
+  TORCH_CHECK(height >= 0 && width >= 0 && padding >= 0 && padding <= PASTE_MAX_PADDING, "paste_masks: height and width must not be "
+              "negative, padding must be 0 to ", PASTE_MAX_PADDING, ", got ", height, ", ", width, ", ", padding);
 }
 
 #if !defined(MINIDAMAGE_EMULATED)

@@ -35,18 +35,31 @@ void check_rois(const Tensor& rois, const Tensor& levels, size_t level_count, si
               MAX_FEATURE_LEVELS, " levels with a scale each, got ", level_count, " levels and ", scale_count, " scales");
 }
 
+void check_sampling(int64_t sampling_ratio) {
+  TORCH_CHECK_VALUE(sampling_ratio <= ROI_ALIGN_MAX_SAMPLES, "roi_align: sampling_ratio must be at most ", ROI_ALIGN_MAX_SAMPLES,
+                    " samples a bin and axis, or <= 0 for one a pixel, got ", sampling_ratio);
+}
+
+bool is_side(int64_t pixels) { return pixels > 0 && pixels <= ROI_ALIGN_MAX_SIDE; }
+
 void check_features(at::TensorList features, at::IntArrayRef output_size) {
   TORCH_CHECK(!features.empty(), "roi_align: no features");
   TORCH_CHECK(output_size.size() == 2 && output_size[0] > 0 && output_size[1] > 0, "roi_align: output_size must be (PH, PW), got ",
               output_size);
 }
 
-void check_grad(const Tensor& grad, const Tensor& rois, at::IntArrayRef heights, at::IntArrayRef widths) {
+void check_grad(const Tensor& grad, const Tensor& rois, int64_t N, at::IntArrayRef heights, at::IntArrayRef widths) {
   TORCH_CHECK(grad.dim() == 4 && grad.size(0) == rois.size(0) && grad.size(2) > 0 && grad.size(3) > 0, "roi_align: grad must be [",
               rois.size(0), ", C, PH, PW], got ", grad.sizes());
   TORCH_CHECK(heights.size() == widths.size(), "roi_align: ", heights.size(), " heights and ", widths.size(), " widths");
-  for (size_t l = 0; l < heights.size(); l++)
-    TORCH_CHECK(heights[l] > 0 && widths[l] > 0, "roi_align: a level without pixels: ", heights[l], " x ", widths[l]);
+  for (size_t l = 0; l < heights.size(); l++) {
+    TORCH_CHECK(is_side(heights[l]) && is_side(widths[l]), "roi_align: a level must have 1 to ", ROI_ALIGN_MAX_SIDE,
+                " pixels a side, got ", heights[l], " x ", widths[l]);
+    uint64_t count = 0;
+    const int64_t sizes[4] = {N, heights[l], widths[l], grad.size(1)};
+    TORCH_CHECK(N >= 0 && !c10::safe_multiplies_u64(at::IntArrayRef(sizes), &count) && count < uint64_t(1) << 47,
+                "roi_align: no memory for the gradient of ", N, " pictures of ", heights[l], " x ", widths[l], " x ", grad.size(1));
+  }
 }
 
 // The features as [N, H, W, C], converted by `convert`, checked to agree.
@@ -55,8 +68,8 @@ std::vector<Tensor> feature_rows(at::TensorList features, Tensor (*convert)(cons
   for (const Tensor& feature : features) {
     const Tensor& first = features[0];
     TORCH_CHECK(feature.dim() == 4 && feature.size(0) == first.size(0) && feature.size(1) == first.size(1) &&
-                    feature.scalar_type() == first.scalar_type() && feature.device() == first.device() && feature.size(2) > 0 &&
-                    feature.size(3) > 0,
+                    feature.scalar_type() == first.scalar_type() && feature.device() == first.device() && is_side(feature.size(2)) &&
+                    is_side(feature.size(3)),
                 "roi_align: every level must be [N, C, H, W] with the N, C, dtype and device of the first, ", first.sizes(), ", got ",
                 feature.sizes(), " ", feature.scalar_type(), " on ", feature.device());
     rows.push_back(convert(feature));
@@ -85,6 +98,7 @@ void run_roi_align_cpu(const RoiAlign<T>& problem, Tensor& output) {
 Tensor roi_align_on_cpu(at::TensorList features, const Tensor& rois, const Tensor& levels, at::IntArrayRef output_size,
                         at::ArrayRef<double> spatial_scales, int64_t sampling_ratio, bool aligned) {
   check_features(features, output_size);
+  check_sampling(sampling_ratio);
   check_rois(rois, levels, features.size(), spatial_scales.size(), features[0].device());
   const std::vector<Tensor> maps = feature_rows(features, to_rows_cpu);
   TORCH_CHECK_VALUE(maps[0].scalar_type() == at::kFloat || maps[0].scalar_type() == at::kDouble,
@@ -101,6 +115,7 @@ Tensor roi_align_on_cpu(at::TensorList features, const Tensor& rois, const Tenso
 template <typename T>
 void run_roi_align_backward_cpu(const RoiAlign<T>& problem, const Tensor& grad) {
   check_pictures(problem);
+  if (problem.C == 0) return;  // nothing to write, however many pictures
   int64_t tiles = 0;
   const std::unique_ptr<RoiAlignPlan<T>, void (*)(RoiAlignPlan<T>*)> plan(roi_align_plan(problem, tiles), roi_align_free<T>);
   const T* data = grad.const_data_ptr<T>();
@@ -111,7 +126,8 @@ std::vector<Tensor> roi_align_backward_on_cpu(const Tensor& grad, const Tensor& 
                                               at::IntArrayRef heights, at::IntArrayRef widths, at::ArrayRef<double> spatial_scales,
                                               int64_t sampling_ratio, bool aligned, bool channels_last) {
   check_rois(rois, levels, heights.size(), spatial_scales.size(), grad.device());
-  check_grad(grad, rois, heights, widths);
+  check_grad(grad, rois, N, heights, widths);
+  check_sampling(sampling_ratio);
   const Tensor rows = to_rows_cpu(grad);  // [R, PH, PW, C]
   const int64_t output_size[2] = {grad.size(2), grad.size(3)};
   std::vector<Tensor> maps;
@@ -135,9 +151,11 @@ TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
 Tensor roi_align_on_cuda(at::TensorList features, const Tensor& rois, const Tensor& levels, at::IntArrayRef output_size,
                          at::ArrayRef<double> spatial_scales, int64_t sampling_ratio, bool aligned) {
   check_features(features, output_size);
+  check_sampling(sampling_ratio);
   check_rois(rois, levels, features.size(), spatial_scales.size(), features[0].device());
   TORCH_CHECK_VALUE(output_size[0] <= ROI_ALIGN_MAX_BINS && output_size[1] <= ROI_ALIGN_MAX_BINS, "roi_align: at most ", ROI_ALIGN_MAX_BINS,
                     " bins an axis on a GPU, got ", output_size);
+  check_grid("roi_align", rois.size(0), output_size[0]);
   const OnDevice device(features[0]);
   const std::vector<Tensor> maps = feature_rows(features, to_rows);
   Tensor output = at::empty({rois.size(0), output_size[0], output_size[1], maps[0].size(3)}, maps[0].options());
@@ -155,9 +173,11 @@ std::vector<Tensor> roi_align_backward_on_cuda(const Tensor& grad, const Tensor&
                                                at::IntArrayRef heights, at::IntArrayRef widths, at::ArrayRef<double> spatial_scales,
                                                int64_t sampling_ratio, bool aligned, bool channels_last) {
   check_rois(rois, levels, heights.size(), spatial_scales.size(), grad.device());
-  check_grad(grad, rois, heights, widths);
+  check_grad(grad, rois, N, heights, widths);
+  check_sampling(sampling_ratio);
   TORCH_CHECK_VALUE(grad.size(2) <= ROI_ALIGN_MAX_BINS && grad.size(3) <= ROI_ALIGN_MAX_BINS, "roi_align: at most ", ROI_ALIGN_MAX_BINS,
                     " bins an axis on a GPU, got ", grad.sizes());
+  check_grid("roi_align", rois.size(0), grad.size(2));
   const OnDevice device(grad);
   const bool deterministic = at::globalContext().deterministicAlgorithms();
   const Tensor rows = to_rows(grad);  // [R, PH, PW, C]
@@ -171,6 +191,11 @@ std::vector<Tensor> roi_align_backward_on_cuda(const Tensor& grad, const Tensor&
     maps.push_back(deterministic ? at::empty(sizes, options) : at::zeros(sizes, options));
   }
   const bool nothing_to_add = rows.numel() == 0 && !deterministic, nothing_to_write = N == 0 || grad.size(1) == 0;
+  if (deterministic && !nothing_to_write) {
+    int64_t tiles = 0;
+    for (const Tensor& map : maps) tiles += roi_align_tiles(map.size(0), map.size(1), map.size(2));
+    check_grid("roi_align", tiles, 1, ceil_div(grad.size(1), 32));
+  }
   if (!nothing_to_add && !nothing_to_write) {
     in_compute_type(grad, [&](auto zero) {
       using A = decltype(zero);

@@ -146,6 +146,7 @@ Tensor roi_pool_backward_on_cuda(const Tensor& grad, const Tensor& argmax, const
       const RoiPoolArguments<A> arguments(rois, map.sizes(), grad.size(2), grad.size(3), spatial_scale);
       const int32_t* pixel = position.const_data_ptr<int32_t>();
       if (deterministic) {
+        check_grid("roi_pool", ceil_div(N * H * W, 8), 1, ceil_div(grad.size(1), 32));  // 8 warps a block, 32 channels a warp
         roi_pool_backward_deterministic_cuda(arguments.problem, dtype, rows.const_data_ptr(), pixel, map.mutable_data_ptr(),
                                              device.stream());
       } else {

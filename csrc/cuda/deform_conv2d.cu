@@ -84,24 +84,6 @@ __global__ void deform_columns(const DeformConv2d<accumulate_t<T>> problem, cons
   }
 }
 
-// Adds V neighbouring numbers; address is aligned to them. sm_90 adds four float32 in one instruction.
-template <int V, typename A>
-MD_DEVICE void atomic_add_row(A* address, const A* values) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool four_at_once = V % 4 == 0 && sizeof(A) == 4;
-#else
-  constexpr bool four_at_once = false;
-#endif
-  if constexpr (four_at_once) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (int v = 0; v < V; v += 4)
-      atomicAdd(reinterpret_cast<float4*>(address + v), make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]));
-#endif
-  } else {
-    for (int v = 0; v < V; ++v) atomic_add(address + v, values[v]);
-  }
-}
-
 // grad_columns [groups, count, K, C / groups]; grad_input [N, H, W, C], added to unless null; grad_offset [P, offset_groups, K, 2];
 // grad_mask [P, offset_groups, K] or null. Warp: one sample. Lane: V neighbouring channels at a time, then a quarter of a shuffle tree.
 template <typename T, int V>
@@ -199,24 +181,12 @@ bool is_wide(const DeformConv2d<accumulate_t<T>>& problem, Pointers... pointers)
 
 unsigned blocks_of_warps(int64_t warps) { return blocks_for(warps * LANES, THREADS); }
 
-// run(T()) with T the storage type.
-template <typename Run>
-void in_dtype(const DeformConv2d<double>&, DType, const Run& run) {
-  run(double());
-}
-template <typename Run>
-void in_dtype(const DeformConv2d<float>&, DType dtype, const Run& run) {
-  if (dtype == DType::float16) run(__half());
-  else if (dtype == DType::bfloat16) run(__nv_bfloat16());
-  else run(float());
-}
-
 }  // namespace
 
 template <typename A>
 void deform_columns_cuda(const DeformConv2d<A>& problem, DType dtype, const void* input, int64_t first, int64_t count, void* columns,
                          void* stream) {
-  in_dtype(problem, dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const auto kernel = is_wide<T>(problem, input, columns) ? &deform_columns<T, 16 / sizeof(T)> : &deform_columns<T, 1>;
     MD_LAUNCH(kernel, blocks_of_warps(count * problem.offset_groups * problem.taps()), THREADS, 0, stream, problem,
@@ -227,7 +197,7 @@ void deform_columns_cuda(const DeformConv2d<A>& problem, DType dtype, const void
 template <typename A>
 void deform_backward_cuda(const DeformConv2d<A>& problem, DType dtype, const void* input, const void* grad_columns, int64_t first,
                           int64_t count, A* grad_input, A* grad_offset, A* grad_mask, void* stream) {
-  in_dtype(problem, dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool wide = is_wide<T>(problem, input, grad_columns, static_cast<const void*>(grad_input));
     const auto kernel = wide ? &deform_backward<T, 16 / sizeof(T)> : &deform_backward<T, 1>;
@@ -245,7 +215,7 @@ void deform_cells_cuda(const DeformConv2d<A>& problem, int64_t first, int64_t co
 template <typename A>
 void deform_gather_cuda(const DeformConv2d<A>& problem, DType dtype, const void* grad_columns, int64_t first, int64_t count,
                         const int64_t* order, const int64_t* starts, A* grad_input, void* stream) {
-  in_dtype(problem, dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool wide = is_wide<T>(problem, grad_columns, static_cast<const void*>(grad_input));
     const auto kernel = wide ? &deform_gather<T, 16 / sizeof(T)> : &deform_gather<T, 1>;

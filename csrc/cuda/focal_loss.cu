@@ -7,7 +7,7 @@
 // read of grad_output under none): 8 to 12 bytes and 12 to 16 in float32, half of that in 16-bit types. 60 flops to 12 bytes: the bound
 // is the memory.
 // What is done about it:
-//  1. One kernel forward, one backward. The backward recomputes p from x: 60 flops are cheaper than 4 bytes written and read again, and
+//  1. One kernel forward, one backward. The backward recomputes p from x, some 60 flops in place of 4 bytes written and read again, and
 //     nothing is kept between the passes but the inputs, which the caller holds anyway.
 //  2. Sigmoid: 16 bytes a thread and load. Softmax: a group of lanes as wide as the row (a power of two, at most a warp) owns a row, so
 //     that 4 classes do not leave 28 lanes idle; the row is read from memory once and from the first-level cache twice.
@@ -186,18 +186,6 @@ void with_gamma(double gamma, const Run& run) {
   }
 }
 
-// run(T()) for the type of the arrays, given the type of the arithmetic.
-template <typename Run>
-void with_storage(double, DType, const Run& run) {
-  run(double());
-}
-template <typename Run>
-void with_storage(float, DType dtype, const Run& run) {
-  if (dtype == DType::float16) run(__half());
-  else if (dtype == DType::bfloat16) run(__nv_bfloat16());
-  else run(float());
-}
-
 unsigned reduction_blocks(int64_t count) {
   const int64_t blocks = blocks_for(count, THREADS);
   return static_cast<unsigned>(blocks < FOCAL_PARTIALS ? blocks : FOCAL_PARTIALS);
@@ -224,7 +212,7 @@ int lanes_for(int64_t C) {
 template <typename A>
 void sigmoid_focal_loss_cuda(const FocalLoss<A>& focal, DType dtype, const void* inputs, const void* targets, int64_t count,
                              Reduction reduction, double* partials, void* output, void* stream) {
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const T *x = static_cast<const T*>(inputs), *t = static_cast<const T*>(targets);
     const bool none = reduction == Reduction::none;
@@ -249,7 +237,7 @@ void sigmoid_focal_loss_cuda(const FocalLoss<A>& focal, DType dtype, const void*
 template <typename A>
 void sigmoid_focal_backward_cuda(const FocalLoss<A>& focal, DType dtype, const void* inputs, const void* targets, int64_t count,
                                  Reduction reduction, const void* grad_output, void* grad_inputs, void* stream) {
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const bool reduced = reduction != Reduction::none;
     const A scale = reduction == Reduction::mean ? A(1) / A(count) : A(1);
@@ -270,7 +258,7 @@ void softmax_focal_loss_cuda(const FocalLoss<A>& focal, DType dtype, const void*
   const int width = lanes_for(C);
   const bool none = reduction == Reduction::none;
   const unsigned blocks = reduction_blocks(R * width);
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_gamma(focal.gamma, [&](auto kind) {
       const auto kernel = &softmax_forward<T, kind()>;
@@ -289,7 +277,7 @@ void softmax_focal_backward_cuda(const FocalLoss<A>& focal, DType dtype, const v
                                  int64_t ignore_index, Reduction reduction, const int64_t* counted, const void* grad_output,
                                  void* grad_logits, void* stream) {
   const int width = lanes_for(C);
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     with_gamma(focal.gamma, [&](auto kind) {
       const auto kernel = &softmax_backward<T, kind()>;

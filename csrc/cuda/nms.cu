@@ -2,7 +2,7 @@
 //
 // The plain algorithm: test all n (n - 1) / 2 pairs, one bit each, copy the n n / 8 bytes of bits to the host, and walk them there in order
 // of score. A test is 12 flops and a division on 32 bytes that a block of threads shares: 20,000 boxes are 2e8 tests, some 3 Gflop, and
-// 50 MB of bits, whose copy and the waiting for it cost more than the tests.
+// 50 MB of bits to write, to copy over the bus and to wait for.
 // What is done about it: nms_reduce walks the bits on the device, so the host neither copies the mask nor waits. NMS_ROWS rows at a time
 // keep the mask small (10 MB for 20,000 boxes), and later rows that are already removed are not tested at all.
 // Gain of each step: not measured on a GPU yet.

@@ -2,8 +2,8 @@
 //
 // The plain algorithm: one thread a pixel of the output, [N, H, W], which reads 4 cells if the pixel lies in its mask's box and writes one
 // number. The masks are small (N x 28 x 28: they stay in the cache), so the bytes are the output's: 100 masks of 1024 x 1024 are
-// 419 MB in float32, 105 MB as bool; and 7 flops a pixel inside a box. The bound is the write, as long as a thread's
-// address arithmetic hides behind it.
+// 419 MB in float32, 105 MB as bool; and 9 flops a pixel inside a box (three blends of 3). By these numbers the bound is the write, as long
+// as a thread's address arithmetic hides behind it.
 // What is done about it: a thread owns 16 neighbouring bytes of a row (4 float32, 8 float16, 16 bool), writes them at once, zeros
 // included, so that there is no separate fill, and finds its cells of the two mask rows once. Outside the box it does nothing else. Its
 // place, (n, y, x), takes two divisions, of 32 bits where the count of pieces allows it.
@@ -83,18 +83,11 @@ void launch_bool(const PasteMasks<accumulate_t<T>>& problem, double threshold, b
   MD_LAUNCH(kernel, blocks_for(pieces, THREADS), THREADS, 0, stream, problem, static_cast<T>(threshold), output);
 }
 
-void dispatch(const PasteMasks<double>& problem, DType, void* output, void* stream) { launch_float<double>(problem, output, stream); }
-void dispatch(const PasteMasks<float>& problem, DType dtype, void* output, void* stream) {
-  if (dtype == DType::float16) launch_float<__half>(problem, output, stream);
-  else if (dtype == DType::bfloat16) launch_float<__nv_bfloat16>(problem, output, stream);
-  else launch_float<float>(problem, output, stream);
-}
-
 }  // namespace
 
 template <typename A>
 void paste_masks_cuda(const PasteMasks<A>& problem, DType dtype, void* output, void* stream) {
-  dispatch(problem, dtype, output, stream);
+  with_storage<A>(dtype, [&](auto zero) { launch_float<decltype(zero)>(problem, output, stream); });
 }
 template <typename A>
 void paste_masks_bool_cuda(const PasteMasks<A>& problem, double threshold, bool* output, void* stream) {

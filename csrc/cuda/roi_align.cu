@@ -8,7 +8,7 @@
 //  2. Positions and weights do not depend on the channel: a block owns one row of bins of one RoI, (r, p), and builds its taps once in
 //     shared memory. Samples that meet at a pixel are merged: a bin of one or two pixels, which is what an FPN's level assignment
 //     gives, reads 4 to 9 pixels in place of 16.
-//  3. An index is taken apart in 32 bits: a 64-bit division costs about as much as the loads of a bin.
+//  3. An index is taken apart in 32 bits where it fits (common.h counts the instructions).
 // Bytes for R RoIs: the output once, R PH PW C elements; features, each touched pixel once from memory and 4 to 16 times per
 // bin from the caches. 1,000 RoIs, 7 x 7, C = 256, float32: 50 MB out, at most 28 x 28 KB x 1,000 = 784 MB through the cache; in float16
 // half. Arithmetic, 2 flops a load, is under 0.5 flop a byte: the bound is the cache, and that is what the two points above spare.
@@ -24,7 +24,7 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int64_t MOST_TAPS = 16;             // merged taps of a bin that are kept; more (adaptive bins of 15 pixels): sample by sample
 constexpr size_t TABLE_BYTES = 40 << 10;      // shared memory for taps
-constexpr int TILE = 4, LANES = 32;           // deterministic backward: 4 x 4 pixels, a warp each
+constexpr int TILE = ROI_ALIGN_TILE, LANES = 32;
 
 template <typename A>
 struct Tap {
@@ -156,24 +156,6 @@ __global__ void roi_align_forward(const RoiAlign<accumulate_t<T>> problem, T* __
     Pack<T, V> result;
     for (int v = 0; v < V; ++v) result.v[v] = from_accumulate<T>(sum[v] * scale);
     *reinterpret_cast<Pack<T, V>*>(row + q * C + c) = result;
-  }
-}
-
-// Adds V neighbouring numbers; address is aligned to them. sm_90 adds four float32 in one instruction.
-template <int V, typename A>
-MD_DEVICE void atomic_add_row(A* address, const A* values) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  constexpr bool four_at_once = V % 4 == 0 && sizeof(A) == 4;
-#else
-  constexpr bool four_at_once = false;
-#endif
-  if constexpr (four_at_once) {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    for (int v = 0; v < V; v += 4)
-      atomicAdd(reinterpret_cast<float4*>(address + v), make_float4(values[v], values[v + 1], values[v + 2], values[v + 3]));
-#endif
-  } else {
-    for (int v = 0; v < V; ++v) atomic_add(address + v, values[v]);
   }
 }
 
@@ -324,7 +306,7 @@ void launch(Pass pass, const RoiAlign<accumulate_t<T>>& problem, void* array, vo
     Tiles tiles = {};
     for (int64_t l = 0; l < problem.level_count; ++l) {
       const FeatureLevel& level = problem.levels[l];
-      tiles.first[l + 1] = tiles.first[l] + problem.N * ceil_div(level.height, TILE) * ceil_div(level.width, TILE);
+      tiles.first[l + 1] = tiles.first[l] + roi_align_tiles(problem.N, level.height, level.width);
     }
     const dim3 grid(static_cast<unsigned>(tiles.first[problem.level_count]), static_cast<unsigned>(ceil_div(problem.C, LANES * V)));
     const size_t bytes = TILE * (problem.PH + problem.PW) * sizeof(A);
@@ -354,13 +336,9 @@ void launch_widest(Pass pass, const RoiAlign<accumulate_t<T>>& problem, void* ar
   wide ? launch<T, V>(pass, problem, array, stream) : launch<T, 1>(pass, problem, array, stream);
 }
 
-void dispatch(Pass pass, const RoiAlign<double>& problem, DType, void* array, void* stream) {
-  launch_widest<double>(pass, problem, array, stream);
-}
-void dispatch(Pass pass, const RoiAlign<float>& problem, DType dtype, void* array, void* stream) {
-  if (dtype == DType::float16) launch_widest<__half>(pass, problem, array, stream);
-  else if (dtype == DType::bfloat16) launch_widest<__nv_bfloat16>(pass, problem, array, stream);
-  else launch_widest<float>(pass, problem, array, stream);
+template <typename A>
+void dispatch(Pass pass, const RoiAlign<A>& problem, DType dtype, void* array, void* stream) {
+  with_storage<A>(dtype, [&](auto zero) { launch_widest<decltype(zero)>(pass, problem, array, stream); });
 }
 
 }  // namespace

@@ -69,7 +69,7 @@ __global__ void roi_pool_backward(const RoiPool<accumulate_t<T>> problem, const 
     const int64_t c = index - bin * C, pixel = argmax[index];
     int64_t n;
     if (pixel < 0 || pixel >= pixels || !find_pool_picture(problem, static_cast<int64_t>(bin / bins), n)) continue;
-    atomic_add(grad_input + (n * pixels + pixel) * problem.C + c, to_accumulate(grad_output[index]));
+    atomicAdd(grad_input + (n * pixels + pixel) * problem.C + c, to_accumulate(grad_output[index]));
   }
 }
 
@@ -128,23 +128,11 @@ void launch_forward(const RoiPool<accumulate_t<T>>& problem, const T* input, T* 
   MD_LAUNCH(kernel, blocks_for(count, THREADS), THREADS, 0, stream, problem, input, output, argmax);
 }
 
-// run(T()) for the type of the arrays, given the type of the arithmetic.
-template <typename Run>
-void with_storage(double, DType, const Run& run) {
-  run(double());
-}
-template <typename Run>
-void with_storage(float, DType dtype, const Run& run) {
-  if (dtype == DType::float16) run(__half());
-  else if (dtype == DType::bfloat16) run(__nv_bfloat16());
-  else run(float());
-}
-
 }  // namespace
 
 template <typename A>
 void roi_pool_cuda(const RoiPool<A>& problem, DType dtype, const void* input, void* output, int32_t* argmax, void* stream) {
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int V = 16 / sizeof(T);
     const auto aligned = [](const void* array, size_t bytes) { return reinterpret_cast<uintptr_t>(array) % bytes == 0; };
@@ -158,7 +146,7 @@ void roi_pool_cuda(const RoiPool<A>& problem, DType dtype, const void* input, vo
 template <typename A>
 void roi_pool_backward_cuda(const RoiPool<A>& problem, DType dtype, const void* grad_output, const int32_t* argmax, A* grad_input,
                             void* stream) {
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t count = problem.R * problem.PH * problem.PW * problem.C;
     const auto kernel = fits_int32(count) ? &roi_pool_backward<T, uint32_t> : &roi_pool_backward<T, int64_t>;
@@ -169,7 +157,7 @@ void roi_pool_backward_cuda(const RoiPool<A>& problem, DType dtype, const void* 
 template <typename A>
 void roi_pool_backward_deterministic_cuda(const RoiPool<A>& problem, DType dtype, const void* grad_output, const int32_t* argmax,
                                           void* grad_input, void* stream) {
-  with_storage(A(), dtype, [&](auto zero) {
+  with_storage<A>(dtype, [&](auto zero) {
     using T = decltype(zero);
     const int64_t pixels = problem.N * problem.H * problem.W;
     const dim3 grid(static_cast<unsigned>(ceil_div(pixels, THREADS / LANES)), static_cast<unsigned>(ceil_div(problem.C, LANES)));

@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from ..mask_reference import compress, runs_of_mask
 from . import _extension
 
+MAX_PADDING = 1024                                                           # cells; PASTE_MAX_PADDING of csrc/paste_masks.h
+
 
 def paste_masks_in_image(masks, boxes, img_shape, padding=1):
     """The mask probabilities in the picture: [N, 1, H, W], dtype of `masks`.
@@ -59,9 +61,9 @@ def _prepare(masks, boxes, img_shape, padding):
                          f"got {list(boxes.shape)} {boxes.dtype}")
     if boxes.device != masks.device:
         raise ValueError(f"paste_masks: masks are on {masks.device}, boxes on {boxes.device}; move them to one device")
-    if len(img_shape) != 2 or min(img_shape) < 1 or padding < 0:
-        raise ValueError(f"paste_masks: expected img_shape (H, W) of at least one pixel and padding >= 0, "
-                         f"got {tuple(img_shape)}, {padding}")
+    if len(img_shape) != 2 or min(img_shape) < 1 or not 0 <= padding <= MAX_PADDING:
+        raise ValueError(f"paste_masks: expected img_shape (H, W) of at least one pixel and padding of 0 to {MAX_PADDING} cells "
+                         f"(Mask R-CNN has 1), got {tuple(img_shape)}, {padding}")
     return masks, expand_boxes(boxes.detach(), masks.shape[3], padding), int(img_shape[0]), int(img_shape[1])
 
 

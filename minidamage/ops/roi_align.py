@@ -16,6 +16,7 @@ from torch import nn
 from . import _extension
 
 MAX_LEVELS = 8  # MAX_FEATURE_LEVELS of csrc/roi_align.h
+MAX_SAMPLES = 256  # a bin and axis; ROI_ALIGN_MAX_SAMPLES of csrc/roi_align.h
 FARTHEST = 2 ** 30  # feature pixels; is_finite_axis() of csrc/roi_align.h
 
 
@@ -23,9 +24,9 @@ def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, a
     """The features of each box, resampled to output_size: [R, C, PH, PW], in the memory format of `input`.
 
     input: [N, C, H, W] float. boxes: [R, 5] float (index in the batch, x1, y1, x2, y2), or a list of N tensors [R_n, 4], in pixels of the
-    picture. output_size: int or (PH, PW). spatial_scale: feature pixels per picture pixel. sampling_ratio: samples a bin and axis; <= 0:
-    ceil(bin size), so that every pixel is seen. aligned: True shifts by half a pixel (pixel centres at .5), False is the older form, in
-    which a box is at least one feature pixel in size.
+    picture. output_size: int or (PH, PW). spatial_scale: feature pixels per picture pixel. sampling_ratio: samples a bin and axis, at most
+    256; <= 0: ceil(bin size), so that every pixel is seen. aligned: True shifts by half a pixel (pixel centres at .5), False is the older
+    form, in which a box is at least one feature pixel in size.
     float16 and bfloat16 are accumulated in float32; on a CPU they are computed in float32, which autocast also returns.
     Differentiable once with respect to `input`, not to `boxes`. Deterministic on a CPU; on a GPU under
     torch.use_deterministic_algorithms(True). Raises ValueError for wrong shapes or, on a CPU, a batch index that does not exist (on a GPU
@@ -43,7 +44,7 @@ def multiscale_roi_align(features, rois, levels, output_size, spatial_scales, sa
     spatial_scales: one for each level. No synchronisation with a GPU. The rest as in `roi_align`.
     """
     output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
-    _check(features, rois, levels, output_size, spatial_scales)
+    _check(features, rois, levels, output_size, spatial_scales, sampling_ratio)
     dtype = features[0].dtype
     for feature in features:
         dtype = torch.promote_types(dtype, feature.dtype)
@@ -82,7 +83,7 @@ def _to_rois(boxes, input, name="roi_align"):
     return torch.cat([torch.cat([torch.full_like(box[:, :1], n), box], 1) for n, box in enumerate(boxes)])
 
 
-def _check(features, rois, levels, output_size, spatial_scales):
+def _check(features, rois, levels, output_size, spatial_scales, sampling_ratio):
     if not 1 <= len(features) <= MAX_LEVELS or len(spatial_scales) != len(features):
         raise ValueError(f"roi_align: expected 1 to {MAX_LEVELS} feature levels and as many spatial_scales, got {len(features)} and "
                          f"{len(spatial_scales)}")
@@ -102,6 +103,9 @@ def _check(features, rois, levels, output_size, spatial_scales):
                          "move them to one device")
     if len(output_size) != 2 or min(output_size) < 1:
         raise ValueError(f"roi_align: expected output_size as a positive int or (PH, PW), got {output_size}")
+    if sampling_ratio > MAX_SAMPLES:
+        raise ValueError(f"roi_align: expected a sampling_ratio of at most {MAX_SAMPLES} samples a bin and axis, got {sampling_ratio}; "
+                         "2 is usual, and 0 takes one sample for each pixel")
 
 
 # ---- the reference -----------------------------------------------------------------------------------------------------------
