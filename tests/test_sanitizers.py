@@ -24,7 +24,8 @@ def compiler():
 def kernels_under_sanitizers(compiler, name, what):
     """Builds tests/<name>.cpp with all kernels, CPU and emulated CUDA; returns its path. The programs share the kernels' objects."""
     csrc, emulated = _extension.CSRC, ["-DMINIDAMAGE_EMULATED"]
-    objects = [(source, compiler) for source in sorted((csrc / "cpu").glob("*.cpp"))]
+    native = _toolchain.native_flags()                                       # the vectors that the kernels really have
+    objects = [(source, [*compiler, *native]) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     objects += [(source, [*compiler, *emulated, "-x", "c++"]) for source in sorted((csrc / "cuda").glob("*.cu"))]
     objects += [(DATA.parent / f"{name}.cpp", [*compiler, *emulated, "-I", str(csrc)])]
     return _extension._build_library(name, objects, [*_toolchain.cxx(), *SANITIZE], what)
