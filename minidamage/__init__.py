@@ -17,6 +17,8 @@ MODELS = {
     "damagenet": (damagenet.DamageNet, damagenet.DamageNetConfig, damagenet.RECIPE, damagenet.DEMO),
     "maskrcnn_resnet50_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNConfig, mask_rcnn.RECIPE, mask_rcnn.DEMO),
     "maskrcnn_resnet101_fpn": (mask_rcnn.MaskRCNN, mask_rcnn.MaskRCNNResNet101Config, mask_rcnn.RECIPE_RESNET101, mask_rcnn.DEMO),
+    "maskrcnn_study_resnet50": (mask_rcnn.MaskRCNN, mask_rcnn.StudyConfig, mask_rcnn.RECIPE, mask_rcnn.DEMO),
+    "maskrcnn_study_resnet101": (mask_rcnn.MaskRCNN, mask_rcnn.StudyResNet101Config, mask_rcnn.RECIPE_RESNET101, mask_rcnn.DEMO),
     "danet": (danet.DANet, danet.DANetConfig, danet.RECIPE, danet.DEMO),
     "fasterrcnn_resnet50_fpn": (faster_rcnn.FasterRCNN, faster_rcnn.FasterRCNNConfig, faster_rcnn.RECIPE, faster_rcnn.DEMO),
     "context_cracknet": (context_cracknet.ContextCrackNet, context_cracknet.ContextCrackNetConfig, context_cracknet.RECIPE,

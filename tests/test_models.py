@@ -14,6 +14,9 @@ from minidamage.config import Recipe, apply_settings
 ROWS = [
     ("maskrcnn_resnet50_fpn", 91, 44_401_393),
     ("maskrcnn_resnet101_fpn", 91, 63_341_297),
+    # the study's RPN: 512 filters, nine anchors of five numbers; the 53,120 affine numbers of a ResNet-50's norms are trained
+    ("maskrcnn_study_resnet50", 91, 44_401_393 + 2305 * 256 + 513 * 45 - 257 * 15 + 53_120),
+    ("maskrcnn_study_resnet101", 91, 63_341_297 + 2305 * 256 + 513 * 45 - 257 * 15 + 53_120 + 52_224),
     ("damagenet", 4, 53_370_359),
     ("fasterrcnn_resnet50_fpn", 91, 41_755_286),
     ("danet", 7, 44_422_140),                       # by its parts in test_danet.py
