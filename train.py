@@ -91,11 +91,12 @@ def train(run, stop):
         else:
             stopping = distributed.any_of(stop.requested)             # a signal behind the last step
         metrics = None if stopping else validate(run, stop, progress)
-        if metrics is None:                                           # Ctrl-C or SIGTERM, in training or in validation
+        trained = None if metrics is None else score_training(run, stop, progress)
+        if trained is None:                                           # Ctrl-C or SIGTERM, in training or in validation
             progress.clear()
             return False
         state.seconds += time.perf_counter() - tick
-        finish_epoch(run, metrics, progress)
+        finish_epoch(run, metrics, trained, progress)
     return True
 
 
@@ -203,18 +204,34 @@ def validate(run, stop, progress):
 
     None when a signal came. Takes nothing from the global random generators, so training goes on as if it had not happened.
     """
+    stopped, gathered = look_at(run, run.val_set, stop, progress, "validation")
+    if stopped:
+        return None
+    names = run.identity["class_names"]
+    metrics, run.identity["thresholds"] = distributed.on_main(lambda: score_validation(gathered, run, progress))
+    if is_better(metrics, run):
+        title = f"Validation, epoch {run.state.epoch + 1}"
+        keep(run, "val_predictions.png", lambda path: draw_predictions(path, in_order(gathered), names, run.identity["thresholds"], title))
+    return metrics
+
+
+@torch.no_grad()
+def look_at(run, dataset, stop, progress, what):
+    """Runs the model over a dataset, each process over its share: (whether a signal came, what all processes found).
+
+    That is a list of (rows of losses, evaluator, pictures to show), one a process, in process 0, and None in the others."""
     model = run.model if run.ema is None else run.ema.model
     model.eval()
     distributed.copy_buffers(run.model, model if run.ema else None)
-    records, names = run.val_set.records, run.identity["class_names"]
+    records, names = dataset.records, run.identity["class_names"]
     predict, evaluator = ((predict_detections, CocoEvaluator(names, iou_types(model))) if model.task == "detection" else
                           (predict_label_map, PixelEvaluator(names)))
     shown_ones, rows, shown, last = pictures_to_show(records), [], [], []
-    for images, targets in loader(run, run.val_set, [[i] for i in distributed.shard(len(records))]):       # one at a time: any size
+    for images, targets in loader(run, dataset, [[i] for i in distributed.shard(len(records))]):           # one at a time: any size
         if stop.requested:
             break
         image, target = images[0], targets[0]
-        progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  validation {target['index'] + 1}/{len(records)}")
+        progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  {what} {target['index'] + 1}/{len(records)}")
         losses, prediction = predict(model, images, targets)
         rows.append(dict(zip(losses, torch.stack([*losses.values()]).tolist())))
         last = [targets]
@@ -225,13 +242,23 @@ def validate(run, stop, progress):
             shown.append((target["index"], image, target, prediction))
     check_losses([(row, row, False) for row in rows[-1:]], last, run, validating=True)
     if distributed.any_of(stop.requested):
+        return True, None
+    return False, distributed.gather_to_main((rows, evaluator, shown))
+
+
+def score_training(run, stop, progress):
+    """{"train/bbox/AP": ...}: the metrics of validation on some training pictures, unaugmented; {} without the recipe's score_train.
+
+    None when a signal came. How far it is above validation's says how much was learned by heart.
+    """
+    if run.scored_set is None:
+        return {}
+    stopped, gathered = look_at(run, run.scored_set, stop, progress, "scoring training picture")
+    if stopped:
         return None
-    gathered = distributed.gather_to_main((rows, evaluator, shown))
-    metrics, run.identity["thresholds"] = distributed.on_main(lambda: score_validation(gathered, run, progress))
-    if is_better(metrics, run):
-        title = f"Validation, epoch {run.state.epoch + 1}"
-        keep(run, "val_predictions.png", lambda path: draw_predictions(path, in_order(gathered), names, run.identity["thresholds"], title))
-    return metrics
+    evaluators = lambda: [evaluator for _, evaluator, _ in gathered]
+    stats = distributed.on_main(lambda: type(gathered[0][1]).joined(evaluators()).evaluate().stats)
+    return {f"train/{name}": value for name, value in stats.items()}
 
 
 def in_order(gathered):
@@ -312,13 +339,15 @@ def is_better(metrics, run):
     return sign * value > sign * best or value == best and metrics["loss"] < run.state.best_loss
 
 
-def finish_epoch(run, metrics, progress):
-    """Writes metrics.csv, curves.png, best.pt, last.pt, with --keep-epochs epoch-001.pt; returns whether it is the best so far."""
+def finish_epoch(run, metrics, trained, progress):
+    """metrics, trained: of `validate` and `score_training`.
+
+    Writes metrics.csv, curves.png, best.pt, last.pt, with --keep-epochs epoch-001.pt; returns whether it is the best so far."""
     state, select_by = run.state, run.recipe.select_by
     steps = max(state.step, 1)
     train_losses = {f"train/{name}": value / steps for name, value in state.sums.items()}
     row = {"epoch": state.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], "train/loss": sum(train_losses.values()), **train_losses,
-           **{f"val/{name}": value for name, value in metrics.items()}, "seconds": round(state.seconds, 2)}
+           **{f"val/{name}": value for name, value in metrics.items()}, **trained, "seconds": round(state.seconds, 2)}
     better = is_better(metrics, run)
     if better:
         state.best, state.best_loss, state.best_epoch = metrics[select_by], metrics["loss"], state.epoch

@@ -40,6 +40,7 @@ class Recipe:
     saturation: float = 0.0
     hue: float = 0.0                          # share of the colour circle, uniform in [-hue, hue]
     noise: float = 0.0                        # Gaussian, a pixel and channel; its standard deviation is uniform in [0, noise] of 0..255
+    score_train: int = 0                      # training pictures scored after each epoch as the validation part is: train/ metrics; 0: off
     jitter_scale: tuple[float, ...] = ()      # large-scale jitter: a factor between the two, then cut or padded to the size before; (): off
     multi_scale: tuple[int, ...] = ()         # detectors: shorter sides, one drawn a picture in place of the config's min_size; (): off
     select_by: str = ""                       # the metric that picks best.pt, named as in metrics.csv; "": training.default_metric

@@ -66,6 +66,7 @@ class Run:
     scaler: torch.amp.GradScaler
     train_set: DetectionDataset | SegmentationDataset
     val_set: DetectionDataset | SegmentationDataset
+    scored_set: DetectionDataset | SegmentationDataset | None         # training pictures that are scored too
     identity: dict                                                    # the checkpoint's keys that never change in a run
     ema: "Ema | None" = None
     state: State = dataclasses.field(default_factory=State)
@@ -125,7 +126,7 @@ def set_up(given):
                          "a disk that all machines share")
     run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
               optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
-              train_set=train_set, val_set=val_set,
+              train_set=train_set, val_set=val_set, scored_set=scored_set(train_set, val_set, recipe.score_train),
               ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
               identity=identity(model, dataset, parts, recipe, args, checkpoint))
     if checkpoint:
@@ -145,7 +146,7 @@ def make_datasets(model, parts, recipe, seed, path):
     """(what trains, what chooses) as the model's task needs them: outlines in original pixels, or label maps at the model's size."""
     if model.task == "segmentation":
         if recipe.multi_scale:
-            raise ValueError(f"multi_scale: {model.name} takes pictures of one size (--size); vary what they show with jitter_scale or scale")
+            raise ValueError(f"multi_scale: {model.name} takes pictures of one size (--size); jitter_scale varies what they show")
         size = model.config.image_size
         return (SegmentationDataset(parts["train"], recipe, seed=seed, train=True, image_size=size),
                 SegmentationDataset(parts["val"], image_size=size))
@@ -155,6 +156,17 @@ def make_datasets(model, parts, recipe, seed, path):
         raise ValueError(f"{path}: expected objects with outlines, because {model.name} learns masks, got boxes alone")
     val_set.with_masks = train_set.with_masks                         # a val part of boxes alone, beside outlines: the box is the mask
     return train_set, val_set
+
+
+def scored_set(train_set, val_set, count):
+    """`count` pictures of the training part as the validation part is read, spread over it, the same in every epoch; None for 0."""
+    if not count:
+        return None
+    records = train_set.records
+    chosen = sorted(set(np.linspace(0, len(records) - 1, min(count, len(records))).round().astype(int).tolist()))
+    scored = copy.copy(val_set)
+    scored.records = [records[i] for i in chosen]
+    return scored
 
 
 def restore(run, checkpoint, path):
@@ -334,7 +346,7 @@ def check_recipe(recipe, names):
     above_zero, one_or_more = (lambda v: 0 < v < math.inf, "a number above 0"), (lambda v: v >= 1, "1 or more")
     ranges = {"epochs": one_or_more, "batch_size": one_or_more, "lr": above_zero, "lr_batch_size": not_negative,
               "momentum": (lambda v: 0 <= v < 1, "from 0 to below 1"), "weight_decay": not_negative, "gamma": above_zero,
-              "warmup_iters": not_negative, "clip_grad_norm": (not_negative[0], "0 (off) or a gradient norm"),
+              "warmup_iters": not_negative, "score_train": not_negative, "clip_grad_norm": (not_negative[0], "0 (off) or a gradient norm"),
               "ema_decay": (lambda v: 0 <= v < 1, "0 (off) or a decay below 1, such as 0.999"), "hflip": share,
               "rotate": (lambda v: 0 <= v <= 180, "0 to 180 degrees"), "brightness": share, "contrast": share, "saturation": share,
               "vflip": share, "rot90": share, "shift": share, "scale": (lambda v: 0 <= v < 1, "from 0 to below 1"),

@@ -3,9 +3,11 @@ import pytest
 import torch
 
 import minidamage
+import train
 from detection_cases import no_objects, overfit, small_model, two_pictures
 from minidamage.models import mask_rcnn
-from test_faster_rcnn import assert_found
+from minidamage.visualize.plots import read_metrics
+from test_faster_rcnn import assert_found, voc_set
 
 
 @pytest.mark.parametrize("name, body, lr", [("maskrcnn_study_resnet50", "resnet50", 5e-4), ("maskrcnn_study_resnet101", "resnet101", 1e-4)])
@@ -60,7 +62,7 @@ def test_rpn_finds_in_evaluation_what_it_learned_beside_true_boxes():
     """Evaluation never sees truth: after training on true boxes the proposals have to be the RPN's own, and cover the objects."""
     images, targets = two_pictures()
     model = small_model("maskrcnn_study_resnet50", proposals="gt")
-    first, last = overfit(model, images, targets, steps=60)
+    first, last = overfit(model, images, targets, steps=110)
     assert last < 0.6 * first
     batch, resized = model.prepare(images, targets)
     proposals, _ = model.rpn(model.backbone(batch.tensors), batch.tensors.shape[-2:], batch.sizes)
@@ -75,3 +77,23 @@ def test_the_usual_proposals_overfit_the_same_model():
     model = small_model("maskrcnn_study_resnet50", proposals="rpn+gt")
     overfit(model, images, targets)
     assert_found(model, images, targets)
+
+
+def test_train_and_validation_metrics_stand_side_by_side(tmp_path):
+    """The study's curves, loss and accuracy of both parts: --set score_train=N adds train/ metrics and changes nothing else."""
+    columns = {}
+    fields = dict(body="resnet18", norm="group", min_size=64, max_size=96, fpn_channels=8, rpn_channels=8, anchor_sizes="8,16,24,32,48",
+                  rpn_post_nms_top_n_train=20, rpn_post_nms_top_n_test=10, box_head_channels=16, box_batch_size_per_image=16)
+    data = voc_set(tmp_path / "set")
+    for count in (0, 3):
+        settings = [word for key, value in {**fields, "score_train": count}.items() for word in ("--set", f"{key}={value}")]
+        out = tmp_path / f"runs-{count}"
+        assert train.main(["--model", "fasterrcnn_resnet50_fpn", "--data", str(data), "--epochs", "2", "--device", "cpu", "--out", str(out),
+                           *settings]) == 0
+        run, = (path for path in out.iterdir() if (path / "metrics.csv").is_file())
+        columns[count] = read_metrics(run / "metrics.csv")
+        assert (run / "curves.png").is_file()
+    added = set(columns[3]) - set(columns[0])
+    assert {"train/bbox/AP", "train/bbox/AP50"} <= added and all(name.startswith("train/bbox/") for name in added)
+    for name in columns[0]:
+        assert name == "seconds" or columns[0][name] == pytest.approx(columns[3][name], nan_ok=True), name
