@@ -264,8 +264,9 @@ def with_chosen_anchors(config, records, args):
     if typed:
         raise ValueError(f"--anchors auto chooses what --set {typed[0]} states; leave one of them out")
     sides = training_sides(records, config.min_size, config.max_size)
-    before = fit_of(sides, config.anchor_sizes, config.aspect_ratios)
-    chosen = choose_anchors(sides, len(config.anchor_sizes), len(config.aspect_ratios), args.split_seed)
+    strides = MODELS[args.model][0].anchor_strides(config)
+    before = fit_of(sides, config.anchor_sizes, config.aspect_ratios, strides)
+    chosen = choose_anchors(sides, len(config.anchor_sizes), len(config.aspect_ratios), args.split_seed, strides)
     print(f"anchors of {len(sides)} training boxes: sizes {', '.join(map(str, chosen.sizes))} px, height / width "
           f"{', '.join(map(str, chosen.ratios))}; mean best IoU {chosen.mean_iou:.3f} (the config's: {before.mean_iou:.3f}), "
           f"0.5 or more for {chosen.recall:.1%} ({before.recall:.1%})")

@@ -28,6 +28,18 @@ def test_fit_by_hand():
     assert fit_of(np.array([[10.0, 40.0]]), (20,), (4.0,)).mean_iou == pytest.approx(1.0)
 
 
+def test_an_anchor_stands_on_its_grid():
+    """A 20 x 20 box and anchor, stride 16: 4 px apart on both axes, 16 x 16 in common of 400 + 400 - 256. A grid of 64 px has nothing nearer
+    than 16 px on average: 4 x 4 in common. The larger size on the coarser grid is chosen larger or not at all."""
+    box = np.array([[20.0, 20.0]])
+    assert fit_of(box, (20,), (1.0,), 16).mean_iou == pytest.approx(256 / 544)
+    assert fit_of(box, (20, 21), (1.0,), (64, 4)).mean_iou == pytest.approx(19.5 ** 2 / (400 + 441 - 19.5 ** 2))
+    sides = clusters((40, 60, 80, 110), (1.0,), spread=0.1)
+    strides = (4, 8, 16, 32, 64)
+    on_grid, on_centres = choose_anchors(sides, 5, 1, strides=strides), choose_anchors(sides, 5, 1)
+    assert on_grid.mean_iou > fit_of(sides, on_centres.sizes, on_centres.ratios, strides).mean_iou
+
+
 def test_the_seed_decides_and_the_chosen_fit_better_than_the_defaults():
     rng = np.random.default_rng(0)
     sides = np.exp(rng.normal((3.4, 4.2), (0.8, 0.9), (400, 2)))

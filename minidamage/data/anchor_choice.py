@@ -4,7 +4,8 @@
 Every position of a map has all sizes in all ratios, so the centres are no free boxes but a grid of sizes and ratios: boxes go
 to the centre of largest IoU, then each size moves to the middle of the boxes in its row, each ratio to that of its column.
 
-On NEU-DET the default anchors of Faster R-CNN, scaled to the pictures, reach a mean best IoU of 0.63, the chosen ones 0.71.
+An anchor stands where its level's grid has a point, a quarter of the stride beside the box on either axis on average: IoU is taken there,
+or a size on a coarse level would look better than it can be.
 """
 import dataclasses
 
@@ -18,7 +19,7 @@ ROUNDS = 100                                   # of assigning and moving; it set
 class AnchorChoice:
     sizes: tuple[int, ...]                     # square roots of the areas, pixels of the resized picture, ascending
     ratios: tuple[float, ...]                  # height / width, ascending
-    mean_iou: float                            # of each training box with the best anchor on the same centre
+    mean_iou: float                            # of each training box with the best anchor, a quarter of its stride away on both axes
     recall: float                              # share of the boxes whose best IoU is 0.5 or more
 
 
@@ -32,29 +33,31 @@ def training_sides(records, min_size, max_size):
     return np.concatenate(sides) if sides else np.zeros((0, 2))
 
 
-def choose_anchors(sides, sizes=5, ratios=3, seed=0):
+def choose_anchors(sides, sizes=5, ratios=3, seed=0, strides=0):
     """The AnchorChoice of so many sizes and ratios for boxes [G, 2] (width, height). The same seed gives the same choice.
 
-    Raises ValueError for fewer boxes than there are sizes or ratios.
+    strides: pixels between two anchors of each size, ascending like the sizes, or one number for all; 0: on the boxes' own centres. Raises
+    ValueError for fewer boxes than there are sizes or ratios.
     """
     sides = np.asarray(sides, np.float64).reshape(-1, 2)
     sides = sides[(sides > 0).all(1)]
     if len(sides) < max(sizes, ratios):
         raise ValueError(f"anchors: expected at least {max(sizes, ratios)} training boxes to choose {sizes} sizes and {ratios} ratios "
                          f"from, got {len(sides)}; keep the config's anchors")
-    rng = np.random.default_rng([seed, 2])
-    settled = [_settle(sides, *_start(sides, sizes, ratios, rng if start else None)) for start in range(STARTS)]
+    rng, strides = np.random.default_rng([seed, 2]), np.broadcast_to(np.asarray(strides, np.float64), sizes)
+    settled = [_settle(sides, *_start(sides, sizes, ratios, rng if start else None), strides) for start in range(STARTS)]
     best = max(settled, key=lambda found: found[2])
     whole = np.maximum(np.rint(best[0]), 1)
     for i in range(1, sizes):                                    # two sizes of one value would be one anchor twice
         whole[i] = max(whole[i], whole[i - 1] + 1)
     rounded = tuple(float(f"{ratio:.3g}") for ratio in best[1])
-    return fit_of(sides, tuple(int(size) for size in whole), rounded)
+    return fit_of(sides, tuple(int(size) for size in whole), rounded, strides)
 
 
-def fit_of(sides, sizes, ratios):
+def fit_of(sides, sizes, ratios, strides=0):
     """The AnchorChoice of given sizes and ratios: how well they fit boxes [G, 2]."""
-    iou = _iou(sides, np.asarray(sizes, np.float64), np.asarray(ratios, np.float64)).max((1, 2))
+    strides = np.broadcast_to(np.asarray(strides, np.float64), len(sizes))
+    iou = _iou(sides, np.asarray(sizes, np.float64), np.asarray(ratios, np.float64), strides).max((1, 2))
     return AnchorChoice(tuple(sizes), tuple(ratios), float(iou.mean()), float((iou >= 0.5).mean()))
 
 
@@ -66,12 +69,12 @@ def _start(sides, sizes, ratios, rng):
     return middle(np.sqrt(sides.prod(1)), sizes), middle(sides[:, 1] / sides[:, 0], ratios)
 
 
-def _settle(sides, sizes, ratios):
+def _settle(sides, sizes, ratios, strides):
     """(sizes, ratios, mean IoU) after moving the grid until it fits no better."""
     side, ratio = np.sqrt(sides.prod(1)), sides[:, 1] / sides[:, 0]
     best = (sizes, ratios, -1.0)
     for _ in range(ROUNDS):
-        iou = _iou(sides, sizes, ratios)                                                   # [G, sizes, ratios]
+        iou = _iou(sides, sizes, ratios, strides)                                          # [G, sizes, ratios]
         fit = float(iou.max((1, 2)).mean())
         if fit <= best[2] + 1e-9:
             break
@@ -87,8 +90,13 @@ def _middle(values, old):
     return float(np.exp(np.log(values).mean())) if len(values) else float(old)
 
 
-def _iou(sides, sizes, ratios):
-    """IoU of boxes [G, 2] with every anchor on the same centre: [G, sizes, ratios]."""
+def _iou(sides, sizes, ratios, strides):
+    """IoU of boxes [G, 2] with every anchor, a quarter of its stride away on both axes: [G, sizes, ratios]."""
     width, height = sizes[:, None] / np.sqrt(ratios), sizes[:, None] * np.sqrt(ratios)     # [sizes, ratios]
-    inner = np.minimum(sides[:, 0, None, None], width) * np.minimum(sides[:, 1, None, None], height)
+    away = strides[:, None] / 4
+
+    def shared(box, anchor):
+        """Of two intervals whose middles are `away` from each other."""
+        return np.clip((box + anchor) / 2 - away, 0, np.minimum(box, anchor))
+    inner = shared(sides[:, 0, None, None], width) * shared(sides[:, 1, None, None], height)
     return inner / (sides.prod(1)[:, None, None] + width * height - inner)

@@ -88,6 +88,10 @@ class DANet(faster_rcnn.FasterRCNN):
         super().check_config(config)
         check_parts(config)
 
+    @staticmethod
+    def anchor_strides(config):
+        return faster_rcnn.FasterRCNN.anchor_strides(settled(config))
+
     def build_body(self, config):
         body = super().build_body(config)
         if config.dcn:

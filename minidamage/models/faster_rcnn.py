@@ -124,6 +124,11 @@ class FasterRCNN(nn.Module):
         """ValueError for a value that the model cannot have; a model with fields of its own adds their checks."""
         check_config(config)
 
+    @staticmethod
+    def anchor_strides(config):
+        """Pixels between the anchors of each entry of config.anchor_sizes: one a level, p2..p6, or all on the one map."""
+        return (4, 8, 16, 32, 64) if config.fpn else 16
+
     def build_backbone(self, config):
         """The body and its pyramid: c2..c5 -> p2..p6. Without a pyramid (`fpn=False`): c4 (stride 16, layer4 left out, as in the
         C4 network of He et al.) through the same 1x1 and 3x3 convolutions, so that the heads are those of the full model."""
