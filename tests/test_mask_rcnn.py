@@ -254,12 +254,13 @@ def test_validation_gives_losses_and_detections_and_changes_nothing():
         model.train().losses_and_detections(images, targets)
 
 
-def test_a_training_step_on_a_gpu_never_waits_for_it(monkeypatch):
+@pytest.mark.parametrize("fields", [{}, dict(class_loss="sigmoid_focal", box_loss="ciou", mask_loss="bce+dice", proposals="gt")])
+def test_a_training_step_on_a_gpu_never_waits_for_it(fields, monkeypatch):
     """On tensors without values, reading one back raises: the step with fixed slots, which a GPU takes, has to pass."""
     monkeypatch.setattr(roi_heads, "live_rows", lambda valid: slice(None))
     monkeypatch.setattr(detector, "check_values", lambda *_: None)            # runs on the CPU, before the targets move
     images, targets = two_pictures()
-    model = small_model(norm="batch").train()
+    model = small_model(norm="batch", **fields).train()
     state = {key: value.detach() for key, value in [*model.named_parameters(), *model.named_buffers()]}
     trained = dict(model.named_parameters())
     mode = FakeTensorMode()

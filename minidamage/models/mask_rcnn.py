@@ -6,8 +6,9 @@ The study as a whole, `StudyConfig` and RECIPE, and its other loss set (section 
     python train.py --model maskrcnn_study_resnet50 --data coco/ --pretrained resnet50.pth --amp fp16
     ... --set class_loss=sigmoid_focal --set box_loss=iou --set mask_loss=dice --set loss_weight_cls=4 --set loss_weight_reg=8
 
-(the two weights are ours: focal loss and IoU are several times smaller than what they replace). Not the study's, for large data:
---set jitter_scale=0.1,2.0, --set multi_scale=640,672,704,736,768,800.
+The two weights are ours: focal loss and IoU are several times smaller than what they replace. With --set score_train=64 some training
+pictures are scored each epoch too, and curves.png has loss and AP of both parts (its Fig. 4: loss, and an accuracy that it does not
+define). Not the study's, for large data: --set jitter_scale=0.1,2.0, --set multi_scale=640,672,704,736,768,800.
 
 Training: model(images, targets) -> dict of losses. Evaluation: model(images) -> list of dicts boxes, labels, scores, masks.
 
