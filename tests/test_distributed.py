@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing.connection
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -54,7 +55,7 @@ def command(data, tmp_path):
 def serve(rank, work):
     """In each of the two: functions come in, (what they return, what they print to stdout, stderr) goes out."""
     torch.set_num_threads(1)
-    for function, arguments, port in iter(work.recv, None):
+    for function, arguments, port in iter(lambda: pickle.loads(work.recv_bytes()), None):
         os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
                           MASTER_PORT=str(port))
         out, err = io.StringIO(), io.StringIO()
@@ -65,7 +66,7 @@ def serve(rank, work):
                 result = error
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-        work.send((result, out.getvalue(), err.getvalue()))
+        work.send_bytes(pickle.dumps((result, out.getvalue(), err.getvalue())))      # send() would hand tensors over in shared memory
 
 
 @pytest.fixture(scope="module")
@@ -86,18 +87,18 @@ def both():
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         for here in ends:
-            here.send((function, arguments, port))
+            here.send_bytes(pickle.dumps((function, arguments, port)))
         deadline, answers = time.monotonic() + 120, []
         for here in ends:
             assert here.poll(max(deadline - time.monotonic(), 0)), "a process hangs"
-            answers.append(here.recv())
+            answers.append(pickle.loads(here.recv_bytes()))
         for result, *_ in answers:
             if isinstance(result, BaseException):
                 raise result
         return answers
     yield run
     for here, process in zip(ends, processes):
-        here.send(None)
+        here.send_bytes(pickle.dumps(None))
         process.wait(20)
 
 
