@@ -377,7 +377,7 @@ sys.exit(train.main(sys.argv[1:]))
 def test_a_process_that_dies_ends_the_command_with_the_reason(command, tmp_path):
     program = tmp_path / "dies.py"
     program.write_text(DIES)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "0", str(program)]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--standalone", str(program)]
     ended = subprocess.run([*torchrun, *command("--epochs", 50)], capture_output=True, text=True, timeout=100,
                            env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == 1 and "process 0 of 2 has lost another one in epoch 1, step" in ended.stderr, ended.stderr
