@@ -9,7 +9,7 @@ the median of the ratios pair by pair with their smallest and largest: a ratio o
 torchvision (ops, detectors), segmentation_models_pytorch (segmenters), pycocotools and faster-coco-eval (COCO evaluation): installed
 beside minidamage in an environment of their own, never needed by it. "stock" is the same mathematics from the framework's own
 parts, "reference" our readable one. The share of the roofline is the time that the least bytes, or the plain algorithm's operations,
-would need at the copy bandwidth and the matrix-product rate of the same run.
+would need at the copy bandwidth and the rate of large products in the same run.
 """
 import argparse
 import sys
@@ -22,8 +22,8 @@ from benchmarks.model_rows import benchmark_models
 from benchmarks.op_rows import benchmark_ops
 from benchmarks.timing import DTYPES, PEERS, Table, peer
 
-SIDES = ("peer", "torchvision", "smp", "pycocotools", "faster-coco-eval", "stock", "conv2d", "fast", "plain", "cheap-order", "contiguous", "bfloat16", "full-attention",
-         "reference", "none")
+SIDES = ("peer", "torchvision", "smp", "pycocotools", "faster-coco-eval", "stock", "cheap-order", "full-attention", "conv2d", "conv2d NCHW",
+         "plain", "contiguous", "bfloat16", "fast", "reference", "none")
 MODULES = {"smp": "segmentation_models_pytorch", "faster-coco-eval": "faster_coco_eval"}
 
 
@@ -61,6 +61,7 @@ def parse_arguments():
     parser.add_argument("--dtype", default="float32", choices=list(DTYPES), help="of the ops' inputs; of the models' autocast")
     parser.add_argument("--batch", type=int, default=1, help="pictures a step of the models")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads (0: torch's default)")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds a row, all its sides together (at least 5 pairs, slow ones 3)")
     parser.add_argument("--eval-images", type=int, default=2000, help="pictures in the generated COCO set")
     parser.add_argument("--data-path", help="data set for --data (default: drawn pictures, 640x640)")
     parser.add_argument("--json", metavar="FILE", help="also write the rows, the machine and the versions to FILE, after every row")

@@ -17,21 +17,26 @@ from minidamage.ops.roi_align import roi_align_reference
 
 
 def benchmark_ops(table):
+    """Ops that training runs in float32 whatever the dtype are timed in float32 alone."""
     tv = peer("torchvision")
-    for part in (benchmark_nms, benchmark_roi_align, benchmark_roi_pool, benchmark_paste_masks, benchmark_deform_conv2d,
-                 benchmark_linear_attention, benchmark_focal_loss, benchmark_deterministic):
+    for part in (benchmark_roi_align, benchmark_deform_conv2d, benchmark_linear_attention):
         part(table, tv)
+    if table.args.dtype == "float32":
+        for part in (benchmark_nms, benchmark_roi_pool, benchmark_paste_masks, benchmark_focal_loss, benchmark_deterministic):
+            part(table, tv)
 
 
 @contextlib.contextmanager
 def deterministic(on=True):
-    """torch.use_deterministic_algorithms for a while."""
-    before = torch.are_deterministic_algorithms_enabled()
+    """torch.use_deterministic_algorithms for a while; without its filling of every new tensor, which is for finding bugs."""
+    before, filled = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(on)
+    torch.utils.deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def random_boxes(count, extent, generator, smallest=8, largest=256):
@@ -161,56 +166,70 @@ DEFORM_SHAPES = ((2, 256, 64, 64), (2, 512, 32, 32))                    # as man
 
 
 def deform_inputs(shape, modulated, device="cpu", dtype=torch.float32):
-    """input, offset, weight, bias and mask (None in version 1): offsets of one pixel's spread, as after some training."""
+    """input, offset, weight, bias and mask (None in version 1): offsets of one pixel's spread, as after some training; they and the mask
+    in float32."""
     N, C, H, W = shape
     generator = torch.Generator().manual_seed(6)
-    draw = lambda *size: torch.randn(*size, generator=generator).to(device, dtype)
+    draw = lambda *size: torch.randn(*size, generator=generator).to(device)
     mask = draw(N, 9, H, W).sigmoid() if modulated else None
-    return draw(N, C, H, W), draw(N, 18, H, W), draw(C, C, 3, 3) / math.sqrt(9 * C), draw(C), mask
+    return draw(N, C, H, W).to(dtype), draw(N, 18, H, W), (draw(C, C, 3, 3) / math.sqrt(9 * C)).to(dtype), draw(C).to(dtype), mask
 
 
-def deform_call(shape, modulated, backward, which, device="cpu"):
-    """A callable of one deformable convolution ("ours", "torchvision", "reference") or of the plain one ("conv2d")."""
-    x, offset, weight, bias, mask = deform_inputs(shape, modulated, device)
-    if which in ("ours", "conv2d", "reference"):
+def deform_call(shape, modulated, backward, which, device="cpu", dtype="float32", graph=False):
+    """A callable of one deformable convolution ("ours", "torchvision", "reference") or of the plain one ("conv2d"), on channels_last tensors
+    but for torchvision and sides that end in " NCHW". graph: (output, its gradient) instead of a callable."""
+    x, offset, weight, bias, mask = deform_inputs(shape, modulated, device, DTYPES[dtype])
+    nhwc = which != "torchvision" and not which.endswith(" NCHW")
+    if nhwc:
         x, offset, weight = (t.contiguous(memory_format=torch.channels_last) for t in (x, offset, weight))
         mask = mask if mask is None else mask.contiguous(memory_format=torch.channels_last)
     tensors = [t for t in (x, offset, weight, bias, mask) if t is not None]
-    if backward:
+    if backward or graph:
         tensors = leaves(*tensors)
         x, offset, weight, bias, mask = *tensors[:4], (tensors[4] if modulated else None)
+    theirs = lambda: peer("torchvision").ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask)
     function = {"ours": lambda: ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask),
-                "reference": lambda: deform_conv2d_reference(x, offset, mask, weight, bias, [1, 1], [1, 1], [1, 1]),
-                "torchvision": lambda: peer("torchvision").ops.deform_conv2d(x, offset, weight, bias, padding=1, mask=mask),
-                "conv2d": lambda: F.conv2d(x, weight, bias, padding=1)}[which]
-    if not backward:
+                "reference": lambda: deform_conv2d_reference(x, offset, mask, weight, bias, [1, 1], [1, 1], [1, 1], 1, 1),
+                "torchvision": in_float32(theirs, device, DTYPES[dtype]),
+                "conv2d": lambda: F.conv2d(x, weight, bias, padding=1)}[which.removesuffix(" NCHW")]
+    if not (backward or graph):
         return torch.no_grad()(function)
     grad = torch.randn(shape, generator=torch.Generator().manual_seed(7)).to(device)
-    if which in ("ours", "conv2d"):
+    if nhwc:
         grad = grad.contiguous(memory_format=torch.channels_last)
-    return forward_backward(function, tensors, grad)
+    output = function()
+    grad = grad.to(output.dtype)
+    return (output, grad) if graph else forward_backward(function, tensors, grad)
 
 
 def benchmark_deform_conv2d(table, tv):
-    device = table.args.device
+    """Beside torchvision, and beside the plain convolution in both layouts: the floor, since all sampling comes on top of its product."""
+    device, dtype = table.args.device, table.args.dtype
     for shape in DEFORM_SHAPES:
-        N, C, H, W = shape
-        for version, modulated in (("v1", False), ("v2", True)):
-            for what, backward in (("forward", False), ("forward+backward", True)):
-                name = f"deform_conv2d {version} {shape} 3x3 {what}"
-                if not table.wants(name):
-                    continue
-                sides = ["torchvision"] * bool(tv) + ["conv2d"] + ["reference"] * (not backward)
-                moved = (2 * N * C * H * W + (27 if modulated else 18) * N * H * W + 9 * C * C) * 4
-                row = table.add(name, deform_call(shape, modulated, backward, "ours", device),
-                                {side: deform_call(shape, modulated, backward, side, device) for side in sides},
-                                (3 if backward else 1) * moved, (3 if backward else 1) * 2 * 9 * C * C * N * H * W,
-                                note="(conv2d: the plain convolution, the floor)")
-                table.add_memory(row, "extra", **{side: f"benchmarks.op_rows:deform_call({shape}, {modulated}, {backward}, {side!r}, {device!r})"
-                                                  for side in ("ours", "torchvision")})
-                if row:
-                    row["full_columns_MB"] = 9 * C * N * H * W * 4 / 1e6
-                    table.keep()
+        for modulated in (False, True):
+            for backward in (False, True):
+                row = f"deform_conv2d {'v2' if modulated else 'v1'} {shape} 3x3 {'forward+backward' if backward else 'forward'}"
+                for ours in ("ours", "ours NCHW"):
+                    name = row + ", from NCHW" * (ours != "ours")
+                    if table.wants(name):
+                        deform_row(table, tv, name, ours, shape, modulated, backward, device, dtype)
+
+
+def deform_row(table, tv, name, ours, shape, modulated, backward, device, dtype):
+    N, C, H, W = shape
+    sides = ["torchvision"] * bool(tv)
+    if ours == "ours":
+        sides += ["conv2d", "conv2d NCHW"] + ["reference"] * (not backward)
+    moved = (2 * N * C * H * W + 9 * C * C) * DTYPES[dtype].itemsize + (27 if modulated else 18) * N * H * W * 4
+    passes = 3 if backward else 1
+    call = lambda side: deform_call(shape, modulated, backward, side, device, dtype)
+    row = table.add(name, call(ours), {side: call(side) for side in sides if table.against(side)}, passes * moved,
+                    passes * 2 * 9 * C * C * N * H * W)
+    if row and ours == "ours":
+        text = f"benchmarks.op_rows:deform_call({shape}, {modulated}, {backward}, {{!r}}, {device!r}, {dtype!r})"
+        table.add_memory(row, "extra", **{side: text.format(side) for side in ("ours", "torchvision")})
+        row["full_columns_MB"] = 9 * C * N * H * W * DTYPES[dtype].itemsize / 1e6
+        table.keep()
 
 
 # ---- linear attention --------------------------------------------------------------------------------------------------------------
@@ -315,13 +334,16 @@ def benchmark_focal_loss(table, tv):
 # ---- what equal bytes in every run cost --------------------------------------------------------------------------------------------
 
 def benchmark_deterministic(table, tv):
-    """The deterministic backward beside the fast one: "fast" is the other side here, so 1 / ratio is what determinism costs."""
+    """The deterministic backward pass alone beside the fast one: "fast" is the other side here, so 1 / ratio is what determinism costs."""
     device, generator = table.args.device, torch.Generator().manual_seed(9)
     (x,) = leaves(torch.randn(2, 256, 200, 200, generator=generator).to(device).contiguous(memory_format=torch.channels_last))
     rois = torch.cat([torch.arange(2.0).repeat_interleave(512)[:, None], random_boxes(1024, 800, generator)], 1).to(device)
     grad = torch.randn(1024, 256, 7, 7, generator=generator).to(device).contiguous(memory_format=torch.channels_last)
-    calls = {"roi_align (2,256,200,200) 1024 rois 7x7": forward_backward(lambda: ops.roi_align(x, rois, 7, 0.25, 2), [x], grad)}
+    graphs = {"roi_align (2,256,200,200) 1024 rois 7x7": lambda: (ops.roi_align(x, rois, 7, 0.25, 2), grad)}
     for shape in DEFORM_SHAPES:
-        calls[f"deform_conv2d v2 {shape}"] = deform_call(shape, True, True, "ours", device)
-    for name, call in calls.items():
-        table.add(f"deterministic {name} forward+backward", deterministic()(call), {"fast": deterministic(False)(call)})
+        graphs[f"deform_conv2d v2 {shape}"] = lambda shape=shape: deform_call(shape, True, True, "ours", device, graph=True)
+    for name, graph in graphs.items():
+        if table.wants(f"deterministic {name} backward"):
+            output, gradient = graph()
+            call = lambda: output.backward(gradient, retain_graph=True)
+            table.add(f"deterministic {name} backward", deterministic()(call), {"fast": deterministic(False)(call)})

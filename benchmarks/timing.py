@@ -62,7 +62,7 @@ class Roofline:
     """What this machine can do, measured in the same run."""
 
     bandwidth: float                                                    # GB/s of a large copy, bytes read plus bytes written
-    matmul: float                                                       # GFLOP/s of a large square product in the run's dtype
+    product: float                                                      # GFLOP/s in the run's dtype: a large matmul or convolution
 
     @classmethod
     def measure(cls, device, dtype):
@@ -71,12 +71,16 @@ class Roofline:
         copy = min(seconds(lambda: b.copy_(a), device) for _ in range(8))
         n = 8192 if device == "cuda" else 2048
         x, y = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        product = min(seconds(lambda: x @ y, device) for _ in range(5))
-        return cls(2 * a.numel() * 4 / copy / 1e9, 2 * n ** 3 / product / 1e9)
+        rates = [2 * n ** 3 / min(seconds(lambda: x @ y, device) for _ in range(5))]
+        picture = torch.randn(8, 512, 64, 64, device=device).to(dtype).to(memory_format=torch.channels_last)
+        weight = torch.randn(512, 512, 3, 3, device=device).to(dtype).to(memory_format=torch.channels_last)
+        # some CPUs multiply faster in their convolution library than in their matrix library: the faster one is what can be done
+        rates.append(2 * 9 * 512 * picture.numel() / min(seconds(lambda: torch.conv2d(picture, weight, padding=1), device) for _ in range(5)))
+        return cls(2 * a.numel() * 4 / copy / 1e9, max(rates) / 1e9)
 
     def share(self, ms, moved, flops):
         """Of the time that the least bytes, or the operations, whichever takes longer here, would need at full speed."""
-        return max(moved / self.bandwidth, flops / self.matmul) / 1e6 / ms
+        return max(moved / self.bandwidth, flops / self.product) / 1e6 / ms
 
 
 class Table:
@@ -85,7 +89,7 @@ class Table:
     def __init__(self, args):
         self.args, self.rows = args, []
         self.roofline = Roofline.measure(args.device, DTYPES[args.dtype])
-        print(f"copy bandwidth {self.roofline.bandwidth:.1f} GB/s (read + write), matrix product {self.roofline.matmul:.0f} GFLOP/s, "
+        print(f"copy bandwidth {self.roofline.bandwidth:.1f} GB/s (read + write), products {self.roofline.product:.0f} GFLOP/s, "
               f"{args.device}, {torch.get_num_threads()} threads, {args.dtype}")
 
     def wants(self, name):
@@ -108,7 +112,7 @@ class Table:
         if not self.wants(name):
             return None
         others = {other: function for other, function in others.items() if function and self.against(other)}
-        row = {"name": name, "note": note, **paired(ours, others, self.args.device)}
+        row = {"name": name, "note": note, **paired(ours, others, self.args.device, self.args.budget)}
         if moved:
             row["bytes"], row["GB/s"] = moved, moved / row["ours"] / 1e6
         if flops:
@@ -152,7 +156,7 @@ class Table:
         beside = path.with_suffix(".partial")
         beside.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), **environment(self.args.device), "peers": versions,
                                       "copy_GB/s": self.roofline.bandwidth,
-                                      "matmul_GFLOP/s": self.roofline.matmul, "rows": self.rows}, indent=1))
+                                      "product_GFLOP/s": self.roofline.product, "rows": self.rows}, indent=1))
         beside.replace(path)
 
 
@@ -172,6 +176,7 @@ def status(key):
 before = 0
 if extra:
     call()                                                              # kernels built and loaded, threads started
+    getattr(call, "clear", lambda: None)()                              # the gradients are results: they count
     if cuda:
         torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated() / 1e6
     else:
@@ -192,8 +197,12 @@ def forward_backward(function, inputs, grad):
     """A callable of one forward and one backward pass; gradients start empty each time."""
     inputs = list(inputs)
 
-    def run():
+    def clear():
         for x in inputs:
             x.grad = None
+
+    def run():
+        clear()
         function().backward(grad)
+    run.clear = clear
     return run
