@@ -7,6 +7,7 @@ import sys
 _compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") or shutil.which("clang++")
 if os.environ.get("CI") or _compiler:
     os.environ.setdefault("MINIDAMAGE_KERNELS", "require")
+os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny tensors: more threads cost more than they bring, here and in what tests start
 sys.path.insert(0, str(pathlib.Path(__file__).parent))                      # tests import oracle.py by name
 
 import pytest                                                                # noqa: E402

@@ -4,10 +4,10 @@ import torch
 
 import minidamage
 import train
-from detection_cases import no_objects, overfit, small_model, two_pictures
+from detection_cases import no_objects, overfit, overfit_until_found, small_model, two_pictures
 from minidamage.models import mask_rcnn
 from minidamage.visualize.plots import read_metrics
-from test_faster_rcnn import assert_found, voc_set
+from test_faster_rcnn import voc_set
 
 
 @pytest.mark.parametrize("name, body, lr", [("maskrcnn_study_resnet50", "resnet50", 5e-4), ("maskrcnn_study_resnet101", "resnet101", 1e-4)])
@@ -75,8 +75,7 @@ def test_rpn_finds_in_evaluation_what_it_learned_beside_true_boxes():
 def test_the_usual_proposals_overfit_the_same_model():
     images, targets = two_pictures()
     model = small_model("maskrcnn_study_resnet50", proposals="rpn+gt")
-    overfit(model, images, targets)
-    assert_found(model, images, targets)
+    overfit_until_found(model, images, targets)
 
 
 def test_train_and_validation_metrics_stand_side_by_side(tmp_path):
