@@ -51,7 +51,8 @@ def benchmark_models(table):
     segmenters.append(("context_cracknet", (), ["stock", "contiguous", "bfloat16"], ((448, False), (448, True))))
     for name, config, sides, cases in detectors + segmenters:
         for size, training in cases:
-            case = ModelCase(name, size, training, args.batch, args.device, args.dtype, config)
+            batch = max(2, args.batch) if training and model_class(name).task == "segmentation" else args.batch     # their pooled norms need two
+            case = ModelCase(name, size, training, batch, args.device, args.dtype, config)
             if not table.wants(case.label()):
                 continue
             others = {side: model_call(case, side) for side in sides if table.against(side)}
