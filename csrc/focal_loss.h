@@ -114,7 +114,7 @@ MD_HD A softmax_focal_slope(const FocalLoss<A>& focal, const SoftmaxTerms<A>& te
 // Element i: inputs[i], targets[i]. Every call works on elements (or rows) [begin, end). Sums are of chunks of fixed size, each to a
 // partial of its own, which the caller adds in order: the same bytes on any number of threads.
 constexpr int64_t FOCAL_CHUNK = 4096;  // elements
-constexpr int64_t FOCAL_ROWS = 16;     // rows of logits that a SIMD register walks together
+constexpr int64_t FOCAL_ROWS = 16;     // rows whose last steps share a SIMD register
 template <typename T>
 void sigmoid_focal_loss_cpu(const FocalLoss<T>& focal, const T* inputs, const T* targets, T* output, int64_t begin, int64_t end);
 template <typename T>
@@ -132,7 +132,7 @@ template <typename T>
 void softmax_focal_backward_cpu(const FocalLoss<T>& focal, const T* logits, const int64_t* labels, int64_t C, int64_t ignore_index,
                                 const T* grad_output, T scale, T* grad_logits, int64_t begin, int64_t end);
 
-// ---- CUDA, cuda/focal_loss.cu; arrays of dtype, the sums in double ---------------------------------------------------------------
+// ---- CUDA, cuda/focal_loss.cu; arrays of dtype, sums between threads in double ------------------------------------------------------------
 constexpr int64_t FOCAL_PARTIALS = 1024;  // blocks of a reduction, at most
 // reduction none: output [count]. mean, sum: output [1]; partials [FOCAL_PARTIALS] is working memory. Equal bytes in every run.
 template <typename A>

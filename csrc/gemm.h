@@ -4,8 +4,8 @@
 // any size. The micro-kernel holds MR x NR sums in registers and for every step of K loads two vectors of B and broadcasts MR numbers
 // of A: 2 MR fused multiply-adds for MR + 2 loads. NaN and Inf come through as in a plain triple loop; the order of summation depends on
 // the shapes alone. For cpu/*.cpp only: those are compiled for this very processor, and MR and NR with them.
-// Why not the framework's product: it cannot be called on a tile without a tensor, and the library behind it runs AVX2 code on AVX-512
-// processors of another maker. Measured: see cpu/linear_attention.cpp.
+// Why not the framework's product: it cannot be called on a tile without a tensor, and the library behind it reaches half the speed
+// of its own convolutions on the AVX-512 processor that this was written on. Measured: see cpu/linear_attention.cpp.
 #pragma once
 #include <algorithm>
 #include <cstdint>

@@ -37,6 +37,7 @@
 struct OnDevice {  // stands for the device guard and the current stream
   explicit OnDevice(const at::Tensor&) {}
   void* stream() const { return nullptr; }
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 #define MD_LAUNCH_CHECK() ((void)0)  // a failed emulated launch throws by itself
 #elif defined(MINIDAMAGE_CUDA)
@@ -45,10 +46,13 @@ struct OnDevice {  // stands for the device guard and the current stream
 #include <c10/cuda/CUDAStream.h>
 #define MINIDAMAGE_NAMESPACE minidamage
 #define MINIDAMAGE_DEVICE_KEY CUDA
-struct OnDevice {  // the tensor's device, and the stream that PyTorch works on there
+// The tensor's device, and the stream that PyTorch works on there. No autocast meanwhile: dtypes were settled in Python, and a backward pass
+// that runs inside autocast must not have its products rounded.
+struct OnDevice {
   explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
   c10::cuda::CUDAGuard guard;
+  c10::impl::ExcludeDispatchKeyGuard no_autocast{c10::autocast_dispatch_keyset};
 };
 #define MD_LAUNCH_CHECK() C10_CUDA_KERNEL_LAUNCH_CHECK()
 #endif

@@ -102,7 +102,7 @@ def same(ours, expected, tolerance=None, what=""):
             continue
         allowed = TOLERANCE[b.dtype] if tolerance is None else tolerance
         finite = b[b.isfinite()]
-        scale = max(1.0, float(finite.abs().max())) if finite.numel() else 1.0
+        scale = max(1.0, float(finite.detach().abs().max())) if finite.numel() else 1.0
         torch.testing.assert_close(a, b, rtol=0, atol=allowed * scale, equal_nan=True, msg=lambda m: f"{what}: {m}")
 
 

@@ -153,6 +153,8 @@ def test_stored_torchvision(case, memory_format, device):
     dict(groups=3, offset_groups=2, outputs=9), dict(channels=30, outputs=71, spread=4), dict(channels=71, outputs=1),
     dict(channels=1, outputs=1, kernel=(1, 1), size=(1, 1), padding=(0, 0), batch=1),
     dict(channels=140, outputs=3, offset_groups=4, size=(5, 6)),
+    dict(channels=3, outputs=600, size=(3, 4), batch=1),            # the weight pass takes the taps in two parts
+    dict(channels=140, outputs=600, offset_groups=2, size=(2, 3), batch=1),
     dict(channels=8, outputs=8, groups=8, offset_groups=8), dict(channels=16, outputs=70, kernel=(5, 2), padding=(2, 0), batch=3),
     dict(spread=30), dict(spread=0), dict(size=(12, 17), batch=3, channels=8)])
 def test_kernels_and_reference(settings):

@@ -189,8 +189,13 @@ TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
 #endif
 
 #if defined(MINIDAMAGE_DEVICE_KEY)
-// The columns are made and multiplied a tile of positions at a time: 256 MiB fill any GPU with work and bound the memory.
+// The columns are made and multiplied a tile of positions at a time: 256 MiB fill any GPU with work and bound the memory. In tests so few
+// that small arrays take several tiles, the last one shorter.
+#if defined(MINIDAMAGE_EMULATED)
+constexpr int64_t COLUMN_BYTES = 16 << 10;
+#else
 constexpr int64_t COLUMN_BYTES = int64_t(256) << 20;
+#endif
 
 // visit(first, count, columns) for every tile, columns [groups, count, K C / groups] uninitialised, one buffer for all.
 template <typename Visit>
@@ -198,7 +203,7 @@ void for_each_tile(const Arguments& a, const Visit& visit) {
   const int64_t positions = a.N * a.OH * a.OW, depth = a.KH * a.KW * a.C;
   const int64_t most = std::max<int64_t>(1, COLUMN_BYTES / (depth * a.input.element_size()));
   const int64_t tiles = ceil_div(positions, most), tile = tiles ? ceil_div(positions, tiles) : 0;  // tiles of one size
-  Tensor buffer = at::empty({a.geometry.groups * tile * depth / a.geometry.groups}, a.input.options());
+  Tensor buffer = at::empty({tile * depth}, a.input.options());
   for (int64_t first = 0; first < positions; first += tile) {
     const int64_t count = std::min(tile, positions - first);
     Tensor columns = buffer.narrow(0, 0, count * depth).view({a.geometry.groups, count, depth / a.geometry.groups});

@@ -370,7 +370,8 @@ Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, 
   const OnDevice device(x);
   const Tensor grad_attended = w_o.has_value() ? at::matmul(grad, *w_o) : grad;
   const auto [grad_query, grad_keys, grad_values] = attention_backward_on_cuda(size, grad_attended.contiguous(), attended.contiguous(),
-                                                                               query.contiguous(), keys_values, log_sum_exp.contiguous());
+                                                                               query.contiguous(), keys_values.contiguous(),
+                                                                               log_sum_exp.contiguous());
   Tensor grad_x = at::matmul(grad_query, w_q);
   const Tensor positions = x.transpose(0, 1).reshape({N, B * D});  // one product over pictures and channels for dE, one for dF
   Tensor grad_weights[2], grad_biases[2], grad_projections[2];

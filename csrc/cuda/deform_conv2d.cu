@@ -85,7 +85,7 @@ __global__ void deform_columns(const DeformConv2d<accumulate_t<T>> problem, cons
 }
 
 // grad_columns [groups, count, K, C / groups]; grad_input [N, H, W, C], added to unless null; grad_offset [P, offset_groups, K, 2];
-// grad_mask [P, offset_groups, K] or null. Warp: one sample. Lane: V neighbouring channels at a time, then a quarter of a shuffle tree.
+// grad_mask [P, offset_groups, K] or null. Warp: one sample. Lane: V neighbouring channels at a time, then all lanes add their dots by shuffles.
 template <typename T, int V>
 __global__ void deform_backward(const DeformConv2d<accumulate_t<T>> problem, const T* __restrict__ input,
                                 const T* __restrict__ grad_columns, int64_t first, int64_t count, accumulate_t<T>* grad_input,

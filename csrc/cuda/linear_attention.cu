@@ -43,7 +43,7 @@ MD_DEVICE int64_t row_step() { return static_cast<int64_t>(gridDim.x) * WARPS; }
 
 // scores [rows, k], P [rows, k]. Warp: a row. V: numbers of the row that a lane holds in registers; 0: any k, the row is read three times.
 template <typename T, int V>
-__global__ void attention_softmax(const accumulate_t<T>* __restrict__ scores, ScoreRows at, accumulate_t<T> scale, T* __restrict__ P,
+__global__ void attention_softmax(const accumulate_t<T>* scores, ScoreRows at, accumulate_t<T> scale, T* P,  // P may be scores itself
                                   accumulate_t<T>* __restrict__ log_sum_exp) {
   using A = accumulate_t<T>;
   const int lane = threadIdx.x;

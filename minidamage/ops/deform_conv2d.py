@@ -18,6 +18,9 @@ import torch
 from torch import nn
 
 from . import _extension
+from ._checks import autocast_is_on
+
+FARTHEST = 2 ** 30  # pixels; no stride, padding or dilation reaches it
 
 
 def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
@@ -39,7 +42,7 @@ def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0
             got = tensor.dtype if isinstance(tensor, torch.Tensor) else type(tensor).__name__
             raise ValueError(f"deform_conv2d: expected {name} as a floating-point tensor, got {got}; convert it, e.g. with .float()")
     on_cpu = input.device.type == "cpu"
-    autocast = torch.is_autocast_enabled(input.device.type)
+    autocast = autocast_is_on(input.device.type)
     if autocast:
         lower = torch.float32 if on_cpu else torch.get_autocast_dtype(input.device.type)
         input, weight, bias = (t if t is None or t.dtype == torch.float64 else t.to(lower) for t in (input, weight, bias))
@@ -84,8 +87,9 @@ class DeformConv2d(nn.Module):
 
 def _pair(value, name):
     pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
-    if len(pair) != 2 or not all(isinstance(part, int) for part in pair) or min(pair) < (0 if name == "padding" else 1):
-        raise ValueError(f"deform_conv2d: expected {name} as {'an' if name == 'padding' else 'a positive'} int or two of them, got {value}")
+    if len(pair) != 2 or not all(isinstance(part, int) for part in pair) or not (0 if name == "padding" else 1) <= min(pair) <= max(pair) < FARTHEST:
+        raise ValueError(f"deform_conv2d: expected {name} as {'an' if name == 'padding' else 'a positive'} int or two of them, below "
+                         f"{FARTHEST}, got {value}")
     return pair
 
 

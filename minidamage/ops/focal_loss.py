@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 
 from . import _extension
+from ._checks import autocast_is_on, require_tensors
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}                                       # Reduction of csrc/focal_loss.h
 
@@ -29,6 +30,7 @@ def sigmoid_focal_loss(inputs, targets, alpha=0.25, gamma=2, reduction="none"):
     float16 and bfloat16 are computed in float32 and rounded once; autocast returns float32. Differentiable once with respect to `inputs`;
     where `targets` requires a gradient, the plain PyTorch form runs. Raises ValueError for other shapes, dtypes or settings.
     """
+    require_tensors("sigmoid_focal_loss", inputs=inputs, targets=targets)
     code = _check(inputs, alpha, gamma, reduction, "sigmoid_focal_loss")
     if alpha > 1:
         raise ValueError(f"sigmoid_focal_loss: expected alpha in 0..1, or below 0 for none, got {alpha}")
@@ -56,7 +58,10 @@ def softmax_focal_loss(logits, labels, alpha=0.25, gamma=2, reduction="none", ig
     float16 and bfloat16 as in `sigmoid_focal_loss`. Differentiable once with respect to `logits`. Raises ValueError for wrong shapes or
     settings and, on a CPU, for a label that does not exist (on a GPU such a row gives NaN).
     """
+    require_tensors("softmax_focal_loss", logits=logits, labels=labels)
     code = _check(logits, alpha, gamma, reduction, "softmax_focal_loss")
+    if not isinstance(ignore_index, int):
+        raise ValueError(f"softmax_focal_loss: expected ignore_index as an int, got {ignore_index!r}")
     if logits.dim() != 2 or logits.shape[1] == 0:
         raise ValueError(f"softmax_focal_loss: expected logits [R, C] of at least one class, got {list(logits.shape)}; "
                          "maps [N, C, H, W]: logits.permute(0, 2, 3, 1).flatten(0, 2)")
@@ -76,8 +81,8 @@ def _check(inputs, alpha, gamma, reduction, name):
         raise ValueError(f"{name}: expected reduction none, mean or sum, got {reduction!r}")
     if not inputs.is_floating_point():
         raise ValueError(f"{name}: expected logits as floats, got {inputs.dtype}; pass what comes before the sigmoid or softmax")
-    if not 0 <= gamma < float("inf") or alpha != alpha:
-        raise ValueError(f"{name}: expected a number gamma >= 0 and a number alpha, got {gamma} and {alpha}")
+    if not all(isinstance(value, (int, float)) for value in (alpha, gamma)) or not 0 <= gamma < float("inf") or alpha != alpha:
+        raise ValueError(f"{name}: expected a number gamma >= 0 and a number alpha, got {gamma!r} and {alpha!r}")
     return REDUCTIONS[reduction]
 
 
@@ -90,7 +95,7 @@ def _dtypes(inputs, targets):
         dtype = torch.promote_types(dtype, targets.dtype)
     if dtype in (torch.float16, torch.bfloat16):
         device = inputs.device.type
-        if torch.is_autocast_enabled(device):
+        if autocast_is_on(device):
             return torch.float32, torch.float32
         return dtype, torch.float32 if device == "cpu" else dtype
     return dtype, dtype

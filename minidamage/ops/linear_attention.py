@@ -15,6 +15,9 @@ import math
 import torch
 
 from . import _extension
+from ._checks import require_tensors
+
+OPTIONAL = ("b_q", "b_k", "b_v", "w_o", "b_o")
 
 
 def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None, b_o=None):
@@ -31,6 +34,7 @@ def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None,
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     tensors = {"x": x, "w_q": w_q, "b_q": b_q, "w_k": w_k, "b_k": b_k, "w_v": w_v, "b_v": b_v, "E": E, "F": F, "w_o": w_o, "b_o": b_o}
+    require_tensors("linear_attention", **{name: tensor for name, tensor in tensors.items() if tensor is not None or name not in OPTIONAL})
     _check(tensors, num_heads)
     device = x.device.type
     autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
@@ -72,7 +76,7 @@ def _check(tensors, num_heads):
               "b_o": (D_o,)}
     for name, shape in shapes.items():
         tensor = tensors[name]
-        if tensor is None and name in ("b_q", "b_k", "b_v", "w_o", "b_o"):
+        if tensor is None and name in OPTIONAL:
             continue
         if tensor is None or tuple(tensor.shape) != shape:
             raise ValueError(f"linear_attention: expected {name} {list(shape)} to go with x {[B, N, D]}, w_q {[A, D]} and E {[N, k]}, got "

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from . import _extension
+from ._checks import two_ints
 
 MAX_LEVELS = 8  # MAX_FEATURE_LEVELS of csrc/roi_align.h
 MAX_SAMPLES = 256  # a bin and axis; ROI_ALIGN_MAX_SAMPLES of csrc/roi_align.h
@@ -43,7 +44,7 @@ def multiscale_roi_align(features, rois, levels, output_size, spatial_scales, sa
     features: list of [N, C, H_l, W_l], up to 8 levels. rois: [R, 5] float, batch index and xyxy in picture pixels. levels: [R] int64.
     spatial_scales: one for each level. No synchronisation with a GPU. The rest as in `roi_align`.
     """
-    output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    output_size = two_ints(output_size, "output_size", "roi_align")
     _check(features, rois, levels, output_size, spatial_scales, sampling_ratio)
     dtype = features[0].dtype
     for feature in features:
@@ -101,8 +102,6 @@ def _check(features, rois, levels, output_size, spatial_scales, sampling_ratio):
     if rois.device != first.device or levels.device != first.device:
         raise ValueError(f"roi_align: features are on {first.device}, rois on {rois.device}, levels on {levels.device}; "
                          "move them to one device")
-    if len(output_size) != 2 or min(output_size) < 1:
-        raise ValueError(f"roi_align: expected output_size as a positive int or (PH, PW), got {output_size}")
     if sampling_ratio > MAX_SAMPLES:
         raise ValueError(f"roi_align: expected a sampling_ratio of at most {MAX_SAMPLES} samples a bin and axis, got {sampling_ratio}; "
                          "2 is usual, and 0 takes one sample for each pixel")

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from . import _extension
+from ._checks import require_tensors, two_ints
 from .roi_align import _is_channels_last, _memory_format, _to_rois
 
 FARTHEST = 2 ** 30                                                                  # feature pixels; pool_axis() of csrc/roi_pool.h
@@ -26,7 +27,8 @@ def roi_pool(input, boxes, output_size, spatial_scale=1.0):
     `input`, not to `boxes`. Deterministic on a CPU; on a GPU under torch.use_deterministic_algorithms(True). Raises ValueError for wrong
     shapes or, on a CPU, a batch index that does not exist (on a GPU such a box gives NaN).
     """
-    output_size = (output_size, output_size) if isinstance(output_size, int) else tuple(output_size)
+    require_tensors("roi_pool", input=input)
+    output_size = two_ints(output_size, "output_size", "roi_pool")
     if input.dim() != 4 or not input.is_floating_point():
         raise ValueError(f"roi_pool: expected float features [N, C, H, W], got {list(input.shape)} {input.dtype}")
     if input.shape[2] == 0 or input.shape[3] == 0:
@@ -36,8 +38,6 @@ def roi_pool(input, boxes, output_size, spatial_scale=1.0):
         raise ValueError(f"roi_pool: expected boxes [R, 5] float (batch index, x1, y1, x2, y2), got {list(rois.shape)} {rois.dtype}")
     if rois.device != input.device:
         raise ValueError(f"roi_pool: features are on {input.device}, boxes on {rois.device}; move them to one device")
-    if len(output_size) != 2 or min(output_size) < 1:
-        raise ValueError(f"roi_pool: expected output_size as a positive int or (PH, PW), got {output_size}")
     half = input.device.type == "cpu" and input.dtype in (torch.float16, torch.bfloat16)
     rois = rois.to(torch.float64 if input.dtype == torch.float64 else torch.float32)
     output, _ = torch.ops.minidamage.roi_pool(input.float() if half else input, rois, list(output_size), float(spatial_scale))
