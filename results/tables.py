@@ -86,32 +86,50 @@ def cell(values, percent):
 
 
 # The rows of the speed table that the README shows; results/speed.md has all of them.
-SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "paste_masks",
-         "maskrcnn_resnet50_fpn", "damagenet", "COCO", "CAGM block", "context_cracknet", "unet inference")
+SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "roi_pool", "paste_masks", "deform_conv2d",
+         "linear_attention", "focal", "deterministic", "maskrcnn_resnet50_fpn", "fasterrcnn", "damagenet", "danet", "val2017", "2000 pictures",
+         "CAGM block", "context_cracknet", "unet ", "fpn ", "deeplabv3plus")
 
 
 def speed_text(shown=("",)):
-    """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, each peer, and the ratio in paired runs."""
-    files = [HERE / f"benchmark-{part}.json" for part in ("ops", "models", "eval")]
+    """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, the others, and the ratios in paired runs."""
+    files = [HERE / f"benchmark-{part}.json" for part in ("ops", "models", "segmenters", "eval")]
     if not all(path.exists() for path in files):
         return "not run: `for p in ops models eval; do python benchmark.py --$p --json results/benchmark-$p.json; done`"
     measured = [json.loads(path.read_text()) for path in files]
-    lines = ["| what | ours, ms | peer | peer, ms | ratio (smallest to largest of the pairs) | peak MB, ours / peer |",
-             "|---|--:|---|--:|--:|--:|"]
+    lines = ["| what | ours, ms | beside it: ms, times ours (smallest to largest of the pairs) | share of the roofline | MB, ours / others |",
+             "|---|--:|---|--:|--:|"]
     for row in [row for run in measured for row in run["rows"] if any(words in row["name"] for words in shown)]:
-        peers = [(name, value) for name, value in row.items() if isinstance(value, dict)] or [("", None)]
-        for name, value in peers:
-            cells = ["", "", ""]
-            if value:
-                cells = [name, f"{value['ms']:.4g}", f"{value['ratio']:.2f} ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"]
-            peak = " / ".join(f"{row[key]:.0f}" for key in ("peak_MB_ours", f"peak_MB_{name}") if key in row)
-            lines.append(f"| {row['name']} | {row['ours']:.4g} | " + " | ".join(cells) + f" | {peak} |")
+        lines.append(f"| {row['name']} | {row['ours']:.4g} | {beside(row)} | {share(row)} | {memory(row)} |")
     for run in measured:
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
-        lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, copy bandwidth "
-                     f"{run['copy_GB/s']:.0f} GB/s, " + ", ".join(f"{name} {version}" for name, version in versions.items())
-                     + f", commit {short(run['commit'] or 'unknown')}.")
+        rates = f"copy bandwidth {run['copy_GB/s']:.0f} GB/s" + (f", products {run['product_GFLOP/s']:.0f} GFLOP/s" if "product_GFLOP/s" in run
+                                                                 else "")
+        lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, {rates}, "
+                     + ", ".join(f"{name} {version}" for name, version in versions.items()) + f", commit {short(run['commit'] or 'unknown')}.")
     return "\n".join(lines)
+
+
+def others_of(row):
+    return {name: value for name, value in row.items() if isinstance(value, dict)}
+
+
+def beside(row):
+    return "; ".join(f"{name} {value['ms']:.4g}, **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
+                     for name, value in others_of(row).items())
+
+
+def share(row):
+    return f"{row['share_of_roofline']:.0%}" if "share_of_roofline" in row else ""
+
+
+def memory(row):
+    """Of the whole process ("peak"), or above what lay there before the call ("extra")."""
+    for kind in ("peak", "extra"):
+        found = [f"{row[key]:.0f}" for key in (f"{kind}_MB_ours", *(f"{kind}_MB_{name}" for name in others_of(row))) if key in row]
+        if found:
+            return " / ".join(found) + (" extra" if kind == "extra" else "")
+    return ""
 
 
 def write_tables():
