@@ -114,7 +114,7 @@ MD_HD A softmax_focal_slope(const FocalLoss<A>& focal, const SoftmaxTerms<A>& te
 // Element i: inputs[i], targets[i]. Every call works on elements (or rows) [begin, end). Sums are of chunks of fixed size, each to a
 // partial of its own, which the caller adds in order: the same bytes on any number of threads.
 constexpr int64_t FOCAL_CHUNK = 4096;  // elements
-constexpr int64_t FOCAL_ROWS = 16;     // rows whose last steps share a SIMD register
+constexpr int64_t FOCAL_ROWS = 16;     // rows of logits that a SIMD register walks together
 template <typename T>
 void sigmoid_focal_loss_cpu(const FocalLoss<T>& focal, const T* inputs, const T* targets, T* output, int64_t begin, int64_t end);
 template <typename T>

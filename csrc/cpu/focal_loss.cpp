@@ -1,12 +1,11 @@
 // Focal loss on the CPU: the plain form of ../cuda/focal_loss.cu. Read ../focal_loss.h first.
 //
 // Sigmoid: one pass over inputs and targets; the arithmetic of an element has no branch and no call, so the loop is SIMD.
-// Softmax: a row is copied into whole vectors, the last one filled up, and walked in them; what follows from its maximum and sum is
-// computed for FOCAL_ROWS rows together, a row a lane. (Rows on their side, a lane each from the start, spent the time on turning them.)
+// Softmax: FOCAL_ROWS rows at a time are turned on their side, so that a SIMD lane owns a row whatever the number of classes is; a
+// dozen classes, the usual number of a damage detector, would leave a register along the row half empty.
 #include "../focal_loss.h"
 
 #include <algorithm>
-#include <limits>
 #include <type_traits>
 #include <vector>
 
@@ -72,50 +71,38 @@ void sigmoid_focal_backward_cpu(const FocalLoss<T>& focal, const T* inputs, cons
 
 namespace {
 
-// The softmax of FOCAL_ROWS rows. A row lies in whole vectors, filled up with -Inf, whose exponential is 0; maximum and sum are taken lane by
-// lane, so that the order of the additions hangs on C alone. Terms past the last row repeat it; an ignored row has label 0 and counted 0.
+// The softmax of FOCAL_ROWS rows, each in a lane. Rows past the end repeat the last one; an ignored row has label 0 and counted 0.
 template <typename T>
 struct RowBlock {
-  int64_t width;                // C rounded up to LANES
-  std::vector<T> exponentials;  // [FOCAL_ROWS, width]: e^(x - maximum), 0 at the label
+  std::vector<T> exponentials;  // [C, FOCAL_ROWS]: e^(x - maximum)
   int64_t label[FOCAL_ROWS];
   T counted[FOCAL_ROWS], maximum[FOCAL_ROWS], own[FOCAL_ROWS], rest[FOCAL_ROWS], x_label[FOCAL_ROWS];
   SoftmaxTerms<T> terms[FOCAL_ROWS];
 
-  explicit RowBlock(int64_t C) : width(ceil_div(C, LANES) * LANES), exponentials(static_cast<size_t>(width * FOCAL_ROWS)) {}
+  explicit RowBlock(int64_t C) : exponentials(static_cast<size_t>(C * FOCAL_ROWS)) {}
 
   void fill(const T* logits, const int64_t* labels, int64_t C, int64_t ignore_index, int64_t first, int64_t count) {
+    T* __restrict e = exponentials.data();
     for (int64_t k = 0; k < FOCAL_ROWS; ++k) {
-      if (k < count) {
-        counted[k] = labels[first + k] == ignore_index ? T(0) : T(1);
-        label[k] = labels[first + k] == ignore_index ? 0 : labels[first + k];
-        fill_row(logits + (first + k) * C, C, k);
-      } else {
-        maximum[k] = maximum[k - 1], x_label[k] = x_label[k - 1], own[k] = own[k - 1], rest[k] = rest[k - 1];
-      }
+      const int64_t r = first + std::min(k, count - 1);
+      const T* row = logits + r * C;
+      counted[k] = labels[r] == ignore_index ? T(0) : T(1);
+      label[k] = labels[r] == ignore_index ? 0 : labels[r];
+      x_label[k] = row[label[k]];
+      for (int64_t c = 0; c < C; ++c) e[c * FOCAL_ROWS + k] = row[c];
+      maximum[k] = row[0], rest[k] = T(0);
     }
+    for (int64_t c = 1; c < C; ++c)
+      for (int64_t k = 0; k < FOCAL_ROWS; ++k) maximum[k] = e[c * FOCAL_ROWS + k] > maximum[k] ? e[c * FOCAL_ROWS + k] : maximum[k];
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t k = 0; k < FOCAL_ROWS; ++k) e[c * FOCAL_ROWS + k] = exp_of(e[c * FOCAL_ROWS + k] - maximum[k]);
+    for (int64_t k = 0; k < FOCAL_ROWS; ++k) {
+      T& own_of_row = e[label[k] * FOCAL_ROWS + k];
+      own[k] = own_of_row, own_of_row = T(0);  // left out of the sum, not subtracted from it
+    }
+    for (int64_t c = 0; c < C; ++c)
+      for (int64_t k = 0; k < FOCAL_ROWS; ++k) rest[k] += e[c * FOCAL_ROWS + k];
     for (int64_t k = 0; k < FOCAL_ROWS; ++k) terms[k] = softmax_terms(maximum[k], x_label[k], own[k], rest[k]);
-  }
-
-  void fill_row(const T* row, int64_t C, int64_t k) {
-    T* __restrict e = exponentials.data() + k * width;
-    std::copy(row, row + C, e);
-    std::fill(e + C, e + width, -std::numeric_limits<T>::infinity());
-    T lanes[LANES];
-    std::copy(e, e + LANES, lanes);
-    for (int64_t c = LANES; c < width; c += LANES)
-      for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] = e[c + lane] > lanes[lane] ? e[c + lane] : lanes[lane];
-    T largest = lanes[0];
-    for (int64_t lane = 1; lane < LANES; ++lane) largest = lanes[lane] > largest ? lanes[lane] : largest;
-    for (int64_t c = 0; c < width; ++c) e[c] = exp_of(e[c] - largest);
-    maximum[k] = largest, x_label[k] = row[label[k]], own[k] = e[label[k]];
-    e[label[k]] = T(0);  // left out of the sum, not subtracted from it
-    std::copy(e, e + LANES, lanes);
-    for (int64_t c = LANES; c < width; c += LANES)
-      for (int64_t lane = 0; lane < LANES; ++lane) lanes[lane] += e[c + lane];
-    T sum = lanes[0];
-    for (int64_t lane = 1; lane < LANES; ++lane) sum += lanes[lane];
-    rest[k] = sum;
   }
 };
 
@@ -156,8 +143,8 @@ void softmax_focal_backward_cpu(const FocalLoss<T>& focal, const T* logits, cons
         }
         const T slope = softmax_focal_slope<kind()>(focal, block.terms[k]) * scale * (grad_output ? grad_output[first + k] : T(1));
         const T factor = slope / (block.own[k] + block.rest[k]);
-        const T* __restrict e = block.exponentials.data() + k * block.width;
-        for (int64_t c = 0; c < C; ++c) row[c] = factor * e[c];
+        const T* e = block.exponentials.data() + k;
+        for (int64_t c = 0; c < C; ++c) row[c] = factor * e[c * FOCAL_ROWS];
         row[block.label[k]] = -slope * block.terms[k].miss;
       }
     }
