@@ -1,5 +1,6 @@
 """Where nvcc is, no GPU needed: every .cu compiles for sm_80 and sm_90 without a warning and can start; the CUDA half of bindings
 compiles too."""
+import concurrent.futures
 import os
 import re
 import subprocess
@@ -23,12 +24,38 @@ def toolkit():
         pytest.skip(f"nvcc is absent: {error}")
 
 
+@pytest.fixture(scope="module")
+def compiled(toolkit, tmp_path_factory):
+    """{source: the compiler's run}: all of them at once, as many side by side as there are processors."""
+    folder = tmp_path_factory.mktemp("nvcc")
+    commands = {**{source: kernel_command(toolkit, source, folder) for source in SOURCES},
+                **{source: bindings_command(toolkit, source, folder) for source in BINDINGS}}
+    run = lambda command: subprocess.run(command, capture_output=True, text=True, timeout=600)
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count() or 1) as pool:
+        return dict(zip(commands, pool.map(run, commands.values())))
+
+
+def kernel_command(toolkit, source, folder):
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+        return [*_toolchain.nvcc_command(toolkit), "-Werror", "all-warnings", "-Xcompiler", "-Wall", "-Xptxas", "-v",
+                "-c", str(source), "-o", str(folder / f"{source.stem}.o")]
+
+
+def bindings_command(toolkit, source, folder):
+    """A CPU-only torch ships the CUDA headers but not the macro file of libc10_cuda: one stub stands for it. Nothing is linked."""
+    stub = folder / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
+    stub.parent.mkdir(parents=True, exist_ok=True)
+    stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS 1\n")
+    shipped = os.path.join(os.path.dirname(torch.__file__), "include", "c10", "cuda", "impl", "cuda_cmake_macros.h")
+    stubs = [] if os.path.exists(shipped) else ["-I", str(folder)]
+    return [*_toolchain.cxx(), "-fsyntax-only", "-DMINIDAMAGE_CUDA", "-Wall", "-Werror", *stubs, *_toolchain.torch_flags(),
+            *_toolchain.openmp_flags()[0], "-isystem", toolkit["include"], "-I", str(_extension.CSRC), str(source)]
+
+
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.name)
-def test_every_kernel_compiles_without_a_warning(toolkit, source, tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
-    command = [*_toolchain.nvcc_command(toolkit), "-Werror", "all-warnings", "-Xcompiler", "-Wall", "-Xptxas", "-v",
-               "-c", str(source), "-o", str(tmp_path / "kernel.o")]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
+def test_every_kernel_compiles_without_a_warning(compiled, source):
+    run = compiled[source]
     assert run.returncode == 0, run.stderr
     kernels = re.findall(r"Compiling entry function '(\w+)' for 'sm_\d+'.*?Used (\d+) registers", run.stderr, re.DOTALL)
     assert kernels, run.stderr
@@ -38,15 +65,5 @@ def test_every_kernel_compiles_without_a_warning(toolkit, source, tmp_path, monk
 
 
 @pytest.mark.parametrize("source", BINDINGS, ids=lambda path: path.name)
-def test_cuda_half_of_the_bindings_compiles(toolkit, source, tmp_path):
-    """A CPU-only torch ships the CUDA headers but not the macro file of libc10_cuda: one stub stands for it. Nothing is linked."""
-    stub = tmp_path / "c10" / "cuda" / "impl" / "cuda_cmake_macros.h"
-    stub.parent.mkdir(parents=True)
-    stub.write_text("#pragma once\n#define C10_CUDA_BUILD_SHARED_LIBS 1\n")
-    shipped = os.path.join(os.path.dirname(torch.__file__), "include", "c10", "cuda", "impl", "cuda_cmake_macros.h")
-    stubs = [] if os.path.exists(shipped) else ["-I", str(tmp_path)]
-    command = [*_toolchain.cxx(), "-fsyntax-only", "-DMINIDAMAGE_CUDA", "-Wall", "-Werror", *stubs, *_toolchain.torch_flags(),
-               *_toolchain.openmp_flags()[0], "-isystem", toolkit["include"], "-I", str(_extension.CSRC),
-               str(source)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 0, run.stderr
+def test_cuda_half_of_the_bindings_compiles(compiled, source):
+    assert compiled[source].returncode == 0, compiled[source].stderr
