@@ -87,8 +87,8 @@ def cell(values, percent):
 
 # The rows of the speed table that the README shows; results/speed.md has all of them.
 SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "roi_pool", "paste_masks", "deform_conv2d",
-         "linear_attention", "focal", "deterministic", "maskrcnn_resnet50_fpn", "fasterrcnn", "damagenet", "danet", "val2017", "2000 pictures", "10 pictures",
-         "CAGM block", "context_cracknet", "unet ", "fpn ", "deeplabv3plus")
+         "linear_attention", "focal", "deterministic", "maskrcnn_resnet50_fpn", "fasterrcnn", "damagenet", "danet", "val2017",
+         "2000 pictures", "10 pictures", "CAGM block", "context_cracknet", "unet ", "fpn ", "deeplabv3plus")
 
 
 def speed_text(shown=("",)):
