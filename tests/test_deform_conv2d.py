@@ -312,7 +312,7 @@ def test_module():
     x = torch.randn(2, 6, 5, 7)
     same(module(x, torch.zeros(2, 18, 5, 7)), plain(x), 1e-5)
     same(module(x, torch.zeros(2, 18, 5, 7), torch.full((2, 9, 5, 7), 0.5)), (plain(x) + plain.bias[:, None, None]) / 2, 1e-5)
-    assert ops.DeformConv2d(6, 8, (1, 3), bias=False).bias is None and "kernel_size=[3, 3]" in repr(module)
+    assert ops.DeformConv2d(6, 8, (1, 3), bias=False).bias is None and "kernel_size=(3, 3)" in repr(module)
     with pytest.raises(ValueError, match="divisible by groups"):
         ops.DeformConv2d(6, 8, 3, groups=4)
 

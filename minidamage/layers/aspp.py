@@ -5,7 +5,6 @@ Read first: conv_blocks.py. Read next: models/deeplabv3.py, models/deeplabv3plus
 """
 import torch
 from torch import nn
-from torch.nn import functional as F
 
 from minidamage.layers.conv_blocks import ConvNormReLU, SeparableConvNormReLU
 from minidamage.layers.resnet import conv_norm

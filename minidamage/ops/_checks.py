@@ -14,9 +14,10 @@ def autocast_is_on(device):
     return device in ("cpu", "cuda") and torch.is_autocast_enabled(device)
 
 
-def two_ints(value, name, op):
-    """An int, or a pair of them, as a tuple of two; ValueError unless both are at least 1."""
+def two_ints(value, name, op, least=1, below=2 ** 30):
+    """An int, or a pair of them, as a tuple of two; ValueError outside [least, below), past which no picture reaches."""
     pair = (value, value) if isinstance(value, int) else tuple(value) if isinstance(value, (tuple, list)) else ()
-    if len(pair) != 2 or not all(isinstance(part, int) for part in pair) or min(pair) < 1:
-        raise ValueError(f"{op}: expected {name} as a positive int or a pair of them, got {value}")
+    if len(pair) != 2 or not all(isinstance(part, int) for part in pair) or not least <= min(pair) <= max(pair) < below:
+        kind = "a positive int" if least == 1 else f"an int of {least} or more"
+        raise ValueError(f"{op}: expected {name} as {kind} or a pair of them, below {below}, got {value}")
     return pair

@@ -18,9 +18,7 @@ import torch
 from torch import nn
 
 from . import _extension
-from ._checks import autocast_is_on
-
-FARTHEST = 2 ** 30  # pixels; no stride, padding or dilation reaches it
+from ._checks import autocast_is_on, two_ints
 
 
 def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
@@ -35,7 +33,8 @@ def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0
     Differentiable once with respect to all tensors. Deterministic on a CPU, the same bytes on any number of threads; on a GPU under
     torch.use_deterministic_algorithms(True). Raises ValueError for shapes, dtypes or devices that do not belong together.
     """
-    stride, padding, dilation = (_pair(value, name) for value, name in ((stride, "stride"), (padding, "padding"), (dilation, "dilation")))
+    stride, dilation = two_ints(stride, "stride", "deform_conv2d"), two_ints(dilation, "dilation", "deform_conv2d")
+    padding = two_ints(padding, "padding", "deform_conv2d", least=0)
     tensors = {"input": input, "offset": offset, "weight": weight, "bias": bias, "mask": mask}
     for name, tensor in tensors.items():
         if tensor is not None and not (isinstance(tensor, torch.Tensor) and tensor.is_floating_point()):
@@ -65,8 +64,9 @@ class DeformConv2d(nn.Module):
             raise ValueError(f"DeformConv2d: expected in_channels and out_channels divisible by groups, got {in_channels}, {out_channels} "
                              f"and groups={groups}")
         self.in_channels, self.out_channels, self.groups = in_channels, out_channels, groups
-        self.kernel_size, self.stride = _pair(kernel_size, "kernel_size"), _pair(stride, "stride")
-        self.padding, self.dilation = _pair(padding, "padding"), _pair(dilation, "dilation")
+        self.kernel_size, self.stride, self.dilation = (two_ints(value, name, "DeformConv2d") for value, name in (
+            (kernel_size, "kernel_size"), (stride, "stride"), (dilation, "dilation")))
+        self.padding = two_ints(padding, "padding", "DeformConv2d", least=0)
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels // groups, *self.kernel_size))
         self.register_parameter("bias", nn.Parameter(torch.empty(out_channels)) if bias else None)
         self.reset_parameters()
@@ -83,14 +83,6 @@ class DeformConv2d(nn.Module):
     def extra_repr(self):
         return (f"{self.in_channels}, {self.out_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding}, "
                 f"dilation={self.dilation}, groups={self.groups}, bias={self.bias is not None}")
-
-
-def _pair(value, name):
-    pair = [value, value] if isinstance(value, int) else list(value) if isinstance(value, (tuple, list)) else []
-    if len(pair) != 2 or not all(isinstance(part, int) for part in pair) or not (0 if name == "padding" else 1) <= min(pair) <= max(pair) < FARTHEST:
-        raise ValueError(f"deform_conv2d: expected {name} as {'an' if name == 'padding' else 'a positive'} int or two of them, below "
-                         f"{FARTHEST}, got {value}")
-    return pair
 
 
 def _check(input, offset, weight, bias, stride, padding, dilation, mask):
