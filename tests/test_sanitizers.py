@@ -10,8 +10,15 @@ from minidamage.ops import _extension, _toolchain
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
 
-@pytest.fixture(scope="session")
-def compiler():
+PROGRAMS = {"sanitize": "kernels under sanitizers (tests)", "sanitize_fuzz": "random cases under sanitizers (tests)"}
+
+
+@pytest.fixture(scope="session", name="compiler")
+def compiler_fixture():
+    return sanitizing_compiler()
+
+
+def sanitizing_compiler():
     """g++ or clang++ with the sanitizers' runtime, which some distributions package apart."""
     probe = subprocess.run([*_toolchain.cxx(), *SANITIZE, "-x", "c++", "-", "-o", os.devnull], input="int main() {}", capture_output=True,
                            text=True)
@@ -21,14 +28,23 @@ def compiler():
             "-Wno-unknown-pragmas"]
 
 
-def kernels_under_sanitizers(compiler, name, what):
+def build_all():
+    """What the suite compiles, in the order in which its tests ask; conftest.py runs it beside them."""
+    _extension.build_ops()
+    _extension.build_evaluation()
+    _extension.build_emulated()
+    for name in PROGRAMS:
+        kernels_under_sanitizers(sanitizing_compiler(), name)
+
+
+def kernels_under_sanitizers(compiler, name):
     """Builds tests/<name>.cpp with all kernels, CPU and emulated CUDA; returns its path. The programs share the kernels' objects."""
     csrc, emulated = _extension.CSRC, ["-DMINIDAMAGE_EMULATED"]
     native = _toolchain.native_flags()                                       # the vectors that the kernels really have
     objects = [(source, [*compiler, *native]) for source in sorted((csrc / "cpu").glob("*.cpp"))]
     objects += [(source, [*compiler, *emulated, "-x", "c++"]) for source in sorted((csrc / "cuda").glob("*.cu"))]
     objects += [(DATA.parent / f"{name}.cpp", [*compiler, *emulated, "-I", str(csrc)])]
-    return _extension._build_library(name, objects, [*_toolchain.cxx(), *SANITIZE], what)
+    return _extension._build_library(name, objects, [*_toolchain.cxx(), *SANITIZE], PROGRAMS[name])
 
 
 def expect_clean(program):
@@ -38,11 +54,11 @@ def expect_clean(program):
 
 
 def test_all_kernels_are_clean(compiler):
-    expect_clean(kernels_under_sanitizers(compiler, "sanitize", "kernels under sanitizers (tests)"))
+    expect_clean(kernels_under_sanitizers(compiler, "sanitize"))
 
 
 def test_ten_thousand_random_cases_are_clean(compiler):
-    expect_clean(kernels_under_sanitizers(compiler, "sanitize_fuzz", "random cases under sanitizers (tests)"))
+    expect_clean(kernels_under_sanitizers(compiler, "sanitize_fuzz"))
 
 
 def test_the_sanitizers_would_see_it(compiler, tmp_path):
