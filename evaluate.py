@@ -3,6 +3,7 @@
     python evaluate.py                                                   the newest run's best.pt on that run's own test part
     python evaluate.py --checkpoint runs/damagenet-demo-001 --part val
     python evaluate.py --checkpoint best.pt --data other/                another data set, same class names
+    python evaluate.py --occlude 0.1                                     with a tenth of each damage covered in the pictures
     python evaluate.py --truth gt.json --detections dt.json              two COCO files, no model
     python evaluate.py --ceiling --data coco/                            what perfect masks of 28x28 pixels would score, no model
     python evaluate.py --compare runs/context_cracknet-cfd-001 runs/unet-cfd-001 ...       tables, spread over sets, paired tests
@@ -25,7 +26,7 @@ from minidamage.checkpoint import choose_device, load_checkpoint
 from minidamage.data import load_dataset
 from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
 from minidamage.data.split import from_names
-from minidamage.evaluation import ceiling, comparison, complexity, detection, epochs, segmentation
+from minidamage.evaluation import ceiling, comparison, complexity, detection, epochs, occlusion, segmentation
 from minidamage.evaluation.common import Job, without_nan, writing
 from minidamage.metrics import tables
 from minidamage.metrics.detection import evaluate_coco_files
@@ -58,6 +59,9 @@ def answer(args):
     check_numbers(args)
     of_the_set = args.ceiling is not None and not args.checkpoint
     needs_one = args.truth or args.detections or args.compare or args.complexity is not None or args.test_epochs or of_the_set
+    if args.occlude is not None and needs_one:
+        raise ValueError("--occlude: expected one model to score on the covered pictures, got a task without; leave the flag out, or name "
+                         "a --checkpoint")
     if needs_one and not distributed.is_main():
         return 0
     if args.truth or args.detections:
@@ -80,6 +84,8 @@ def check_numbers(args):
         value = getattr(args, flag)
         if value is not None and value < 0:
             raise ValueError(f"--{flag}: expected {meaning}, got {value}")
+    if args.occlude is not None:
+        occlusion.check_share(args.occlude)
 
 
 def parse_arguments(argv):
@@ -96,6 +102,8 @@ def parse_arguments(argv):
         help="bootstrap draws of pictures for the intervals, 0 = none (default: %(default)s)")
     add("--set", action="append", default=[], metavar="FIELD=VALUE", help="change how the checkpoint's masks are finished, for example "
         "fill_holes=false remove_islands=false mask_threshold=0.5; fields that shape its weights stay")
+    add("--occlude", type=float, metavar="SHARE", help="cover this share of each finding of the truth with a patch in the pictures, for "
+        "example 0.1; the truth stays whole (default: nothing is covered)")
     add("--worst", type=int, default=8, metavar="N", help="how many of the worst predictions to draw (default: %(default)s)")
     add("--mm-per-px", type=float, metavar="MM", help="segmentation: millimetres a pixel of the pictures; recall is then told apart for "
         "cracks under 1 mm, 1 to 3 mm and wider (default: by width in pixels)")
@@ -153,7 +161,8 @@ def score_model(args):
     path = run_folder.find_checkpoint(args.checkpoint, "runs", "best.pt")
     model, checkpoint = load_checkpoint(path, device)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)
-    print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path})")
+    covered = f", {occlusion.in_words(args.occlude)}" if args.occlude else ""
+    print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path}){covered}")
     job = Job(args, model, checkpoint, path, device, dataset, part, records, own)
     {"detection": detection.score, "segmentation": segmentation.score}[model.task](job)
     return 0

@@ -7,6 +7,7 @@ import torch
 
 from minidamage import run_folder
 from minidamage.config import apply_settings
+from minidamage.evaluation.occlusion import in_words
 from minidamage.metrics import tables
 from minidamage.visualize.report import Picture, Table, write_report
 
@@ -31,9 +32,11 @@ class Job:
 
     @property
     def folder(self):
-        """Where the results go: --out, or evaluation-<part>/ beside the checkpoint, with the data set's name if it is another."""
+        """Where the results go: --out, or evaluation-<part>/ beside the checkpoint, with the data set's name if it is another, and the
+        share of each finding that is covered."""
         of_set = "" if self.own else "-" + os.path.splitext(os.path.basename(os.path.abspath(self.dataset.path)))[0]
-        return self.args.out or os.path.join(os.path.dirname(os.path.abspath(self.path)), f"evaluation{of_set}-{self.part}")
+        covered = f"-occluded-{self.args.occlude:g}" if self.args.occlude else ""
+        return self.args.out or os.path.join(os.path.dirname(os.path.abspath(self.path)), f"evaluation{of_set}-{self.part}{covered}")
 
     @property
     def workers(self):
@@ -44,8 +47,8 @@ class Job:
         trained = self.checkpoint.get("run", {}).get("args", {})
         return {"command": run_folder.command_line(), "task": self.model.task, "checkpoint": self.path, "model": self.checkpoint["model"],
                 "trained_with": list(trained.get("set") or []), "epoch": self.checkpoint.get("train", {}).get("epoch"),
-                "data": os.path.abspath(self.dataset.path), "part": self.part, "set": self.args.set, "pictures": len(self.records),
-                **run_folder.environment(self.device)}
+                "data": os.path.abspath(self.dataset.path), "part": self.part, "occlusion": self.args.occlude or 0, "set": self.args.set,
+                "pictures": len(self.records), **run_folder.environment(self.device)}
 
 
 @contextlib.contextmanager
@@ -82,6 +85,16 @@ def cost_text(metrics):
             f"peak memory {metrics['peak memory MB']:.0f} MB")
 
 
+def marked(shown, occlude):
+    """The sections with the share that was covered in every table's caption and as a note, where --occlude asked for it."""
+    if not occlude:
+        return shown
+    words = in_words(occlude)
+    captioned = [(heading, [block if isinstance(block, str) else (f"{block[0]}; {words}", *block[1:]) for block in blocks])
+                 for heading, blocks in shown]
+    return [*captioned, ("Occlusion", [f"{words} by a patch in the picture, the truth left whole"])]
+
+
 def print_sections(shown):
     """Prints [(heading, [table or text, ...]), ...]; a table is (caption, columns, rows)."""
     for heading, blocks in shown:
@@ -98,10 +111,11 @@ def write_page(folder, shown, about, plots, pictures):
         next(content for name, content in blocks if name == heading).extend(drawn)
     if pictures:
         blocks.append(("Worst predictions", [Picture(path, caption, wide=True) for path, caption in pictures]))
+    covered = f", {in_words(about['occlusion'])}" if about["occlusion"] else ""
     facts = {name: str(value) for name, value in about.items() if not isinstance(value, dict)}
     blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))
     write_report(os.path.join(folder, "report.html"), f"{about['model']} on {about['part']} of {os.path.basename(about['data'])}", blocks,
-                 f"{about['pictures']} pictures, `{about['checkpoint']}`")
+                 f"{about['pictures']} pictures{covered}, `{about['checkpoint']}`")
 
 
 def without_nan(value):

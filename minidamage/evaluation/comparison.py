@@ -84,6 +84,7 @@ def load(path, size, at):
             content = json.load(stream)
         model = " ".join([content["model"], *content.get("trained_with", [])])
         part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
+        part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
         data = os.path.splitext(os.path.basename(content["data"]))[0] + part
         if content.get("task") != "segmentation":
             return Evaluation(file, "detection", model, data, "", content["stats"], None, None)

@@ -8,7 +8,8 @@ from minidamage import distributed, masks, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
 from minidamage.evaluation.ceiling import mask_ceiling
-from minidamage.evaluation.common import change_finish, cost_text, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.evaluation.common import change_finish, cost_text, marked, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.evaluation.occlusion import occluded
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
 from minidamage.metrics.detection import CocoEvaluator, run_model
@@ -34,7 +35,7 @@ def score(job):
     outlines = [mask is not None for record in records for mask in record.masks]
     with_masks = "segm" in iou_types(model) and (any(outlines) or not outlines)
 
-    samples, pixels, judged, unreadable = Samples(records, with_masks), PixelEvaluator(names), [], []
+    samples, pixels, judged, unreadable = Samples(records, with_masks, job.args.occlude), PixelEvaluator(names), [], []
     progress = Progress(len(samples), device=job.device)
 
     def on_picture(image, truth, detection):
@@ -67,7 +68,7 @@ def score(job):
     if ceiling:
         notes.append(f"perfect masks of {job.args.ceiling}x{job.args.ceiling} pixels would score a mask AP of {ceiling['segm/AP']:.3f} "
                      f"here, AP50 {ceiling['segm/AP50']:.3f}")
-    shown = show(result, pixel_result, thresholds, metrics, intervals, notes)
+    shown = show(result, pixel_result, thresholds, metrics, intervals, notes, job.args.occlude)
     numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable, "ceiling": ceiling or {}}
     about, folder = job.about(), job.folder
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
@@ -82,11 +83,13 @@ def score(job):
 
 
 class Samples(torch.utils.data.Dataset):
-    """Pictures and their truth in original pixels, masks as run lengths (never dense: a 12-megapixel picture with 20 objects is 240 MB)."""
+    """Pictures and their truth in original pixels, masks as run lengths (never dense: a 12-megapixel picture with 20 objects is 240 MB).
+    occlude: the share of each object that a patch hides in the picture, or None (occlusion.py)."""
 
-    def __init__(self, records, with_masks):
-        self.records, self.with_masks, self.pictures = records, with_masks, DetectionDataset(records)
-        self.pictures.with_masks = False
+    def __init__(self, records, with_masks, occlude=None):
+        pictures = DetectionDataset(records)
+        pictures.with_masks = False
+        self.records, self.with_masks, self.pictures = records, with_masks, occluded(pictures, occlude)
         ids = [r.image_id for r in records]
         self.ids = ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))        # parts of two files may share ids
 
@@ -116,7 +119,7 @@ def confident(detection, thresholds, names):
 
 # ---------------------------------------------------------------------------------------------------------- what comes out
 
-def show(result, pixels, thresholds, metrics, intervals, notes):
+def show(result, pixels, thresholds, metrics, intervals, notes, occlude=None):
     """Prints all tables and returns them for the report: [(heading, [table or text])]."""
     alarms = result.false_alarms(thresholds)
     alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
@@ -135,6 +138,7 @@ def show(result, pixels, thresholds, metrics, intervals, notes):
     shown.append(("Speed and memory", [cost_text(metrics)]))
     if notes:
         shown.append(("Notes", notes))
+    shown = marked(shown, occlude)
     print_sections(shown)
     return shown
 

@@ -15,7 +15,8 @@ from minidamage import distributed, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
-from minidamage.evaluation.common import change_finish, cost_text, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.evaluation.common import change_finish, cost_text, marked, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.evaluation.occlusion import occluded
 from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
 from minidamage.metrics.crack import CrackEvaluator, pixel_widths
@@ -41,7 +42,7 @@ def score(job):
     if job.args.set:
         change_finish(job.model, job.args.set)                # raises: nothing of a segmenter is settled after training
     points, records = operating_points(job), job.records
-    dataset = SegmentationDataset(records)
+    dataset = occluded(SegmentationDataset(records), job.args.occlude)
     sizes = {name: SizeScores(name, job.names, points, job.args.mm_per_px if name == "native" else None) for name in sizes_of(job)}
     unreadable, seconds, progress = [], [], Progress(len(dataset), device=job.device)
     maps = os.path.join(job.folder, "maps") if job.args.save_maps else None
@@ -188,6 +189,7 @@ def finish(job, sizes, points, metrics, unreadable):
     notes = [*unreadable_note(unreadable, len(job.records)), *explain(sizes, in_use, job)]
     shown = [("Accuracy", tables.segmentation_tables(sizes)), ("Thin damage", tables.crack_tables(sizes)),
              ("Speed and memory", [cost_text(metrics)]), *([("Notes", notes)] if notes else [])]
+    shown = marked(shown, job.args.occlude)
     print_sections(shown)
     about, folder = job.about(), job.folder
     numbers = {**about, "in_use": in_use, "sizes": {name: scores.numbers() for name, scores in sizes.items()},
@@ -245,7 +247,7 @@ def draw_worst(job, result, threshold):
     wrong pixels."""
     iou, wrong = result.per_image("IoU"), result.counts[:, 0, 1:3].sum(1)
     order = sorted(np.flatnonzero((wrong > 0) & np.isfinite(iou)), key=lambda i: (iou[i], -wrong[i], i))
-    dataset, drawn = SegmentationDataset(job.records), []
+    dataset, drawn = occluded(SegmentationDataset(job.records), job.args.occlude), []
     for rank, index in enumerate(order[:job.args.worst], 1):
         image, target = dataset[index]
         truth = target["label_map"].numpy()
