@@ -60,6 +60,7 @@ def our_row(row, runs, table, made_with):
     """One line of ours over its seeds; made_with receives what the numbers were made with."""
     command = f"`python results/reproduce.py --run {' '.join(run.name for run in runs)}`"
     found = [(run, json.loads(path.read_text())) for run in runs if (path := HERE / run.name / "summary.json").exists()]
+    found = [(run, summary) for run, summary in found if row in summary["rows"]]               # a row may be younger than the run
     if not found:
         return f"| {row} | | not run" + " |" * len(table.columns) + f" {command} |"
     seeds, values = [], {column: [] for column in table.columns}

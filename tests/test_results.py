@@ -9,6 +9,7 @@ import pytest
 import torch
 from oracle import DATA
 
+import evaluate
 import minidamage
 import train
 from minidamage import training
@@ -66,6 +67,29 @@ def test_a_row_puts_its_seeds_together(results, tmp_path, monkeypatch):
     assert "| 5 DANet (+ focal loss) | 0, 1 | - | - | - | - | - | - | 30.00 (20.00 to 40.00) |" in text
     assert "360 test pictures; some processor, 2 threads; torch 2; commit 0123456 with uncommitted changes." in text
     assert "| 1 Faster R-CNN | | not run |" in text
+
+
+def test_a_row_that_a_finished_run_was_not_scored_for_is_not_run(results, tmp_path, monkeypatch):
+    tables, columns = results["tables"], results["runs"].CAR_COLUMNS
+    hardware = {"gpu": None, "cpu": "some processor", "threads": 2}
+    summary = {"run": {"seed": 0, "commits": ["0123456"], "hardware": hardware, "versions": {"torch": "2"}},
+               "rows": {"DamageNet": {"pictures": 105, "stats": {"segm/AP": 0.2}}}}
+    (tmp_path / "cars-damagenet").mkdir()
+    (tmp_path / "cars-damagenet" / "summary.json").write_text(json.dumps(summary))
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    lines = tables.table_text("cars").splitlines()
+    assert "| DamageNet | 0 | - | - | 0.200 |" in next(line for line in lines if line.startswith("| DamageNet |"))
+    for row in ("DamageNet, a tenth occluded", "DamageNet, a quarter occluded"):
+        assert f"| {row} | | not run{' |' * len(columns)} `python results/reproduce.py --run cars-damagenet` |" in lines
+
+
+def test_the_flags_of_every_row_are_evaluate_py_s(results):
+    for run in results["runs"].RUNS:
+        for row, flags in run.rows.items():
+            evaluate.check_numbers(evaluate.parse_arguments(shlex.split(flags.format(run="runs/x"))))
+    rows = {row: flags for run in results["runs"].RUNS if run.table == "cars" for row, flags in run.rows.items()}
+    assert [row for row, flags in rows.items() if evaluate.parse_arguments(shlex.split(flags)).occlude == 0.1] \
+        == ["DamageNet, a tenth occluded", "Mask R-CNN, a tenth occluded"]
 
 
 def test_the_budget_goes_on_with_what_was_begun_then_with_first_seeds(results, tmp_path, monkeypatch):
