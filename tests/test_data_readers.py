@@ -425,3 +425,51 @@ def test_annotations_made_before_the_exif_rotation_are_turned(tmp_path):
     np.testing.assert_array_equal(masks.decode(masks.from_polygons(record.masks[0], 64, 48)) > 0, turned)
     np.testing.assert_array_equal(masks.decode(record.masks[1]) > 0, turned)
     np.testing.assert_allclose(record.boxes, [[33, 8, 43, 20]] * 2)
+
+
+def test_a_picture_whose_objects_are_all_unusable_is_no_undamaged_one(tmp_path):
+    """In every layout: two objects of which none can be used, beside a sound picture; left out, counted and named."""
+    vehide = vehide_set(tmp_path / "vehide", [("mop_lom", [1, 2], [3, 4]), ("mop_lom", [1, 2, 3], [3, 4])])
+    via = via_set(tmp_path / "via", [via_region("point", cx=3, cy=4), via_region("polygon", value="", **SQUARE)], name="a.jpg").parent
+    content = json.loads((via / "via.json").read_text())
+    dump(via / "via.json", {**content, "b": {"filename": "b.jpg", "regions": [via_region("polygon", **SQUARE)]}})
+    picture(via / "b.jpg")
+    coco = coco_set(tmp_path / "coco", [{"bbox": [10, 5, 0, 20]}, {"bbox": [70, 5, 9, 9]}, {"bbox": [8, 5, 9, 9], "image_id": 8}],
+                    images=((7, "a.jpg", 64, 48), (8, "b.jpg", 64, 48)))
+    voc, yolo, labelme = (tmp_path / name for name in ("voc", "yolo", "labelme"))
+    corners = "<xmin>{}</xmin><ymin>1</ymin><xmax>9</xmax><ymax>9</ymax>"
+    for name, left in (("a", 20), ("b", 1)):
+        for folder in (voc, yolo, labelme):
+            picture(folder / f"{name}.jpg")
+        boxes = "".join(f"<object><name>dent</name><bndbox>{corners.format(left)}</bndbox></object>" for _ in range(2))
+        (voc / f"{name}.xml").write_text(f"<annotation><filename>{name}.jpg</filename>{boxes}</annotation>")
+        (yolo / f"{name}.txt").write_text("0 0.5 0.5 0.5 0.5\n" if left == 1 else "0 0.5 0.5 0.5 nan\n0 0.5 0.5 3 3\n")
+        kind = "polygon" if left == 1 else "point"
+        shapes = [{"label": "dent", "shape_type": kind, "points": [[1, 1], [9, 1], [9, 9]]}] * 2
+        dump(labelme / f"{name}.json", {"imagePath": f"{name}.jpg", "imageWidth": 64, "imageHeight": 48, "shapes": shapes})
+    for path in (vehide, via, coco, voc, yolo, labelme):
+        data = load(path)
+        assert data.layout == path.name
+        assert [r.file.rsplit("/", 1)[1] for records in data.parts.values() for r in records] == ["b.jpg"], path.name
+        assert "a.jpg: none of its 2 objects can be used; picture left out" in data.problems, path.name
+        assert not any("left out (not known" in note for note in data.notes), path.name
+
+
+def test_a_wrong_folder_of_pictures_and_a_single_file_say_what_to_give(tmp_path):
+    coco = coco_set(tmp_path / "coco", [{"bbox": [8, 5, 9, 9]}])
+    picture(tmp_path / "others/z.jpg")
+    (tmp_path / "empty").mkdir()
+    for wrong, got in (("nowhere", "a path where nothing is"), ("others/z.jpg", "a file"), ("empty", "one without a picture")):
+        with pytest.raises(ValueError, match=f"--images .*{wrong}: expected the folder that the pictures of .*coco lie in, got {got}"):
+            load(coco, images=str(tmp_path / wrong))
+    (coco / "a.jpg").rename(tmp_path / "a.jpg")
+    with pytest.raises(ValueError, match="the data set is empty .*The pictures were sought in --images .*others: is it their folder?"):
+        load(coco, images=str(tmp_path / "others"))
+    (tmp_path / "voc/annotations").mkdir(parents=True)
+    picture(tmp_path / "voc/images/1.jpg")
+    for file in ("voc/annotations/1.xml", "voc/annotations/1.mat"):
+        (tmp_path / file).write_text("<annotation/>")
+        with pytest.raises(ValueError, match="expected a data set, got the file of one picture; give the folder .*, such as .*/voc$"):
+            load(tmp_path / file)
+    with pytest.raises(ValueError, match="got the file of one picture; give the folder that holds all pictures and annotations$"):
+        load(tmp_path / "others/z.jpg")

@@ -17,10 +17,11 @@ from minidamage.data import coco, crackforest, labelme, mask_folders, vehide, vi
 from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
-from minidamage.data.pictures import read_image
+from minidamage.data.pictures import EXTENSIONS, is_picture_name, read_image
 from minidamage.data.record import Dataset, Record, class_counts, problem_kinds, summary
 
 MOST_FOLDERS = 1000                            # that are looked through for an error message
+OF_ONE_PICTURE = (".xml", ".txt", ".mat", ".seg", *EXTENSIONS)        # files that annotate, or are, a picture: never a whole set
 
 __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "SegmentationDataset", "collate", "limit", "Dataset", "Record",
            "summary", "class_counts", "problem_kinds", "LAYOUTS"]
@@ -54,13 +55,14 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     asked, (path, beginnings) = os.fspath(path), _selection(os.fspath(path))
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
+    if images is not None and not _has_pictures(images):
+        got = "one without a picture" if os.path.isdir(images) else "a file" if os.path.isfile(images) else "a path where nothing is"
+        raise ValueError(f"--images {images}: expected the folder that the pictures of {path} lie in, got {got}")
     for _, layout in LAYOUTS:
         if layout.recognise(path):
             break
     else:
-        known = "; ".join(name for name, _ in LAYOUTS)
-        raise ValueError(f"{path}: no known annotation layout found{_what_is_there(path)}. Known: {known}. Give the folder that holds the "
-                         "annotation file, or the file itself (of formats with a file a picture, the folder)")
+        raise ValueError(_no_layout(path))
     try:
         dataset = layout.read(path, images=images, attribute=attribute, voc_boxes=voc_boxes, voc_difficult=voc_difficult)
     except (TypeError, AttributeError, KeyError, IndexError) as error:
@@ -72,6 +74,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     records = [r for part in dataset.parts.values() for r in part]
     if not records:
         why = f"; first of {len(dataset.problems)} problems: {dataset.problems[0]}" if dataset.problems else ""
+        why += f". The pictures were sought in --images {images}: is it their folder?" if images else ""
         raise ValueError(f"{path}: the data set is empty (no usable picture){why}")
     count_self_crossing(records, dataset.problems)
     if class_names is not None:
@@ -79,6 +82,23 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     if not quiet:
         print(summary(dataset), flush=True)
     return dataset
+
+
+def _no_layout(path):
+    """The message for a path that no reader knows: what is there, and what to give."""
+    if os.path.isfile(path) and path.lower().endswith(OF_ONE_PICTURE):
+        above = os.path.dirname(os.path.abspath(path))
+        near = next(filter(_has_pictures, (above, os.path.dirname(above), os.path.dirname(os.path.dirname(above)))), None)
+        return (f"{path}: expected a data set, got the file of one picture; give the folder that holds all pictures and annotations"
+                + f", such as {near}" * bool(near and not is_picture_name(path)))
+    known = "; ".join(name for name, _ in LAYOUTS)
+    return (f"{path}: no known annotation layout found{_what_is_there(path)}. Known: {known}. Give the folder that holds the annotation "
+            "file, or the file itself (of formats with a file a picture, the folder)")
+
+
+def _has_pictures(folder):
+    """Whether there is a picture in the folder or below it."""
+    return any(map(is_picture_name, itertools.chain.from_iterable(names for _, _, names in itertools.islice(os.walk(folder), MOST_FOLDERS))))
 
 
 def _what_is_there(path):

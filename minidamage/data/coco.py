@@ -203,8 +203,7 @@ def _read_part(content, label_of, finder, problems):
             try:
                 objects.append(_raw_object(annotation, label_of, name, problems))
             except (TypeError, AttributeError, IndexError) as error:
-                problems.append(f"{name}, annotation {annotation['id']}: cannot be read ({error}); dropped")
-        objects = [o for o in objects if o is not None]
+                objects.append(problems.append(f"{name}, annotation {annotation['id']}: cannot be read ({error}); dropped"))
         record = make_record(file, image["id"], objects, problems, listed_size=size)
         if record is not None:
             records.append(record)

@@ -44,13 +44,13 @@ def read(path, images=None, **_):
                 loaded[part].append((file, content))
     names = _class_names(path, loaded, notes)
     label_of = {name.lower(): k + 1 for k, name in enumerate(names)}
-    parts, next_id = {}, [1, 1]
+    parts, seen, next_id = {}, {}, [1, 1]
     for part in ("all", *PARTS):
         if part in loaded:
-            parts[part] = _read_part(path, loaded[part], label_of, images, part, problems, next_id)
+            parts[part] = _read_part(path, loaded[part], label_of, images, part, problems, next_id, seen)
     records = [r for listed in parts.values() for r in listed]
     for folder in sorted({os.path.dirname(r.file) for r in records}):
-        extra = unlisted_pictures(folder, records)
+        extra = unlisted_pictures(folder, records, [os.path.basename(picture) for picture in seen])
         if extra:
             notes.append(f"{extra} pictures in {folder} have no JSON that was read: left out (not known to be undamaged)")
     return Dataset(path=str(path), layout="labelme", class_names=tuple(names), category_ids=tuple(range(1, len(names) + 1)), parts=parts,
@@ -117,9 +117,9 @@ def _label(shape):
     return str(label).strip() or None if isinstance(label, (str, int)) else None
 
 
-def _read_part(path, listed, label_of, images, part, problems, next_id):
-    """Records of one part. next_id: [picture id, annotation id], running over all parts."""
-    records, seen = [], {}
+def _read_part(path, listed, label_of, images, part, problems, next_id, seen):
+    """Records of one part. Over all parts run next_id: [picture id, annotation id], and seen: {picture: its JSON}."""
+    records = []
     root = path if os.path.isdir(path) else os.path.dirname(path) or "."
     finders = {}
     for file, content in listed:
@@ -147,29 +147,32 @@ def _read_part(path, listed, label_of, images, part, problems, next_id):
 
 
 def _objects(shapes, size, label_of, name, problems, next_id):
-    """RawObjects of one picture: shapes joined by group, holes cut. size: (width, height) of the JSON, or None (then holes are dropped)."""
+    """RawObjects of one picture, None for each shape that cannot be used: shapes joined by group, holes cut.
+
+    size: (width, height) of the JSON, or None (then holes are dropped).
+    """
     objects, group_at = [], {}
     for shape in shapes:
         annotation_id, next_id[1] = next_id[1], next_id[1] + 1
         say = lambda text: problems.append(f"{name}, annotation {annotation_id}: {text}")
         label = _label(shape)
         if label is None:
-            say("a shape without a label; dropped")
+            objects.append(say("a shape without a label; dropped"))
             continue
         try:
             segmentation = _segmentation(shape, size)
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            say(f"{error}; dropped")
+            objects += [say(f"{error}; dropped")] * (label != HOLE)
             continue
         if label == HOLE:
             if size is None:
                 say("a hole in a picture whose JSON does not say its size; dropped")
             else:
-                objects = [o for o in objects if _cut(o, segmentation, size)]
+                objects = [o for o in objects if o is None or _cut(o, segmentation, size)]
             continue
         group = (label.lower(), shape["group_id"]) if isinstance(shape.get("group_id"), int) else None
         whole = group_at.get(group) if group else None
-        if any(o is whole for o in objects):
+        if whole is not None and any(o is whole for o in objects):
             whole.segmentation = _joined(whole.segmentation, segmentation, size)
         elif label != IGNORED or label_of:
             objects.append(RawObject(annotation_id, label_of.get(label.lower(), 1), segmentation, crowd=label == IGNORED))

@@ -49,6 +49,8 @@ def find_record(finder, name, image_id, objects, problems):
 def make_record(file, image_id, objects, problems, group="", listed_size=None):
     """A Record, or None when the picture itself cannot be used; every loss is written to `problems`.
 
+    objects: RawObjects, and None for each that the reader could make nothing of (and named). A picture of whose objects none can be used
+    is left out: without them it would pass for an undamaged one, and teach a model to overlook its damage.
     listed_size: (width, height) that the annotation file claims, or None. When it is the size *before* the EXIF rotation, or (where
     none is claimed) the outlines fit that size alone, the annotations were drawn on the unrotated picture and are turned with
     it; any other disagreement leaves the picture out, because its boxes would be in another scale.
@@ -59,6 +61,7 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
     except ValueError as error:
         problems.append(f"{name}: {str(error).removeprefix(str(file) + ': ')}; picture left out")
         return None
+    marked, objects = len(objects), [obj for obj in objects if obj is not None]
     unturned = (height, width)
     if turn >= 5 and (listed_size == unturned if listed_size else _fits_only(objects, unturned, (width, height))):
         objects = [turn_object(obj, turn, height, width) for obj in objects]
@@ -75,6 +78,9 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
             clean = problems.append(f"{name}, annotation {obj.annotation_id}: cannot be read ({error}); dropped")
         if clean is not None:
             kept.append(clean)
+    if marked and not kept:
+        problems.append(f"{name}: none of its {marked} objects can be used; picture left out")
+        return None
     return Record(
         file=str(file), image_id=image_id, width=width, height=height, group=group,
         boxes=np.array([k.box for k in kept], np.float32).reshape(-1, 4),

@@ -244,7 +244,7 @@ def _read_part(path, part, parsed, label_of, images, options, problems, next_id,
             continue
         objects = [_raw_object(element, first_id + i, label_of, options, os.path.basename(picture), problems, tally)
                    for i, element in enumerate(elements)]
-        record = make_record(picture, image_id, [o for o in objects if o is not None], problems, listed_size=_size(root))
+        record = make_record(picture, image_id, objects, problems, listed_size=_size(root))
         if record is not None:
             records.append(record)
     return records

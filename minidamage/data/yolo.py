@@ -294,7 +294,7 @@ def _read_part(listed, num_classes, problems, next_id):
             try:
                 objects.append(_raw_object(annotation_id, values, width, height))
             except ValueError as error:
-                problems.append(f"{name}, annotation {annotation_id}: line {number}: {error}; dropped")
+                objects.append(problems.append(f"{name}, annotation {annotation_id}: line {number}: {error}; dropped"))
         record = make_record(picture, image_id, objects, problems)
         if record is not None:
             records.append(record)
