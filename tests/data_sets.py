@@ -13,6 +13,12 @@ def picture(path, width=64, height=48, seed=0, **save):
     return path
 
 
+def counts_of(labels):
+    """((label, pixels), ...) of a label map, background and "not judged" left out: what LabelMapFile.counts holds."""
+    values, pixels = np.unique(labels, return_counts=True)
+    return tuple((int(value), int(n)) for value, n in zip(values, pixels) if 0 < value < 255)
+
+
 def dump(path, content):
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content), encoding="utf-8")

@@ -7,10 +7,11 @@ import pytest
 import torch
 from PIL import Image
 
+from data_sets import counts_of
 from minidamage import masks
 from minidamage.config import Recipe
 from minidamage.data import DetectionDataset, SegmentationDataset, mat, transforms
-from minidamage.data.label_maps import IGNORE, LabelMapFile, counts_of, label_map, read_seg, read_values, table_of
+from minidamage.data.label_maps import IGNORE, LabelMapFile, label_map, read_seg, read_values, table_of
 from minidamage.data.record import Record
 
 SQUARES = {"large": [2, 2, 22, 22], "small": [8, 8, 12, 14]}

@@ -4,9 +4,10 @@ import json
 import numpy as np
 import pytest
 
+from data_sets import counts_of
 from minidamage.data import DetectionDataset, SegmentationDataset, class_counts, label_map, load_dataset
 from minidamage.data import split
-from minidamage.data.label_maps import counts_of, read_seg, read_values
+from minidamage.data.label_maps import read_seg, read_values
 
 
 def load(path):

@@ -174,9 +174,3 @@ def table_of(pairs, default=0):
     for value, label in pairs:
         table[value] = label
     return table.tobytes()
-
-
-def counts_of(labels):
-    """((label, pixels), ...) of a label map, without background and IGNORE."""
-    pixels = np.bincount(labels.ravel(), minlength=256)
-    return tuple((k, int(pixels[k])) for k in range(1, IGNORE) if pixels[k])
