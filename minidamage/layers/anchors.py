@@ -36,13 +36,13 @@ class AnchorGenerator(nn.Module):
         return self._cache[key]
 
     def level_anchors(self, sizes, grid_size, image_size, device):
-        cell = cell_anchors(sizes, self.aspect_ratios)
+        cell = cell_anchors(sizes, self.aspect_ratios).to(device, non_blocking=True)  # on a GPU nothing waits for a new shape of pictures
         stride_y, stride_x = image_size[0] // grid_size[0], image_size[1] // grid_size[1]
-        y = torch.arange(grid_size[0], dtype=torch.float32) * stride_y
-        x = torch.arange(grid_size[1], dtype=torch.float32) * stride_x
+        y = torch.arange(grid_size[0], dtype=torch.float32, device=device) * stride_y
+        x = torch.arange(grid_size[1], dtype=torch.float32, device=device) * stride_x
         y, x = torch.meshgrid(y, x, indexing="ij")
         shifts = torch.stack([x, y, x, y], dim=-1)                                     # [h, w, 4]
-        return (shifts[:, :, None] + cell).reshape(-1, 4).to(device)
+        return (shifts[:, :, None] + cell).reshape(-1, 4)
 
 
 def cell_anchors(sizes, aspect_ratios):

@@ -130,7 +130,7 @@ def check_targets(images, targets, num_classes, masks=True):
         if masks and G and tuple(target["masks"].shape) != (G, *image.shape[-2:]):
             raise ValueError(f"{where}: expected masks [{G}, {image.shape[-2]}, {image.shape[-1]}] (the picture's size), got "
                              f"{list(target['masks'].shape)}; resize pictures and masks together")
-        if not boxes.is_cuda and G:
+        if boxes.is_cpu and G:
             check_values(where, boxes, labels, num_classes)
         crowd = target.get("iscrowd")
         if crowd is not None and G:

@@ -135,12 +135,12 @@ def live_rows(valid):
     On a CPU the rows that are valid. On a GPU all of them: reading the count back would stall the device, and the empty slots
     are cheaper than that; the losses weigh them with 0.
     """
-    return slice(None) if valid.is_cuda else valid.nonzero().squeeze(1)
+    return valid.nonzero().squeeze(1) if valid.is_cpu else slice(None)
 
 
 def live_counts(valid):
     """How many of each picture's slots `live_rows` keeps. valid: [N, P] bool. Returns N ints."""
-    return [valid.shape[1]] * len(valid) if valid.is_cuda else valid.sum(dim=1).tolist()
+    return valid.sum(dim=1).tolist() if valid.is_cpu else [valid.shape[1]] * len(valid)
 
 
 def pad_boxes(boxes):

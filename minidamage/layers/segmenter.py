@@ -254,7 +254,7 @@ def check_label_map(where, target, size, num_classes):
                          "resize picture and label map together")
     if label_map.dtype not in (torch.uint8, torch.int64):
         raise ValueError(f"{where}: expected a label_map of uint8 or int64, got {label_map.dtype}; convert with .to(torch.int64)")
-    if label_map.is_cuda:
+    if not label_map.is_cpu:
         return
     unknown = (label_map != IGNORE) & ((label_map >= num_classes) | (label_map < 0))
     if unknown.any():
