@@ -10,6 +10,7 @@ run works in runs/reproduce/<name>/; what is kept lies in results/<name>/: summa
 metrics.csv and curves.png. A run that is stopped, by Ctrl-C, a kill or the budget, goes on where it was.
 """
 import argparse
+import importlib.util
 import json
 import os
 import pathlib
@@ -19,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 
 from runs import RUNS
 from tables import write_tables
@@ -40,11 +42,16 @@ def data_folder():
     return os.environ["MINIDAMAGE_DATA"]
 
 
-def script(name, arguments, deadline=None):
+def typed(run, which):
+    """How a run's train.py or evaluate.py is typed, without its arguments: a peer's model is known to results/peers.py alone."""
+    return ["results/peers.py", which] if run.peer else [f"{which}.py"]
+
+
+def script(words, deadline=None):
     """Runs a script of the project and passes its output on; stops with it when it fails. deadline: time.monotonic() at which it is asked
     to save and end (SIGTERM); raises OutOfTime then."""
-    print(f"\n$ python {name} {' '.join(map(shlex.quote, arguments))}", flush=True)
-    process = subprocess.Popen([sys.executable, str(ROOT / name), *arguments], cwd=ROOT)
+    print(f"\n$ python {' '.join(map(shlex.quote, words))}", flush=True)
+    process = subprocess.Popen([sys.executable, str(ROOT / words[0]), *words[1:]], cwd=ROOT)
     try:
         code = process.wait(None if deadline is None else max(0.0, deadline - STOP_EARLY - time.monotonic()))
     except subprocess.TimeoutExpired:
@@ -60,18 +67,19 @@ def perform(run, deadline=None):
     data, out = data_folder() if "{data}" in run.train else "", WORK / run.name
     started = sorted(out.glob("*/last.pt"))
     if not started:
-        script("train.py", [*shlex.split(run.train.format(data=data)), "--out", str(out)], deadline)
+        script([*typed(run, "train"), *shlex.split(run.train.format(data=data)), "--out", str(out)], deadline)
     elif epochs_done(started[-1].parent) < planned_epochs(started[-1].parent):
-        script("train.py", ["--resume", str(started[-1].parent)], deadline)
+        script([*typed(run, "train"), "--resume", str(started[-1].parent)], deadline)
     folder = sorted(out.glob("*/last.pt"))[-1].parent
     kept = HERE / run.name
     kept.mkdir(exist_ok=True)
-    summary = {"name": run.name, "table": run.table, "train": f"python train.py {run.train}".strip().replace("{data}", "$MINIDAMAGE_DATA"),
+    command = f"python {' '.join(typed(run, 'train'))} {run.train}".strip().replace("{data}", "$MINIDAMAGE_DATA")
+    summary = {"name": run.name, "table": run.table, "train": command, "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
-        script("evaluate.py", ["--checkpoint", str(folder / "best.pt"), "--out", str(target), *shlex.split(arguments.format(run=folder))],
-               deadline)
+        script([*typed(run, "evaluate"), "--checkpoint", str(folder / "best.pt"), "--out", str(target),
+                *shlex.split(arguments.format(run=folder))], deadline)
         summary["rows"][row] = without_paths(json.loads((target / "results.json").read_text()), data)
     for name in ("metrics.csv", "curves.png"):
         shutil.copyfile(folder / name, kept / name)
@@ -106,7 +114,9 @@ def is_done(run):
 
 
 def lacks(run):
-    """The data set of a run, where it is not there (nor MINIDAMAGE_DATA); else "": a run of the list may wait for its data."""
+    """What is not there of a run's data set (or MINIDAMAGE_DATA) and peer; else "": a run of the list may wait."""
+    if run.peer and importlib.util.find_spec(run.peer) is None:
+        return f"the package {run.peer}"
     words = shlex.split(run.train.format(data=os.environ.get("MINIDAMAGE_DATA", "$MINIDAMAGE_DATA")))
     path = words[words.index("--data") + 1] if "--data" in words else ""
     return path if path and not os.path.exists(path.partition(":")[0]) else ""
@@ -138,7 +148,7 @@ def spend(minutes, runs):
         if time.monotonic() > deadline - 2 * STOP_EARLY:
             break
         if lacks(run):
-            print(f"reproduce.py: {run.name} waits for its data: {lacks(run)}", flush=True)
+            print(f"reproduce.py: {run.name} waits for {lacks(run)}", flush=True)
             continue
         try:
             perform(run, deadline)
@@ -159,7 +169,7 @@ def show_list():
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="the runs, and which are done; -: its data is not there")
+    parser.add_argument("--list", action="store_true", help="the runs, and which are done; -: its data, or its peer, is not there")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="runs to make, in this order; one that was cut goes on")
     parser.add_argument("--resume", action="store_true", help="go on with every run that was begun and not finished")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop, and save, when so many minutes are over; without --run: what "

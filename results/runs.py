@@ -14,6 +14,7 @@ class Run:
     rows: dict                          # row of the table -> further arguments of evaluate.py; {run} is the run's folder
     hardware: str                       # "cpu": fits two cores; "gpu": waits for a card
     minutes: tuple = (None, None)       # expected on two CPU cores, on an H100-class GPU; None: not known yet
+    peer: str = ""                      # the package whose model it is, trained through results/peers.py; "": ours
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,6 +220,54 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
           if which != "cracks448"),
         *crack_runs("cracks-full", CRACKS_FULL, "gpu", "cracks448", LEADING, (0, 1, 2), (None, None)),
         *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS]
+
+# ---- peers: their model, our script ------------------------------------------------------------------------------------------------
+
+# Which of our runs a peer's model repeats: with the same data, start weights, recipe and seeds. What changes in the arguments is the model's
+# name, and what leads to the very same config and recipe from there (tests/test_results.py asks that it does).
+AS_NO_DILATION = ("--set max_size=1024 --set optimizer=sgd --set lr=0.02 --set schedule=step --set milestones=34,43 --clip 0 --set rotate=15 "
+                  "--set contrast=0 --set saturation=0")
+# DANet's second phase with torchvision's nearest up-sampling in the pyramid, in our Faster R-CNN's words. Without mixed precision, ours
+# too: under it torchvision rounds its boxes.
+STEEL_TWIN = ("--model fasterrcnn_resnet50_fpn --data {data}/neu_det --size 400 --epochs 30 --batch-size 4 --select bbox/AP50 "
+              "--pretrained {data}/weights/resnet50_augnet.pth --set lr_batch_size=4 --set milestones=20,28 --set warmup_iters=500 "
+              "--set max_size=400 --set anchor_sizes=32,64,96,160,256 --set aspect_ratios=0.33,1,3 --set canonical_scale=112")
+RUNS += [Run(seeded("steel-full-fasterrcnn", seed), "steel-full", f"{STEEL_TWIN} --seed {seed}", {"2 with nearest up-sampling, float32": ""},
+             "gpu") for seed in (0, 1, 2)]
+
+
+@dataclasses.dataclass(frozen=True)
+class Twin:
+    """A peer's model in place of ours in some runs."""
+
+    tables: tuple                       # the first words of their names
+    ours: str                           # our run's name, without its table and seed
+    theirs: str
+    changes: dict                       # text in the arguments -> what stands there instead
+    peer: str
+    row: str
+    evaluate: str = ""                  # arguments of evaluate.py
+
+    def of(self, run):
+        """The peer's run, or None where our run is none that it repeats."""
+        name, dash, seed = run.name.partition("-seed")
+        if not run.table.startswith(self.tables) or name != f"{run.table}-{self.ours}":
+            return None
+        train = run.train
+        for old, new in self.changes.items():
+            train = train.replace(old, new)
+        return dataclasses.replace(run, name=f"{run.table}-{self.theirs}{dash}{seed}", train=train, rows={self.row: self.evaluate},
+                                   peer=self.peer)
+
+
+TWINS = (Twin(("cracks-quick", "cracks-full"), "unet", "smp-unet", {"--model unet": "--model smp_unet"}, "segmentation_models_pytorch",
+              "segmentation_models_pytorch's U-Net"),
+         Twin(("cars-full",), "no-dilation", "torchvision-maskrcnn",
+              {"--model damagenet": "--model torchvision_maskrcnn_resnet50_fpn", "--set context=false": AS_NO_DILATION, " --amp bf16": ""},
+              "torchvision", "torchvision's Mask R-CNN", "--set mask_threshold=0.5"),
+         Twin(("steel-full",), "fasterrcnn", "torchvision-fasterrcnn",
+              {"--model fasterrcnn_resnet50_fpn": "--model torchvision_fasterrcnn_resnet50_fpn"}, "torchvision", "torchvision's Faster R-CNN"))
+RUNS += [made for twin in TWINS for run in RUNS if (made := twin.of(run))]
 
 
 TABLES = {

@@ -59,10 +59,11 @@ def table_text(name):
 def our_row(row, runs, table, made_with):
     """One line of ours over its seeds; made_with receives what the numbers were made with."""
     command = f"`python results/reproduce.py --run {' '.join(run.name for run in runs)}`"
+    label = f"{row}, trained by the same script" if runs[0].peer else row
     found = [(run, json.loads(path.read_text())) for run in runs if (path := HERE / run.name / "summary.json").exists()]
     found = [(run, summary) for run, summary in found if row in summary["rows"]]               # a row may be younger than the run
     if not found:
-        return f"| {row} | | not run" + " |" * len(table.columns) + f" {command} |"
+        return f"| {label} | | not run" + " |" * len(table.columns) + f" {command} |"
     seeds, values = [], {column: [] for column in table.columns}
     for run, summary in found:
         numbers = summary["rows"][row]
@@ -72,10 +73,10 @@ def our_row(row, runs, table, made_with):
         commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
         hardware = summary["run"]["hardware"]
         where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
-        made_with[f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}; "
-                  f"commit {commits}"] = None
+        made_with[f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}"
+                  f"{', ' * bool(run.peer)}{summary.get('peer', '')}; commit {commits}"] = None
     cells = [cell([value for value in column if value is not None], table.percent) for column in values.values()]
-    return f"| {row} | {', '.join(seeds)} | " + " | ".join(cells) + f" | {command} |"
+    return f"| {label} | {', '.join(seeds)} | " + " | ".join(cells) + f" | {command} |"
 
 
 def cell(values, percent):

@@ -13,6 +13,7 @@ import evaluate
 import minidamage
 import train
 from minidamage import training
+from minidamage.models import danet
 
 RESULTS = DATA.parents[1] / "results"
 
@@ -22,20 +23,56 @@ def results():
     """The modules of results/, which import each other as scripts do."""
     sys.path.insert(0, str(RESULTS))
     try:
-        yield {name: importlib.import_module(name) for name in ("runs", "tables", "reproduce")}
+        yield {name: importlib.import_module(name) for name in ("runs", "tables", "reproduce", "peers")}
     finally:
         sys.path.remove(str(RESULTS))
 
 
-def test_every_run_is_a_command_of_train_py(results):
+@pytest.fixture
+def peers(results, monkeypatch):
+    """The peers' names are known, as in results/peers.py; to build one of them needs its package."""
+    for name, entry in results["peers"].PEERS.items():
+        monkeypatch.setitem(minidamage.MODELS, name, entry)
+
+
+def settled(command):
+    """(the arguments of a command of train.py, its model's config, its recipe)"""
+    args = argparse.Namespace(**{**training.DEFAULTS, **train.parse_arguments(shlex.split(command.format(data="data")))})
+    return args, *training.settle(args)
+
+
+def test_every_run_is_a_command_of_train_py(results, peers):
     names = [run.name for run in results["runs"].RUNS]
     assert len(set(names)) == len(names)
     for run in [run for run in results["runs"].RUNS if "-seed" not in run.name]:
-        args = argparse.Namespace(**{**training.DEFAULTS, **train.parse_arguments(shlex.split(run.train.format(data="data")))})
-        config, recipe = training.settle(args)
+        args, config, recipe = settled(run.train)
+        if run.peer:                                          # of our model's name, built with it below
+            assert args.model in results["peers"].PEERS, run.name
+            continue
         with torch.device("meta"):                            # no memory: raises for a config that cannot be built
             minidamage.build_model(args.model, num_classes=3, **vars(config))
         assert recipe.epochs >= 1 and run.table in results["runs"].TABLES, run.name
+
+
+def test_a_peer_repeats_a_run_of_ours_in_everything_but_the_model(results, peers):
+    runs = results["runs"]
+    pairs = [(run.train, twin.of(run).train) for twin in runs.TWINS for run in runs.RUNS if twin.of(run)]
+    pairs += [(f"{runs.NEU_FULL} --set phase=2 --set fpn_upsample=nearest", runs.STEEL_TWIN)]
+    assert len(pairs) == 1 + sum(bool(run.peer) for run in runs.RUNS) > 15
+    for ours, theirs in pairs:
+        (args, config, recipe), (peer_args, peer_config, peer_recipe) = settled(ours), settled(theirs)
+        config = danet.settled(config) if args.model == "danet" else config
+        assert vars(peer_config).items() <= vars(config).items(), theirs
+        assert peer_recipe == recipe, theirs
+        for flag in ("data", "seed", "split", "split_seed", "limit", "pretrained", "anchors"):
+            assert getattr(peer_args, flag) == getattr(args, flag), theirs
+
+
+def test_a_row_says_that_it_is_a_peers(results):
+    text = results["tables"].table_text("cracks-full-cfd")
+    assert "| segmentation_models_pytorch's U-Net, trained by the same script |" in text
+    assert "--run cracks-full-cfd-smp-unet cracks-full-cfd-smp-unet-seed1 cracks-full-cfd-smp-unet-seed2`" in text
+    assert results["reproduce"].typed(results["runs"].Run("a", "a", "", {}, "cpu", peer="torchvision"), "train") == ["results/peers.py", "train"]
 
 
 def test_printed_rows_fit_their_columns(results):
@@ -108,5 +145,6 @@ def test_the_budget_goes_on_with_what_was_begun_then_with_first_seeds(results, t
     assert [run.name for run in reproduce.missing_most(listed)] == ["c-begun-seed2", "a", "b2", "a-seed1"]
     monkeypatch.setenv("MINIDAMAGE_DATA", str(tmp_path))
     assert reproduce.lacks(runs.Run("v", "v", "--model danet --data {data}/VOC2007", {}, "gpu")) == str(tmp_path / "VOC2007")
+    assert reproduce.lacks(runs.Run("p", "p", "", {}, "cpu", peer="no_such_package")) == "the package no_such_package"
     assert not reproduce.lacks(runs.Run("d", "d", "", {}, "cpu")) and not reproduce.lacks(runs.Run("d", "d", "--data {data}", {}, "cpu"))
     assert reproduce.share_done(listed[-1]) == 0.25 and reproduce.is_done(listed[2])
