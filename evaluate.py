@@ -128,7 +128,7 @@ def parse_arguments(argv):
     several.add_argument("--at", choices=("chosen", "0.5"), default="chosen", help="--compare: at the threshold chosen on validation, "
                          "or at 0.5 (default: %(default)s)")
     several.add_argument("--complexity", nargs="*", metavar="MODEL", help="parameters, multiply-adds, FLOPs, time and memory of these "
-                         "models, or of every segmentation model, beside the crack paper's Table 7")
+                         "models, or of every segmentation model, beside the crack paper's Table 7, and of DamageNet and Mask R-CNN")
     several.add_argument("--test-epochs", metavar="RUN", help="score every epoch-NNN.pt of a run (train.py --keep-epochs) on its "
                          "validation part and name the best")
     return parser.parse_args(argv)

@@ -175,7 +175,7 @@ def test_mistakes_end_with_2(red_run, capsys):
                                (["--compare", "nowhere"], "there is no such file"), (["--compare", "runs/red-001"], "got none"),
                                (["--test-epochs", "runs/red-001"], "train with --keep-epochs"),
                                (["--test-epochs", "x"], "none of that name"),
-                               (["--complexity", "unnet"], "got unnet"), (["--complexity", "damagenet"], "expected segmentation models")):
+                               (["--complexity", "unnet"], "got unnet"), (["--complexity", "unet", "damagenets"], "expected models")):
         assert evaluate.main(["--device", "cpu", *arguments]) == 2
         assert message in capsys.readouterr().err
 

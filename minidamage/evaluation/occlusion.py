@@ -1,5 +1,5 @@
-"""How much a model loses when part of each damage is out of sight (DamageNet claims 2.8 points of mIoU under "extreme occlusion"; how it
-occluded is not stated).
+"""How much a model loses when part of each damage is out of sight (DamageNet, section V: about 2.8 points of mIoU under "extreme occlusion
+by accessories or background clutter"; on which pictures is not stated).
 
 Of every finding of the truth one patch hides a share, in the picture alone: boxes, masks and label maps stay whole, so that what lies
 under the patch is still to be found. The patch is a rectangle with the aspect of the finding's tight box, centred on a random pixel of its
