@@ -232,7 +232,8 @@ def look_at(run, dataset, stop, progress, what):
             break
         image, target = images[0], targets[0]
         progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  {what} {target['index'] + 1}/{len(records)}")
-        losses, prediction = predict(model, images, targets)
+        with uncompiled(run):
+            losses, prediction = predict(model, images, targets)
         rows.append(dict(zip(losses, torch.stack([*losses.values()]).tolist())))
         last = [targets]
         if not all(map(math.isfinite, rows[-1].values())):
@@ -244,6 +245,11 @@ def look_at(run, dataset, stop, progress, what):
     if distributed.any_of(stop.requested):
         return True, None
     return False, distributed.gather_to_main((rows, evaluator, shown))
+
+
+def uncompiled(run):
+    """Inside, --compile has no effect: pictures to validate come one at a time, in any size."""
+    return torch.compiler.set_stance("force_eager") if run.args.compile else contextlib.nullcontext()
 
 
 def score_training(run, stop, progress):
@@ -456,6 +462,8 @@ def parse_arguments(argv=None):
         f"(default: {DEFAULTS['timeout']:g})")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
     add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")
+    add("--compile", action="store_true", help="torch.compile what has the pictures' shape (a detector's body, pyramid and RPN head; a "
+        "segmenter): a minute or more at the start, again for other sizes; validation stays as it is")
     add("--deterministic", action="store_true", help="equal bytes from run to run on a GPU too; slower there")
     add("--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.999; the average is validated and kept (default: recipe)")
     add("--clip", type=float, metavar="NORM", help="largest gradient norm, 0 = off (default: recipe)")

@@ -30,9 +30,11 @@ from minidamage.metrics.segmentation import PixelEvaluator
 
 DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off",
             "deterministic": False, "keep_epochs": False, "patience": 0, "set": [], "split": None,
-            "voc_boxes": "pixels", "voc_difficult": "ignore", "anchors": "config", "accumulate": 1, "sync_bn": False, "timeout": 10.0}
+            "voc_boxes": "pixels", "voc_difficult": "ignore", "anchors": "config", "accumulate": 1, "sync_bn": False, "timeout": 10.0,
+            "compile": False}
 CHANGES_ON_RESUME = {"resume", "data", "images", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp", "keep_epochs",
-                     "accumulate", "timeout"}
+                     "accumulate", "timeout", "compile"}
+COMPILER = "inductor"                                                 # torch.compile's backend; it needs a C++ compiler, or Triton on a GPU
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant", "plateau")
 
 
@@ -131,6 +133,9 @@ def set_up(given):
               identity=identity(model, dataset, parts, recipe, args, checkpoint))
     if checkpoint:
         restore(run, checkpoint, path)
+    if args.compile:                                                  # last: the averaged copy above stays as it is
+        for part in model.static_parts():
+            part.compile(backend=COMPILER)
     distributed.on_main(lambda: write_identity(run))
     return run
 

@@ -188,6 +188,21 @@ def test_stop_and_resume_equals_a_straight_run(command, tmp_path, monkeypatch, c
         assert same(one["train"], other["train"])
 
 
+@pytest.mark.parametrize("model, settings", [("damagenet", SMALL), ("unet", ("body=resnet18", "image_size=64"))])
+def test_a_compiled_run_is_the_same_run(command, tmp_path, monkeypatch, model, settings):
+    """Through torch.compile with a backend that runs the graphs as they are; weights, numbers and names are those of a plain run."""
+    graphs, trained = [], []
+    monkeypatch.setattr(training, "COMPILER", lambda graph, inputs: graphs.append(graph) or graph.forward)
+    validate = train.validate
+    monkeypatch.setattr(train, "validate", lambda *arguments: trained.append(len(graphs)) or validate(*arguments))
+    arguments = ("--model", model, "--epochs", 1)
+    assert train.main(command(*arguments, "--out", tmp_path / "plain", settings=settings)) == 0 and not graphs
+    assert train.main(command(*arguments, "--compile", "--out", tmp_path / "compiled", settings=settings)) == 0
+    assert len(graphs) == trained[1] > 0                              # validation compiled nothing
+    one, other = (read_checkpoint(os.path.join(only_run(tmp_path / name), "last.pt")) for name in ("plain", "compiled"))
+    assert same(one["weights"], other["weights"]) and same(one["train"]["history"], other["train"]["history"])
+
+
 def test_a_stop_while_the_mask_threshold_is_chosen_is_said(command, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, (), (3,))                                    # two pictures are validated, the third is the first to tune on
     assert train.main(command("--epochs", 1)) == 143

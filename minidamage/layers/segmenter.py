@@ -71,6 +71,10 @@ class Segmenter(nn.Module):
         """x: [N, 3, H, W] float, normalised, channels_last; H and W multiples of `stride`. Returns [N, C, H, W] float."""
         raise NotImplementedError(f"{type(self).__name__} has to define logits(x)")
 
+    def static_parts(self):
+        """The modules whose shapes follow from the pictures' sizes alone, for torch.compile: the whole network."""
+        return list(self.children())
+
     def forward(self, images, targets=None):
         """images: list of [3, H, W], or one tensor [N, 3, H, W]; uint8, or float in 0..1; all of one size.
 
