@@ -1,4 +1,5 @@
-"""The tables of results/ and of the README, made from results/<run>/summary.json and results/benchmark-*.json: no number is typed.
+"""The tables of results/ and of the README, made from results/<run>/summary.json, results/benchmark-*.json and
+results/complexity/complexity.json: no number is typed.
 
 A row's seeds are put together: mean, and in brackets the smallest and the largest. What the papers print stands in a row of its own above ours.
 """
@@ -6,7 +7,7 @@ import json
 import pathlib
 import statistics
 
-from runs import RUNS, TABLES
+from runs import CRACK_NAMES, RUNS, SMALL_SEGMENTERS, TABLES
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -134,9 +135,55 @@ def memory(row):
     return ""
 
 
+COMPLEXITY = "python evaluate.py --complexity --out results/complexity"
+
+
+def complexity_text():
+    """Two Markdown tables of results/complexity/complexity.json: the segmenters beside Context-CrackNet's Table 7, and DamageNet's cost."""
+    path = HERE / "complexity" / "complexity.json"
+    if not path.exists():
+        return f"not run: `{COMPLEXITY}`"
+    measured = json.loads(path.read_text())
+    hardware = measured["hardware"]
+    return "\n".join([
+        *segmenters_cost(measured["models"], measured["paper"]),
+        f"\nDamageNet's cost. Its paper: the dilated context takes {measured['paper context ms']} ms a picture more than Mask R-CNN.\n",
+        *detectors_cost(measured["detectors"], measured["context"]),
+        f"\n`{measured['command']}`; segmenters: {measured['picture']}, detectors: {measured['detector picture']}; one damage class, "
+        f"quickest pass, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}, "
+        f"torch {measured['versions']['torch']}, commit {short(measured['commit'] or 'unknown')}."])
+
+
+def segmenters_cost(models, paper):
+    lines = ["| model | parameters, M | paper | GFLOPs, transposed convolutions by their input | by their output | paper | ms | paper, A40 "
+             "| peak MB |", "|---|" + "--:|" * 8]
+    for name, row in models.items():
+        parameters, flops, milliseconds = (f"{value:.2f}" for value in paper[name]) if name in paper else ("", "", "")
+        lines.append(f"| {CRACK_NAMES.get(name) or SMALL_SEGMENTERS.get(name, name)} | {row['parameters'] / 1e6:.2f} | {parameters} "
+                     f"| {2 * row['multiply-adds'] / 1e9:.2f} | {2 * row['multiply-adds, output rule'] / 1e9:.2f} | {flops} "
+                     f"| {row['ms']:.1f} | {milliseconds} | {whole(row['peak MB'])} |")
+    return lines
+
+
+def detectors_cost(detectors, context):
+    lines = ["| model | parameters, M | multiply-adds, G | above Mask R-CNN | ms | above Mask R-CNN | peak MB |", "|---|" + "--:|" * 6]
+    plain = detectors.get("maskrcnn_resnet50_fpn")
+    for name, row in [*detectors.items(), *((f"the context blocks alone, {width}", row) for width, row in context.items())]:
+        more = {key: f"{(row[key] - plain[key]) / unit:.1f}" if plain and name.startswith("damagenet") else ""
+                for key, unit in (("multiply-adds", 1e9), ("ms", 1))}
+        lines.append(f"| {name} | {row['parameters'] / 1e6:.2f} | {row['multiply-adds'] / 1e9:.1f} | {more['multiply-adds']} "
+                     f"| {row['ms']:.1f} | {more['ms']} | {whole(row['peak MB'])} |")
+    return lines
+
+
+def whole(value):
+    return "" if value is None else f"{value:.0f}"
+
+
 def write_tables():
     """results/<table>.md for every table, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
     texts = {name: table_text(name) for name in TABLES}
+    texts["complexity"] = complexity_text()
     for name, text in {**texts, "speed": speed_text()}.items():
         (HERE / f"{name}.md").write_text(text + "\n")
     readme = (ROOT / "README.md").read_text()

@@ -13,6 +13,7 @@ import evaluate
 import minidamage
 import train
 from minidamage import training
+from minidamage.evaluation import complexity
 from minidamage.models import danet
 
 RESULTS = DATA.parents[1] / "results"
@@ -148,3 +149,41 @@ def test_the_budget_goes_on_with_what_was_begun_then_with_first_seeds(results, t
     assert reproduce.lacks(runs.Run("p", "p", "", {}, "cpu", peer="no_such_package")) == "the package no_such_package"
     assert not reproduce.lacks(runs.Run("d", "d", "", {}, "cpu")) and not reproduce.lacks(runs.Run("d", "d", "--data {data}", {}, "cpu"))
     assert reproduce.share_done(listed[-1]) == 0.25 and reproduce.is_done(listed[2])
+
+
+def test_what_models_cost_stands_beside_the_papers(results, tmp_path, monkeypatch):
+    tables = results["tables"]
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    assert tables.complexity_text() == "not run: `python evaluate.py --complexity --out results/complexity`"
+    cost = lambda parameters, count, ms: {"parameters": int(parameters), "multiply-adds": count, "multiply-adds, output rule": 2 * count,
+                                          "ms": ms, "peak MB": None}
+    content = {"command": "python evaluate.py --complexity", "picture": "1 x 3 x 448 x 448, float32", "commit": "0123456789",
+               "detector picture": "1 x 3 x 1024 x 1024, float32", "versions": {"torch": "2"},
+               "hardware": {"gpu": None, "cpu": "some processor", "threads": 2}, "paper": complexity.PAPER,
+               "paper context ms": complexity.PAPER_CONTEXT_MS,
+               "models": {"unet": cost(32.52e6, 10e9, 150.0), "custom_unet": cost(1e6, 1e9, 9.0)},
+               "detectors": {"damagenet, context_groups=1": cost(53e6, 400e9, 16000.0), "maskrcnn_resnet50_fpn": cost(44e6, 195e9, 3500.0)},
+               "context": {"context_groups=1": cost(9_437_200, 205e9, 2400.0)}}
+    (tmp_path / "complexity").mkdir()
+    (tmp_path / "complexity" / "complexity.json").write_text(json.dumps(content))
+    lines = tables.complexity_text().splitlines()
+    assert "| U-Net | 32.52 | 32.52 | 20.00 | 40.00 | 65.60 | 150.0 | 7.67 |  |" in lines
+    assert "| CustomUNet | 1.00 |  | 2.00 | 4.00 |  | 9.0 |  |  |" in lines
+    assert "| damagenet, context_groups=1 | 53.00 | 400.0 | 205.0 | 16000.0 | 12500.0 |  |" in lines
+    assert "| maskrcnn_resnet50_fpn | 44.00 | 195.0 |  | 3500.0 |  |  |" in lines
+    assert "| the context blocks alone, context_groups=1 | 9.44 | 205.0 |  | 2400.0 |  |  |" in lines
+    assert "12 ms a picture more" in "".join(lines) and lines[-1].endswith("some processor, 2 threads, torch 2, commit 0123456.")
+    for header, row in zip(lines, lines[1:]):
+        assert not (header.startswith("|") and row.startswith("|")) or header.count("|") == row.count("|")
+
+
+def test_tables_are_written_between_the_readme_s_marks(results, tmp_path, monkeypatch):
+    tables = results["tables"]
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "README.md").write_text("before\n<!-- table: complexity -->\nold\n<!-- end -->\nafter\n")
+    tables.write_tables()
+    said = "not run: `python evaluate.py --complexity --out results/complexity`\n"
+    assert (tmp_path / "README.md").read_text() == f"before\n<!-- table: complexity -->\n{said}<!-- end -->\nafter\n"
+    assert (tmp_path / "complexity.md").read_text() == said
+    assert "<!-- table: complexity -->" in (RESULTS.parent / "README.md").read_text()
