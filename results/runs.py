@@ -198,6 +198,57 @@ OVERFIT_RUNS = [
 OVERFIT_COLUMNS = {"box AP": "stats/bbox/AP", "box AP50": "stats/bbox/AP50", "mask AP": "stats/segm/AP", "mask AP50": "stats/segm/AP50",
                    "mask AP, of perfect 28x28 masks": "ceiling/segm/AP"}
 
+# ---- the Mask R-CNN study: its losses at three sizes of data, and where its proposals come from ------------------------------------
+
+# The study's model and recipe, on cars. The loss rows have equal numbers of steps: with fewer pictures, each is seen more often.
+STUDY_FULL = f"--model maskrcnn_study_resnet50 --amp bf16 --size 800 --set warmup_iters=200 {FROM_AUGNET}"
+# Reduced: CARS_SMALL's body and heads at 256 px; the norms of its folded weights have nothing to learn from a batch.
+STUDY_SMALL = (CARS_SMALL.replace("--size 320", "--model maskrcnn_study_resnet50 --set norm=frozen --size 256").replace("--epochs 14 ", "")
+               .replace("--split 70/15/15 --select segm/AP50 ", ""))
+STUDY_CARS = "--data {data}/car_vehide_layout/coco --split 70/15/15 --select segm/AP50"
+STUDY_LOSSES = {"usual": ("cross-entropy + smooth L1 + BCE", ""),
+                "alternative": ("sigmoid focal + IoU + Dice", "--set class_loss=sigmoid_focal --set box_loss=iou --set mask_loss=dice "
+                                                              "--set loss_weight_cls=4 --set loss_weight_reg=8")}
+STUDY_SHARES = {"quarter": ("a quarter", 0.25), "half": ("half", 0.5), "all": ("all", 1)}
+STUDY_PROPOSALS = {"rpn": ("RPN", "rpn", 0), "rpn-15": ("RPN, 15 or more", "rpn", 15), "rpn-30": ("RPN, 30 or more", "rpn", 30),
+                   "rpn-gt": ("RPN and true boxes", "rpn+gt", 0), "gt": ("true boxes", "gt", 0),
+                   "gt-15": ("true boxes, 15 or more in evaluation", "gt", 15),
+                   "gt-30": ("true boxes, 30 or more in evaluation (the study's)", "gt", 30)}
+
+
+def study_loss_runs(prefix, schedule, epochs, hardware, seeds, minutes, evaluation=""):
+    """Both loss sets on a quarter, half and all of the training pictures. epochs: over all of them."""
+    return [Run(seeded(f"{prefix}-{losses}-{share}", seed), prefix,
+                f"{schedule} {flags} --epochs {round(epochs / limit)} --limit {limit} --seed {seed}".replace("  ", " "),
+                {f"{what}, {of}": evaluation}, hardware, minutes)
+            for seed in seeds for losses, (what, flags) in STUDY_LOSSES.items() for share, (of, limit) in STUDY_SHARES.items()]
+
+
+def study_proposal_runs(prefix, schedule, hardware, which, seeds, minutes, evaluation=""):
+    return [Run(seeded(f"{prefix}-{name}", seed), prefix, f"{schedule} --set proposals={mode} --set min_proposals={least} --seed {seed}",
+                {row: evaluation}, hardware, minutes)
+            for seed in seeds for name, (row, mode, least) in STUDY_PROPOSALS.items() if name in which]
+
+
+# On COCO's sixteen pictures, or four of them, learned by heart as above. Behind the schedules' own flags: the last of a kind counts.
+STUDY_TINY = ("--data {data}/coco_tiny --batch-size 2 --lr 2e-4 --clip 5 --set norm=frozen --set warmup_iters=100 --set hflip=0 "
+              "--set brightness=0 --set contrast=0 --set saturation=0 --set weight_decay=0")
+STUDY_REDUCED = ("rpn", "rpn-gt", "gt", "gt-30")
+STUDY_RUNS = [
+    *study_loss_runs("study-losses", f"{STUDY_SMALL} {STUDY_CARS}", 6, "cpu", (0,), (10, None)),
+    *study_proposal_runs("study-proposals", f"{STUDY_SMALL} {STUDY_CARS} --epochs 6", "cpu", STUDY_REDUCED, (0,), (10, None)),
+    *study_proposal_runs("study-proposals-coco", f"{STUDY_SMALL} {STUDY_TINY} --epochs 200 --limit 0.25", "cpu", STUDY_REDUCED, (0,),
+                         (10, None), BY_HEART),
+    *study_loss_runs("study-losses-full", f"{STUDY_FULL} {STUDY_CARS}", 48, "gpu", (0, 1, 2), (None, None)),
+    *study_proposal_runs("study-proposals-full", f"{STUDY_FULL} {STUDY_CARS} --epochs 48", "gpu", STUDY_PROPOSALS, (0, 1, 2),
+                         (None, None)),
+    *study_loss_runs("study-losses-coco-full", f"{STUDY_FULL} {STUDY_TINY}", 100, "gpu", (0, 1, 2), (None, None), BY_HEART),
+    *study_proposal_runs("study-proposals-coco-full", f"{STUDY_FULL} {STUDY_TINY} --epochs 250", "gpu", STUDY_PROPOSALS, (0, 1, 2),
+                         (None, None), BY_HEART)]
+STUDY_NOTE = ("The study claims that the alternative losses help with few pictures and stall with more, and that a minimum of 30 proposals "
+              "helps; it prints no table of either.")
+STUDY_COLUMNS = {name: CAR_COLUMNS[name] for name in ("box AP", "box AP50", "mask AP", "mask AP50")}
+
 # ---- the list ----------------------------------------------------------------------------------------------------------------------
 
 RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
@@ -219,7 +270,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
           for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True, True)
           if which != "cracks448"),
         *crack_runs("cracks-full", CRACKS_FULL, "gpu", "cracks448", LEADING, (0, 1, 2), (None, None)),
-        *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS]
+        *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS, *STUDY_RUNS]
 
 # ---- peers: their model, our script ------------------------------------------------------------------------------------------------
 
@@ -282,6 +333,12 @@ TABLES = {
                       note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under MINIDAMAGE_DATA. "
                            "The paper does not state its IoU."),
     "coco-tiny-overfit": Table("Sixteen pictures of COCO, or four of them, learned by heart", OVERFIT_COLUMNS),
+    **{f"study-{kind}{where}{size}": Table(f"The Mask R-CNN study: {what} {scored}{reduced}", columns, note=STUDY_NOTE)
+       for kind, what in (("losses", "loss sets by share of the training pictures, at equal steps,"), ("proposals", "where proposals come from,"))
+       for where, scored, columns in (("", "on cars", STUDY_COLUMNS),
+                                      ("-coco", "COCO's sixteen pictures (reduced: four) learned by heart", OVERFIT_COLUMNS))
+       for size, reduced in (("", ", reduced"), ("-full", ""))
+       if any(run.table == f"study-{kind}{where}{size}" for run in RUNS)},
     "segmenters": Table("Seven small segmenters on cars, reduced", SEGMENTER_COLUMNS, SEGMENTER_PRINTED,
                         note="162 steps of four pictures at 120 px, equal for all; the document trains at 240 px with batches of 16. The printed rows are of its "
                              "own car set's validation part."),
