@@ -107,7 +107,7 @@ def detector_table(detectors, context, device):
     plain = detectors.get(DETECTORS[1], {}).get("ms")
     lines = []
     for name, row in [*detectors.items(), *((f"context alone, {width}", row) for width, row in context.items())]:
-        above = row["ms"] - plain if plain is not None and name in detectors else None
+        above = row["ms"] - plain if plain is not None and name.startswith("damagenet") else None
         lines.append([name, row["parameters"] / 1e6, row["multiply-adds"] / 1e9, 2 * row["multiply-adds"] / 1e9, row["ms"], above,
                       whole(row["peak MB"])])
     caption = (f"One picture {DETECTOR_SIDE}x{DETECTOR_SIDE}, one damage class, fixed numbers of boxes, float32, channels_last, on "
