@@ -84,6 +84,8 @@ def check_numbers(args):
         value = getattr(args, flag)
         if value is not None and value < 0:
             raise ValueError(f"--{flag}: expected {meaning}, got {value}")
+    if args.mm_per_px is not None and not 0 < args.mm_per_px < float("inf"):
+        raise ValueError(f"--mm-per-px: expected millimetres a pixel above 0, got {args.mm_per_px}")
     if args.occlude is not None:
         occlusion.check_share(args.occlude)
 
@@ -160,12 +162,22 @@ def score_model(args):
     device = choose_device(distributed.device_name(args.device))
     path = run_folder.find_checkpoint(args.checkpoint, "runs", "best.pt")
     model, checkpoint = load_checkpoint(path, device)
+    check_task(args, model)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)
     covered = f", {occlusion.in_words(args.occlude)}" if args.occlude else ""
     print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path}){covered}")
     job = Job(args, model, checkpoint, path, device, dataset, part, records, own)
     {"detection": detection.score, "segmentation": segmentation.score}[model.task](job)
     return 0
+
+
+def check_task(args, model):
+    """ValueError for a flag that the model's task has no use for."""
+    typed = {"detection": [("--ceiling", args.ceiling is not None)],
+             "segmentation": [("--mm-per-px", args.mm_per_px is not None), ("--save-maps", args.save_maps)]}
+    for task, flags in typed.items():
+        for flag in [flag for flag, is_typed in flags if is_typed and task != model.task]:
+            raise ValueError(f"{flag} is for {task} models, the checkpoint holds {model.name} ({model.task}); leave it out")
 
 
 def choose_pictures(args, checkpoint, path):

@@ -53,6 +53,7 @@ def main(argv=None):
     """Returns the exit code: 0, 1 where no photograph could be read or no result written, 2 for a mistake in what was asked."""
     args = parse_arguments(argv)
     try:
+        check_numbers(args)
         photographs = find_photographs(args.photographs, args.out)
         device = choose_device(args.device)
         checkpoint_path = find_checkpoint(args.checkpoint, "runs", "best.pt")
@@ -132,23 +133,28 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def check_flags(args, model):
-    """ValueError for a flag that the model's task does not have, or a number that makes no sense; fills in --overlap."""
-    if model.task != "segmentation":
-        for flag in ("tile", "overlap", "mm_per_px", "min_area"):
-            if getattr(args, flag):
-                raise ValueError(f"--{flag.replace('_', '-')} is for segmentation models, the checkpoint holds {model.name} ({model.task})")
-        return
+def check_numbers(args):
+    """ValueError for a number that makes no sense, whatever the model; fills in --overlap."""
     if args.mm_per_px is not None and not 0 < args.mm_per_px < float("inf"):
         raise ValueError(f"--mm-per-px: expected millimetres a pixel above 0, got {args.mm_per_px}")
     if args.min_area < 0:
         raise ValueError(f"--min-area: expected 0 or more pixels, got {args.min_area}")
-    if args.overlap is not None and not args.tile:
-        raise ValueError("--overlap: expected --tile SIDE with it, got none")
     if args.overlap is None:
         args.overlap = args.tile // 4
     if args.tile:
         check_tile(args.tile, args.overlap)
+
+
+def check_flags(args, model):
+    """ValueError for a flag that the model, or its task, has no use for."""
+    if model.task != "segmentation":
+        for flag in ("tile", "overlap", "mm_per_px", "min_area"):
+            if getattr(args, flag):
+                raise ValueError(f"--{flag.replace('_', '-')} is for segmentation models, the checkpoint holds {model.name} ({model.task}); "
+                                 "leave it out")
+        return
+    if args.overlap and not args.tile:
+        raise ValueError("--overlap: expected --tile SIDE with it, got none")
     if args.explain and not hasattr(model, "attention_maps"):
         raise ValueError(f"--explain: {model.name} has no attention maps to show; context_cracknet has")
 

@@ -13,7 +13,7 @@ import evaluate
 import minidamage
 from minidamage.checkpoint import save_checkpoint
 from minidamage.evaluation import complexity, epochs
-from minidamage.evaluation.segmentation import at_both_sizes
+from minidamage.evaluation.segmentation import at_both_sizes, names_of_maps
 from minidamage.layers.segmenter import Segmenter, SegmenterConfig
 
 
@@ -171,13 +171,28 @@ def test_a_picture_that_cannot_be_read_is_named(red_run, monkeypatch, capsys):
 def test_mistakes_end_with_2(red_run, capsys):
     for arguments, message in ((["--set", "mask_threshold=0.4"], "--set mask_threshold=0.4: a trained red"),
                                (["--score", "2"], "from 0 to 1"),
-                               (["--mm-per-px", "0"], "mm_per_px: expected millimetres a pixel above 0, got 0"),
+                               (["--mm-per-px", "0"], "--mm-per-px: expected millimetres a pixel above 0, got 0"),
+                               (["--mm-per-px", "nan"], "--mm-per-px: expected millimetres a pixel above 0, got nan"),
+                               (["--ceiling", "--checkpoint", "runs/red-001"], "--ceiling is for detection models, the checkpoint holds red"),
                                (["--compare", "nowhere"], "there is no such file"), (["--compare", "runs/red-001"], "got none"),
                                (["--test-epochs", "runs/red-001"], "train with --keep-epochs"),
                                (["--test-epochs", "x"], "none of that name"),
                                (["--complexity", "unnet"], "got unnet"), (["--complexity", "unet", "damagenets"], "expected models")):
         assert evaluate.main(["--device", "cpu", *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_flags_of_segmenters_are_refused_for_a_detector(red_run, capsys):
+    detector = types.SimpleNamespace(task="detection", name="danet")
+    red_run.model.make = lambda: detector
+    for flags in (["--mm-per-px", "0.5"], ["--save-maps"]):
+        assert evaluate.main(["--device", "cpu", *flags]) == 2
+        assert f"{flags[0]} is for segmentation models, the checkpoint holds danet (detection)" in capsys.readouterr().err
+
+
+def test_maps_of_equal_names_stay_apart_whatever_the_others_are_called():
+    files = ("a/1.jpg", "b/1.png", "b/1-2.jpg", "c/1.jpg", "c/A.jpg", "d/a.jpg", "e/7.jpg")
+    assert names_of_maps([types.SimpleNamespace(file=file) for file in files]) == ["1", "1-2", "1-2-2", "1-3", "A", "a-2", "7"]
 
 
 def test_one_pass_gives_what_the_model_gives_at_either_size():
@@ -203,7 +218,7 @@ def test_a_real_network_with_three_classes(tmp_path):
     assert list(sizes["model"]["points"]) == ["likeliest class"]
     per_class = sizes["native"]["points"]["likeliest class"]["per_class"]
     assert set(per_class) == set(names) and all(0 <= numbers["pixel/accuracy"] <= 1 for numbers in per_class.values())
-    assert sorted(os.listdir(folder / "maps")) == ["0.png", "1.png"]
+    assert sorted(os.listdir(folder / "maps")) == ["0.png", "1.png"] and read(folder / "pictures.json")["maps"] == ["maps/0.png", "maps/1.png"]
 
 
 # ---- --compare ---------------------------------------------------------------------------------------------------------------------

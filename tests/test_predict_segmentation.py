@@ -136,12 +136,20 @@ def test_tiles_are_suggested_and_used(folder, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--tile", "8"], "at least 16 pixels"), (["--tile", "64", "--overlap", "40"], "0 to half a tile"),
-    (["--overlap", "8"], "expected --tile SIDE"), (["--mm-per-px", "-1"], "--mm-per-px: expected millimetres a pixel above 0"),
+    (["--overlap", "8"], "expected --tile SIDE"), (["--min-area", "-1"], "--min-area: expected 0 or more"),
     (["--explain"], "red has no attention maps")])
 def test_mistakes_end_with_2(folder, capsys, arguments, message):
     photograph(folder[0] / "wall.png")
     assert run("wall.png", *arguments) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["0", "-1", "nan", "inf"])
+def test_a_scale_that_is_none_is_refused_before_the_model_is_loaded(folder, monkeypatch, capsys, value):
+    photograph(folder[0] / "wall.png")
+    monkeypatch.setattr(predict, "load_checkpoint", lambda *_: pytest.fail("loaded"))
+    assert run("wall.png", "--mm-per-px", value) == 2
+    assert "--mm-per-px: expected millimetres a pixel above 0, got" in capsys.readouterr().err
 
 
 def test_attention_maps_of_context_cracknet(folder):

@@ -3,6 +3,7 @@
 Every picture goes through the network once. Its probabilities are scored against the truth at the model's size (nearest label) and,
 interpolated, against the truth at the picture's own size; the first is what papers print, the second is what a user gets.
 """
+import collections
 import os
 import time
 
@@ -46,6 +47,7 @@ def score(job):
     sizes = {name: SizeScores(name, job.names, points, job.args.mm_per_px if name == "native" else None) for name in sizes_of(job)}
     unreadable, seconds, progress = [], [], Progress(len(dataset), device=job.device)
     maps = os.path.join(job.folder, "maps") if job.args.save_maps else None
+    map_names = names_of_maps(records)
 
     loader = torch.utils.data.DataLoader(dataset, batch_size=None, sampler=distributed.shard(len(dataset)), num_workers=job.workers)
     for image, target in loader:
@@ -61,7 +63,7 @@ def score(job):
         if maps:
             with writing(maps):
                 label_map = label_map_of(probabilities["native"], list(points.values())[-1]).cpu().numpy()
-                save_label_map(os.path.join(maps, f"{map_name(target, records)}.png"), label_map, job.names)
+                save_label_map(os.path.join(maps, f"{map_names[target['index']]}.png"), label_map, job.names)
         progress.note(f"{target['index'] + 1}/{len(dataset)} pictures")
     progress.clear()
     gathered = distributed.gather_to_main((sizes, unreadable, seconds))
@@ -102,11 +104,17 @@ def nearest(labels, size):
     return labels if labels.shape == tuple(size) else np.asarray(Image.fromarray(labels).resize(size[::-1], Image.Resampling.NEAREST))
 
 
-def map_name(target, records):
-    """The picture's file name without ending; with its position where another picture has that name."""
-    stem = os.path.splitext(os.path.basename(target["file"]))[0]
-    same = [r for r in records if os.path.splitext(os.path.basename(r.file))[0] == stem]
-    return stem if len(same) == 1 else f"{stem}-{target['index']}"
+def names_of_maps(records):
+    """A name for each picture's map, all different: the picture's without its ending, with a number where an earlier one has that."""
+    taken, numbers, names = set(), collections.Counter(), []
+    for record in records:
+        stem = name = os.path.splitext(os.path.basename(record.file))[0]
+        while name.lower() in taken:                          # some file systems do not tell A.png from a.png
+            numbers[stem.lower()] += 1
+            name = f"{stem}-{numbers[stem.lower()] + 1}"
+        taken.add(name.lower())
+        names.append(name)
+    return names
 
 
 class SizeScores:
@@ -195,10 +203,11 @@ def finish(job, sizes, points, metrics, unreadable):
     numbers = {**about, "in_use": in_use, "sizes": {name: scores.numbers() for name, scores in sizes.items()},
                **{name.replace(" ", "_"): value for name, value in metrics.items()}, "notes": notes, "unreadable": unreadable}
     counts = {name: {point: result.counts[:, 0].tolist() for point, result in scores.pixel.items()} for name, scores in sizes.items()}
+    maps = {"maps": [f"maps/{name}.png" for name in names_of_maps(job.records)]} if job.args.save_maps else {}
     with writing(folder):
         run_folder.write_json(os.path.join(folder, "results.json"), without_nan(numbers))
         run_folder.write_json(os.path.join(folder, "pictures.json"), {"columns": ["TP", "FP", "FN", "TN"], "files": relative_files(job),
-                                                                      "counts": counts}, indent=None)
+                                                                      **maps, "counts": counts}, indent=None)
         pictures = draw_worst(job, sizes["native"].pixel[in_use], points[in_use])
         write_page(folder, shown, about, [("Accuracy", curves(sizes))], pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, pictures.json"
