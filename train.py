@@ -449,8 +449,8 @@ def parse_arguments(argv=None):
     add_reading_flags(parser)
     add("--epochs", type=int, help="passes over the training part (default: the model's recipe; the demo has its own)")
     add("--batch-size", type=int, help="pictures a step (default: recipe)")
-    add("--size", type=int, help="pixels of the resized picture: both sides (segmenters), or the shorter, and the limit of the longer with "
-        "it (default: config)")
+    add("--size", type=int, help="pixels of the resized picture: both sides (segmenters; 0: each picture's own size), or the shorter, and the "
+        "limit of the longer with it (default: config)")
     add("--lr", type=float, help="learning rate at this batch size, as it stands (default: the recipe's, scaled linearly with the batch)")
     add("--seed", type=int, help=f"of weights, order and augmentation (default: {DEFAULTS['seed']})")
     add("--split-seed", type=int, help=f"of split and --limit, which runs of several --seed share (default: {DEFAULTS['split_seed']})")

@@ -116,6 +116,8 @@ def set_up(given):
     recipe = dataclasses.replace(recipe, select_by=recipe.select_by or default_metric(model))
     check_recipe(recipe, metric_names(model))
     distributed.check_batch(recipe.batch_size, args.accumulate)
+    if getattr(model.config, "image_size", None) == 0:
+        check_own_sizes(parts["train"], recipe.batch_size // (args.accumulate * distributed.world()))
     if args.sync_bn and distributed.world() > 1:
         print(f"batch normalisation over all processes: {synchronise_norms(model)} layers")
     model.to(args.device)
@@ -145,6 +147,15 @@ def write_identity(run):
     keys = ("model", "config", "num_classes", "class_names", "category_ids", "run")
     run_folder.write_json(run.path("config.json"), {key: run.identity[key] for key in keys})
     run_folder.write_json(run.path("split.json"), run.identity["split"])
+
+
+def check_own_sizes(records, at_once):
+    """ValueError where image_size is 0 and the pictures that go through the network at once are not all of one size."""
+    sizes = sorted({(record.width, record.height) for record in records})
+    if at_once > 1 and len(sizes) > 1:
+        listed = ", ".join(f"{width}x{height}" for width, height in sizes[:4]) + f" and {len(sizes) - 4} more" * (len(sizes) > 4)
+        raise ValueError(f"--size 0 (image_size 0, each picture at its own size): expected pictures of one size in batches of {at_once}, got "
+                         f"{listed}; type --batch-size 1, or a --size in pixels")
 
 
 def make_datasets(model, parts, recipe, seed, path):
@@ -279,11 +290,13 @@ def with_chosen_anchors(config, records, args):
 
 
 def resized(config, size):
-    """The config for pictures of another size, everything that goes with it included."""
+    """The config for pictures of another size, everything that goes with it included. 0, of a segmenter: each picture's own size."""
     if not hasattr(config, "image_size"):                             # a detector's
+        if size == 0:
+            raise ValueError("--size: expected 32 pixels or more, got 0; each picture at its own size is for segmentation models")
         return dataclasses.replace(config, min_size=size, max_size=round(size * config.max_size / config.min_size))
     config = dataclasses.replace(config, image_size=size)
-    if hasattr(config, "sequence_size"):                              # Context-CrackNet: E and F are learned for the padded picture
+    if size and hasattr(config, "sequence_size"):                     # Context-CrackNet: E and F are learned for the padded picture
         config = dataclasses.replace(config, sequence_size=math.ceil(size / 32) * 32)
     return config
 
@@ -329,7 +342,7 @@ def check_arguments(args):
     if args.model not in MODELS:
         near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
-    ranges = {"size": (lambda v: v >= 32, "32 pixels or more"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
+    ranges = {"size": (lambda v: v >= 32 or v == 0, "32 pixels or more, or of a segmenter 0 (each picture's own size)"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
               "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "accumulate": (lambda v: v >= 1, "1 or more parts"),
               "timeout": (lambda v: 0 < v < math.inf, "minutes above 0"), "workers": (lambda v: v >= 0, "0 or more processes"),
               "seed": (lambda v: v >= 0, "0 or more"), "split_seed": (lambda v: v >= 0, "0 or more")}

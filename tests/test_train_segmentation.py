@@ -3,6 +3,7 @@ import argparse
 import csv
 import json
 import os
+import shutil
 import signal
 
 import numpy as np
@@ -196,8 +197,27 @@ def test_pixel_threshold_by_hand(capsys):
 def test_size_moves_what_goes_with_it(command):
     config, _ = training.settle(argparse.Namespace(model="context_cracknet", data="x", set=[], size=240))
     assert (config.image_size, config.sequence_size) == (240, 256)
+    config, _ = training.settle(argparse.Namespace(model="context_cracknet", data="x", set=[], size=0))
+    assert (config.image_size, config.sequence_size) == (0, 448)
     config, recipe = training.settle(argparse.Namespace(model="context_cracknet", data="demo", set=[]))
     assert config.image_size == config.sequence_size == 160 and recipe.schedule == "cosine" and recipe.vflip == 0
+
+
+def test_size_0_takes_each_picture_at_its_own_size(cracks, tmp_path, capsys):
+    """In batches as long as all pictures have one size, else one at a time."""
+    def run(data, out, batch_size):
+        return train.main(["--model", "unet", "--data", str(data), "--out", str(out), "--device", "cpu", "--epochs", "1", "--size", "0",
+                           "--batch-size", str(batch_size), "--set", "body=resnet18", "--set", "warmup_iters=0"])
+    assert run(cracks, tmp_path / "a", 3) == 0
+    model, checkpoint = load_checkpoint(os.path.join(only_run(tmp_path / "a"), "best.pt"))
+    assert model.config.image_size == 0
+    shutil.copytree(cracks, tmp_path / "cracks")
+    for part in ("images", "masks"):
+        for file in sorted((tmp_path / "cracks" / part).iterdir())[::2]:
+            Image.open(file).crop((0, 0, 40, 56)).save(file)
+    assert run(tmp_path / "cracks", tmp_path / "b", 3) == 2
+    assert "expected pictures of one size in batches of 3, got 40x56, 72x56; type --batch-size 1" in capsys.readouterr().err
+    assert not os.path.exists(tmp_path / "b") and run(tmp_path / "cracks", tmp_path / "b", 1) == 0
 
 
 def test_out_of_memory_names_the_size(command, tmp_path, monkeypatch, capsys):
@@ -215,7 +235,8 @@ def test_out_of_memory_names_the_size(command, tmp_path, monkeypatch, capsys):
     (("--set", "plateau_factor=1"), "plateau_factor: expected above 0 and below 1, got 1.0"),
     (("--set", "plateau_patience=0"), "plateau_patience: expected 1 or more"),
     (("--set", "hue=0.9"), "hue: expected from 0 to 0.5"),
-    (("--size", "16"), "--size: expected 32 pixels or more, got 16"),
+    (("--size", "16"), "--size: expected 32 pixels or more, or of a segmenter 0 (each picture's own size), got 16"),
+    (("--model", "danet", "--size", "0"), "--size: expected 32 pixels or more, got 0; each picture at its own size is for segmentation"),
     (("--set", "sequence_size=50"), "sequence_size: expected a multiple of 32"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_mistakes_in_the_command(command, tmp_path, capsys, more, message):
