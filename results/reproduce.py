@@ -74,7 +74,8 @@ def perform(run, deadline=None):
     kept = HERE / run.name
     kept.mkdir(exist_ok=True)
     command = f"python {' '.join(typed(run, 'train'))} {run.train}".strip().replace("{data}", "$MINIDAMAGE_DATA")
-    summary = {"name": run.name, "table": run.table, "train": command, "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
+    summary = {"name": run.name, "table": run.table, "train": command,
+               "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
