@@ -131,13 +131,15 @@ class RegionProposalNetwork(nn.Module):
 
     def best_of_each_level(self, objectness, bbox_deltas, anchors, top_n):
         """Only what can still become a proposal is decoded. Returns boxes [N, T, 4], scores [N, T], levels [T]."""
-        boxes, scores, levels = [], [], []
+        scores, best_deltas, best_anchors, levels = [], [], [], []
         for level, (logits, deltas, level_anchors) in enumerate(zip(objectness, bbox_deltas, anchors)):
             logits, index = logits.float().topk(min(top_n, logits.shape[1]), dim=1)
-            boxes.append(self.box_coder.decode(gather_rows(deltas, index).float(), level_anchors[index]))
             scores.append(logits)
+            best_deltas.append(gather_rows(deltas, index))
+            best_anchors.append(level_anchors[index])
             levels.append(torch.full((index.shape[1],), level, dtype=torch.int64, device=index.device))
-        return torch.cat(boxes, dim=1), torch.cat(scores, dim=1).sigmoid(), torch.cat(levels)
+        boxes = self.box_coder.decode(torch.cat(best_deltas, dim=1).float(), torch.cat(best_anchors, dim=1))        # all levels at once
+        return boxes, torch.cat(scores, dim=1).sigmoid(), torch.cat(levels)
 
     def thin_out(self, boxes, scores, levels, image_size, top_n):
         """One picture: clip, drop collapsed and hopeless boxes, suppress. Returns boxes [P, 4], scores [P], valid [P], P = top_n."""
