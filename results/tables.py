@@ -88,21 +88,46 @@ def cell(values, percent):
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
 
 
-# The rows of the speed table that the README shows; results/speed.md has all of them.
-SHOWN = ("nms 20000 boxes, IoU 0.5", "batched_nms 5 x 1000", "7x7 sr 2 forward", "multiscale_roi_align", "roi_pool", "paste_masks", "deform_conv2d",
-         "linear_attention", "focal", "deterministic", "maskrcnn_resnet50_fpn", "fasterrcnn", "damagenet", "danet", "val2017",
-         "2000 pictures", "10 pictures", "CAGM block", "context_cracknet", "unet ", "fpn ", "deeplabv3plus")
+BENCHMARKS = ("ops", "models", "segmenters", "val2017", "eval", "data")
+# The rows that the README shows; results/speed.md has all of them, and what they were measured with.
+SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
+         "nms 20000 boxes, IoU 0.5", "roi_pool (2,256,100,100) 512 rois 7x7 forward+backward",
+         "paste_masks 100 masks 28x28 into 1024x1024, float", "paste_masks 100 masks, RLE",
+         "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward", "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward+backward",
+         "deform_conv2d v2 (2, 512, 32, 32) 3x3 forward+backward", "linear_attention (2, 3136, 256) k 64, 8 heads forward",
+         "linear_attention (2, 3136, 256) k 64, 8 heads forward+backward", "sigmoid_focal_loss (536000, 1) sum forward+backward",
+         "softmax_focal_loss (1000, 91) sum forward+backward", "maskrcnn_resnet50_fpn inference 512x512, batch 1, float32",
+         "maskrcnn_resnet50_fpn inference 1024x1024, batch 1, float32", "maskrcnn_resnet50_fpn training step 512x512, batch 1, float32",
+         "fasterrcnn_resnet50_fpn training step 512x512, batch 1, float32", "danet phase=5 training step 256x256, batch 1, float32",
+         "unet training step 448x448, batch 1, float32", "fpn inference 448x448, batch 1, float32",
+         "context_cracknet inference 448x448, batch 1, float32", "context_cracknet training step 448x448, batch 2, float32",
+         "CAGM block forward+backward 448x448, batch 4, float32",
+         "COCO bbox, val2017's size (5000 pictures, 36781 truths and detections), 80 classes",
+         "COCO segm, val2017's size (5000 pictures, 36781 truths and detections), 80 classes")
 
 
-def speed_text(shown=("",)):
+def benchmarks():
+    """The kept measurements, in the order of BENCHMARKS."""
+    return [json.loads(path.read_text()) for part in BENCHMARKS if (path := HERE / f"benchmark-{part}.json").exists()]
+
+
+def speed_summary():
+    """The rows SHOWN: ours, and how many times longer the others take."""
+    rows = {row["name"]: row for run in reversed(benchmarks()) for row in run["rows"]}
+    lines = ["| what | ours, ms | the others take, times ours (smallest to largest pair) |", "|---|--:|---|"]
+    for name in SHOWN:
+        if name in rows:
+            others = ", ".join(f"{other} **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})" for other, value in others_of(rows[name]).items())
+            lines.append(f"| {name} | {rows[name]['ours']:.4g} | {others} |")
+    return "\n".join(lines)
+
+
+def speed_text():
     """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, the others, and the ratios in paired runs."""
-    files = [HERE / f"benchmark-{part}.json" for part in ("ops", "models", "segmenters", "val2017", "eval")]
-    if not all(path.exists() for path in files):
-        return "not run: `for p in ops models eval; do python benchmark.py --$p --json results/benchmark-$p.json; done`"
-    measured = [json.loads(path.read_text()) for path in files]
+    measured = benchmarks()
     lines = ["| what | ours, ms | beside it: ms, times ours (smallest to largest of the pairs) | share of the roofline | MB, ours / others |",
              "|---|--:|---|--:|--:|"]
-    for row in [row for run in measured for row in run["rows"] if any(words in row["name"] for words in shown)]:
+    for row in [row for run in measured for row in run["rows"]]:
         lines.append(f"| {row['name']} | {row['ours']:.4g} | {beside(row)} | {share(row)} | {memory(row)} |")
     for run in measured:
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
@@ -118,6 +143,9 @@ def others_of(row):
 
 
 def beside(row):
+    """The peers of a row; of the input pipeline, which has none, how many pictures a second it makes."""
+    if "images/s" in row:
+        return f"{row['images/s']:.0f} images/s a core"
     return "; ".join(f"{name} {value['ms']:.4g}, **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
                      for name, value in others_of(row).items())
 
@@ -187,7 +215,7 @@ def write_tables():
     for name, text in {**texts, "speed": speed_text()}.items():
         (HERE / f"{name}.md").write_text(text + "\n")
     readme = (ROOT / "README.md").read_text()
-    for name, text in {**texts, "speed": speed_text(SHOWN)}.items():
+    for name, text in {**texts, "speed": speed_summary()}.items():
         begin, end = f"<!-- table: {name} -->", "<!-- end -->"
         if begin in readme:
             before, _, rest = readme.partition(begin)
