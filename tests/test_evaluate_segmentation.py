@@ -230,7 +230,7 @@ TABLE_3 = {"context_cracknet": (.5668, .6733, .5375, .7401, .6627, .5699, .4743,
            "unet": (.1562, .6397, .4857, .7061, .6323, .5390, .3837, .6456, .6577, .7464)}
 
 
-def stored(folder, model, data, counts, trained_with=()):
+def stored(folder, model, data, counts, trained_with=(), side=448):
     """An evaluation folder as evaluate.py writes it, with the counts [TP, FP, FN, TN] of each picture."""
     os.makedirs(folder)
     tp, fp, fn, tn = np.sum(counts, 0)
@@ -239,7 +239,7 @@ def stored(folder, model, data, counts, trained_with=()):
               "pixel/recall": tp / (tp + fn)}
     points = {point: {"stats": stats} for point in ("at 0.5", "at 0.4 (chosen on validation)")}
     content = {"model": model, "trained_with": list(trained_with), "task": "segmentation", "data": f"/d/{data}", "part": "test",
-               "sizes": {"native": {"pixels": "native (448x448)", "points": points}}}
+               "sizes": {"native": {"pixels": f"native ({side}x{side})", "points": points}}}
     (folder / "results.json").write_text(json.dumps(content))
     counts = {"native": {point: np.asarray(counts).tolist() for point in points}}
     files = [f"{i}.png" for i in range(len(counts["native"]["at 0.5"]))]
@@ -294,6 +294,17 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
     assert evaluate.main(["--compare", a, f]) == 0
     printed = capsys.readouterr().out
     assert "nothing to test: unet (cfd) shares no data set with pan (deepcrack)" in printed and "±" not in printed
+
+
+def test_settings_that_all_share_are_said_once_and_other_sizes_too(tmp_path, capsys):
+    a = stored(tmp_path / "a", "unet", "cfd", [[1, 1, 1, 1]], ["schedule=cosine", "body=resnet18"])
+    b = stored(tmp_path / "b", "pan", "cfd", [[2, 1, 1, 1]], ["schedule=cosine"], side=256)
+    assert evaluate.main(["--compare", a, b]) == 0
+    printed = capsys.readouterr().out
+    assert "note: all were trained with schedule=cosine\n" in printed and printed.count("schedule=cosine") == 1
+    assert "unet body=resnet18" in printed
+    assert "note: cfd: scored at 448x448 (unet body=resnet18); 256x256 (pan), which are other pixels; --size native" in printed
+    assert evaluate.main(["--compare", a]) == 0 and "unet schedule=cosine body=resnet18" in capsys.readouterr().out
 
 
 def test_detectors_are_compared_by_their_ap(tmp_path, capsys):

@@ -11,6 +11,7 @@ import dataclasses
 import glob
 import json
 import os
+import re
 
 import numpy as np
 
@@ -31,12 +32,14 @@ ROW, BAR = 1200, 24                                           # pixels: width of
 
 @dataclasses.dataclass
 class Evaluation:
-    """One results.json. model: its name and what was trained otherwise; data: the set's name and part; stats: {metric: number};
-    counts: int64 [N, 4] of the N pictures (segmentation) or None; files: their names."""
+    """One results.json. model: its name, and once `name_apart` has seen all of them what it was trained otherwise; settings: what --set
+    changed in its training; data: the set's name and part; stats: {metric: number}; counts: int64 [N, 4] of the N pictures
+    (segmentation) or None; files: their names."""
 
     path: str
     task: str
     model: str
+    settings: list
     data: str
     scored: str
     stats: dict
@@ -47,6 +50,7 @@ class Evaluation:
 def compare(runs, metric, size, at, draws, out):
     """Prints the comparison; with `out` writes comparison.json and report.html there. Returns 0; ValueError for what cannot be compared."""
     evaluations = [load(path, size, at) for path in runs]
+    notes = name_apart(evaluations)
     check(evaluations)
     task = evaluations[0].task
     columns = [name for name in COLUMNS[task] if any(name in e.stats for e in evaluations)]
@@ -63,7 +67,8 @@ def compare(runs, metric, size, at, draws, out):
     sets = list(dict.fromkeys(e.data for e in evaluations))
     if max(map(len, by_model.values())) > 1:
         shown.append(spread_table(by_model, columns))
-    notes, paired = not_shared(by_model), paired_table(by_model, metric, draws) if draws else None
+    notes += [*not_shared(by_model), *other_pixels(evaluations)]
+    paired = paired_table(by_model, metric, draws) if draws else None
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
     print("\n\n".join(tables.as_text(*table, digits=4) for table in shown))
@@ -82,12 +87,12 @@ def load(path, size, at):
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
-        model = " ".join([content["model"], *content.get("trained_with", [])])
+        model, settings = content["model"], list(content.get("trained_with", []))
         part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
         part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
         data = os.path.splitext(os.path.basename(content["data"]))[0] + part
         if content.get("task") != "segmentation":
-            return Evaluation(file, "detection", model, data, "", content["stats"], None, None)
+            return Evaluation(file, "detection", model, settings, data, "", content["stats"], None, None)
         name = size if size in content["sizes"] else "native"      # pictures of the model's own size are scored once
         scored, points = content["sizes"][name], list(content["sizes"][name]["points"])
         point = points[-1] if at == "chosen" else points[0]
@@ -98,7 +103,7 @@ def load(path, size, at):
         raise ValueError(f"{file}: expected results.json of evaluate.py ({type(error).__name__}: {error}); evaluate the run "
                          "again") from None
     numbers = {key: float("nan") if value is None else value for key, value in stats.items()}
-    return Evaluation(file, "segmentation", model, data, f"{scored['pixels']}, {point}", numbers, counts, files)
+    return Evaluation(file, "segmentation", model, settings, data, f"{scored['pixels']}, {point}", numbers, counts, files)
 
 
 def results_file(path):
@@ -121,6 +126,14 @@ def read_pictures(path, size, point):
     with open(path, encoding="utf-8") as stream:
         content = json.load(stream)
     return np.asarray(content["counts"][size][point], np.int64), content["files"]
+
+
+def name_apart(evaluations):
+    """Adds the settings that not all were trained with to each model's name; [a sentence] on those that all share, [] without any."""
+    shared = [s for s in evaluations[0].settings if len(evaluations) > 1 and all(s in e.settings for e in evaluations)]
+    for e in evaluations:
+        e.model = " ".join([e.model, *(s for s in e.settings if s not in shared)])
+    return [f"all were trained with {' '.join(shared)}"] if shared else []
 
 
 def check(evaluations):
@@ -159,6 +172,17 @@ def not_shared(by_model):
     (first, own), *others = by_model.items()
     apart = [f"{model} ({', '.join(found)})" for model, found in others if not own.keys() & found.keys()]
     return [f"nothing to test: {first} ({', '.join(own)}) shares no data set with {'; '.join(apart)}"] if apart else []
+
+
+def other_pixels(evaluations):
+    """[a sentence] for each data set on which the models were scored at different sizes."""
+    sizes = collections.defaultdict(lambda: collections.defaultdict(list))                # data -> {"448x448": models}
+    for e in evaluations:
+        for size in re.findall(r"\d+x\d+", e.scored)[:1]:
+            sizes[e.data][size].append(e.model)
+    listed = lambda found: "; ".join(f"{size} ({', '.join(models)})" for size, models in found.items())
+    return [f"{data}: scored at {listed(found)}, which are other pixels; "
+            "--size native scores all at the pictures' own" for data, found in sizes.items() if len(found) > 1]
 
 
 def paired_table(by_model, metric, draws):
