@@ -5,6 +5,8 @@ import numpy as np
 import pytest
 import torch
 
+from minidamage import ops
+from minidamage.layers import roi_heads
 from minidamage.layers.losses import fastrcnn_loss, maskrcnn_loss, rpn_loss
 from minidamage.layers.roi_heads import project_masks_on_boxes
 
@@ -50,6 +52,22 @@ def test_mask_targets_of_a_picture_without_objects():
     objects, valid = torch.zeros(1, 2, dtype=torch.int64), torch.zeros(1, 2, dtype=torch.bool)
     targets = project_masks_on_boxes([torch.zeros(0, 8, 8, dtype=torch.uint8)], torch.zeros(1, 2, 4), objects, valid, 28)
     assert targets.shape == (0, 28, 28)
+
+
+@pytest.mark.parametrize("slots", [False, True])
+def test_mask_targets_of_a_crowd_are_cut_a_few_masks_at_a_time(slots, monkeypatch):
+    """Forty masks, as floats never more than sixteen of them; each RoI has its own object's part, as from one mask alone."""
+    if slots:
+        monkeypatch.setattr(roi_heads, "live_rows", lambda valid: slice(None))
+    torch.manual_seed(0)
+    masks, objects = (torch.rand(40, 30, 50) < 0.5).to(torch.uint8), torch.randint(0, 40, (25,))
+    low = torch.rand(25, 2) * 20
+    boxes = torch.cat([low, low + 3 + 20 * torch.rand(25, 2)], dim=1)
+    alone = [ops.roi_align(masks[k][None, None].float(), [box[None]], (28, 28), 1.0)[0, 0] for k, box in zip(objects, boxes)]
+    seen, roi_align = [], ops.roi_align
+    monkeypatch.setattr(ops, "roi_align", lambda pictures, *rest: seen.append(len(pictures)) or roi_align(pictures, *rest))
+    targets = project_masks_on_boxes([masks], boxes[None], objects[None], torch.ones(1, 25, dtype=torch.bool), 28)
+    assert torch.equal(targets, torch.stack(alone)) and targets.any() and seen == [16, 16, 8]
 
 
 def test_rpn_loss_by_hand():
