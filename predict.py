@@ -40,6 +40,7 @@ NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes ar
 MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes are x1, y1, x2, y2, with (0, 0) the outer corner of the "
                        "first pixel; <name>.mask.png holds the label of every pixel",
              "pieces": "connected pixels of one class (8 neighbours), the largest first",
+             "totals": "of all pieces of a class; the mean width weighs each by its length",
              "length": "steps of 1 and sqrt(2) along the skeleton, and half the width at each free end; up to 8 % too long at 22 degrees",
              "width": "local width of the mask at each pixel of the skeleton, mean and largest; side branches shorter than the crack is "
                       "wide are left out",
@@ -321,28 +322,32 @@ def segment(model, path, image, stem, thresholds, about, explain):
 def describe_map(path, label_map, probabilities, about):
     """The JSON's content: share of each class, and for each connected piece where it is, how long, how wide and how sure."""
     H, W = label_map.shape
-    pieces = []
+    pieces, totals = [], {}
     for label, name in enumerate(about["class_names"], 1):
         mask = label_map == label
         numbers, _ = mask_codec.connected_components(mask)
         channel = probabilities[0 if len(probabilities) == 1 else label]
         sums = np.bincount(numbers.ravel(), channel.ravel().astype(np.float64))           # of each piece
-        for piece in skeleton.measure(mask):
-            pieces.append({"class": name, "label": label, "box": list(piece.box), "area_px": piece.area, "area_share": piece.area / (H * W),
-                           "length_px": round(piece.length, 2), "mean_width_px": round(piece.mean_width, 2),
-                           "max_width_px": round(piece.max_width, 2), "free_ends": piece.ends, "loops": piece.loops,
-                           **in_millimetres(piece, about["mm_per_px"]),
+        found = skeleton.measure(mask)
+        for piece in found:
+            pieces.append({"class": name, "label": label, "box": list(piece.box), "area_share": piece.area / (H * W),
+                           **measures([piece], about["mm_per_px"]), "free_ends": piece.ends, "loops": piece.loops,
                            "mean_probability": round(float(sums[piece.label] / piece.area), 4)})
+        totals[name] = {"pieces": len(found), **measures(found, about["mm_per_px"])}
     shares = {name: float((label_map == label).mean()) for label, name in enumerate(about["class_names"], 1)}
     return {"format": FORMAT, "version": 1, "photograph": os.path.realpath(path), "width": W, "height": H, **about, "notes": MAP_NOTES,
-            "area_share": shares, "pieces": sorted(pieces, key=lambda piece: -piece["area_px"])}
+            "area_share": shares, "totals": totals, "pieces": sorted(pieces, key=lambda piece: -piece["area_px"])}
 
 
-def in_millimetres(piece, mm_per_px):
-    if mm_per_px is None:
-        return {}
-    return {"length_mm": round(piece.length * mm_per_px, 3), "mean_width_mm": round(piece.mean_width * mm_per_px, 3),
-            "max_width_mm": round(piece.max_width * mm_per_px, 3), "area_mm2": round(piece.area * mm_per_px ** 2, 3)}
+def measures(pieces, mm_per_px):
+    """Area, length and widths of pieces together, in pixels and, with a scale, in millimetres. The mean width is weighted by length."""
+    area, length = sum(piece.area for piece in pieces), sum(piece.length for piece in pieces)
+    mean_width = sum(piece.mean_width * piece.length for piece in pieces) / length if length else 0.0
+    lines = {"length": length, "mean_width": mean_width, "max_width": max((piece.max_width for piece in pieces), default=0.0)}
+    found = {"area_px": area, **{f"{name}_px": round(value, 2) for name, value in lines.items()}}
+    if mm_per_px is not None:
+        found |= {**{f"{name}_mm": round(value * mm_per_px, 3) for name, value in lines.items()}, "area_mm2": round(area * mm_per_px ** 2, 3)}
+    return found
 
 
 def map_in_words(content, probabilities):
@@ -352,7 +357,8 @@ def map_in_words(content, probabilities):
         highest = float(probabilities[0].max() if len(probabilities) == 1 else probabilities[1:].max())
         return f"nothing found (highest probability {highest:.2f})"
     unit = "mm" if content["mm_per_px"] else "px"
-    length, width = sum(piece[f"length_{unit}"] for piece in pieces), max(piece[f"max_width_{unit}"] for piece in pieces)
+    length = sum(total[f"length_{unit}"] for total in content["totals"].values())
+    width = max(total[f"max_width_{unit}"] for total in content["totals"].values())
     return (f"{len(pieces)} piece{'s' * (len(pieces) != 1)}, {length:,.0f} {unit} long together, at most {width:.1f} {unit} wide, "
             f"{sum(content['area_share'].values()):.2%} of the picture")
 

@@ -71,6 +71,9 @@ def test_lengths_and_widths_by_hand(folder, capsys):
     assert (first["length_mm"], first["mean_width_mm"], first["area_mm2"]) == (50, 2, 100)
     assert (second["length_px"], second["max_width_px"], second["free_ends"], second["loops"]) == (40, 3, 2, 0)
     assert first["mean_probability"] == pytest.approx(0.8, abs=1e-3) and second["mean_probability"] == pytest.approx(0.502, abs=1e-3)
+    assert result["totals"] == {"crack": {
+        "pieces": 2, "area_px": 520, "length_px": 140, "mean_width_px": round((4 * 100 + 3 * 40) / 140, 2), "max_width_px": 4,
+        "length_mm": 70, "mean_width_mm": 1.857, "max_width_mm": 2, "area_mm2": 130}}
     assert result["area_share"] == {"crack": 520 / (90 * 160)} and result["score_thresholds"] == {"crack": 0.4}
     with Image.open(path / "predictions" / "wall.mask.png") as mask:
         assert np.asarray(mask).sum() == 520 and mask.size == (160, 90)
@@ -85,7 +88,8 @@ def test_score_nothing_found_and_a_second_run(folder, capsys):
     for _ in range(2):
         assert run("wall.png", "--score", "0.9") == 0
     assert sorted(p.name for p in (path / "predictions").iterdir()) == ["wall.json", "wall.mask.png", "wall.overlay.jpg"]
-    assert read(path / "predictions" / "wall.json")["pieces"] == []
+    result = read(path / "predictions" / "wall.json")
+    assert result["pieces"] == [] and result["totals"]["crack"]["length_px"] == 0 == result["totals"]["crack"]["pieces"]
     assert "nothing found (highest probability 0.80)" in capsys.readouterr().out
 
 
