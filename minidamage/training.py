@@ -22,7 +22,7 @@ from minidamage.config import Recipe, apply_settings, from_dict
 from minidamage.data import DetectionDataset, SegmentationDataset, limit, load_dataset
 from minidamage.data.anchor_choice import choose_anchors, fit_of, training_sides
 from minidamage.data.flags import reading
-from minidamage.data.split import from_names, names_of, parse_fractions, three_parts
+from minidamage.data.split import from_names, groups_across, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.layers.sync_batch_norm import synchronise_norms
 from minidamage.metrics.detection import CocoEvaluator
@@ -231,6 +231,11 @@ def split_parts(dataset, args):
     Runs of several seeds share their pictures: the split has a seed of its own, or their mean would be one over different test parts.
     """
     parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.split_seed)
+    shared = groups_across(parts)
+    if shared:
+        print(f"note: the set's own parts share {len(shared)} vehicles or photographs between train and the others ({shared[0]}, ...): what "
+              f"is reported was in part trained on. --split 70/15/15 keeps them together; near-duplicates too: python -m minidamage.data "
+              f"{dataset.path}")
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
         parts = {name: records if name == "test" else limit(records, args.limit, seed=args.split_seed) for name, records in parts.items()}
     for name in ("train", "val"):

@@ -1,9 +1,12 @@
 """One vehicle, one photograph, one part."""
+import argparse
+
 import numpy as np
 import pytest
 from PIL import Image
 
 from data_sets import picture
+from minidamage import training
 from minidamage.data import duplicates, split
 from minidamage.data.record import Dataset, Record
 
@@ -152,3 +155,13 @@ def test_flat_and_unreadable_pictures_match_nothing(tmp_path):
     Image.new("RGB", (64, 48), (200, 9, 9)).save(tmp_path / "b.png")
     (tmp_path / "c.png").write_bytes(b"x")
     assert duplicates.picture_hashes([tmp_path / n for n in ("a.png", "b.png", "c.png")]) == [None, None, None]
+
+
+def test_a_set_s_own_parts_that_share_a_vehicle_are_said_and_a_split_of_ours_never_does(capsys):
+    records = vehicles(40)
+    own = dataset_of(train=records[:100], val=records[100:110], test=records[110:])                 # car 33 is in train and in val
+    parts = training.split_parts(own, argparse.Namespace(split="50/25/25", split_seed=0, limit=1.0))
+    assert split.groups_across(parts) == [] and "share" not in capsys.readouterr().out
+    training.split_parts(own, argparse.Namespace(split=None, split_seed=0, limit=1.0))
+    said = "share 1 vehicles or photographs between train and the others (car 33, ...): what is reported was in part trained on"
+    assert said in capsys.readouterr().out

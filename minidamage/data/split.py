@@ -37,6 +37,13 @@ def three_parts(dataset, fractions=None, seed=0):
     return split_records(_pool(have), fractions or FRACTIONS, seed)
 
 
+def groups_across(parts):
+    """The groups (Record.group: a vehicle, a photograph) with pictures in "train" and in another part, sorted: parts that a set came with
+    may have them, a split of ours never does."""
+    train = {record.group for record in parts["train"] if record.group}
+    return sorted({r.group for name, records in parts.items() if name != "train" for r in records} & train)
+
+
 def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
     """Splits by group: {name: records in their own order}, close to `fractions` (which are scaled to sum 1).
 
