@@ -151,8 +151,8 @@ def check_flags(args, model):
     if model.task != "segmentation":
         for flag in ("tile", "overlap", "mm_per_px", "min_area"):
             if getattr(args, flag):
-                raise ValueError(f"--{flag.replace('_', '-')} is for segmentation models, the checkpoint holds {model.name} ({model.task}); "
-                                 "leave it out")
+                raise ValueError(f"--{flag.replace('_', '-')} is for segmentation models, the checkpoint holds {model.name} "
+                                 f"({model.task}); leave it out")
         return
     if args.overlap and not args.tile:
         raise ValueError("--overlap: expected --tile SIDE with it, got none")
@@ -346,7 +346,8 @@ def measures(pieces, mm_per_px):
     lines = {"length": length, "mean_width": mean_width, "max_width": max((piece.max_width for piece in pieces), default=0.0)}
     found = {"area_px": area, **{f"{name}_px": round(value, 2) for name, value in lines.items()}}
     if mm_per_px is not None:
-        found |= {**{f"{name}_mm": round(value * mm_per_px, 3) for name, value in lines.items()}, "area_mm2": round(area * mm_per_px ** 2, 3)}
+        found |= {f"{name}_mm": round(value * mm_per_px, 3) for name, value in lines.items()}
+        found["area_mm2"] = round(area * mm_per_px ** 2, 3)
     return found
 
 

@@ -233,9 +233,9 @@ def split_parts(dataset, args):
     parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.split_seed)
     shared = groups_across(parts)
     if shared:
-        print(f"note: the set's own parts share {len(shared)} vehicles or photographs between train and the others ({shared[0]}, ...): what "
-              f"is reported was in part trained on. --split 70/15/15 keeps them together; near-duplicates too: python -m minidamage.data "
-              f"{dataset.path}")
+        print(f"note: the set's own parts share {len(shared)} vehicles or photographs between train and the others ({shared[0]}, ...): "
+              "what is reported was in part trained on. --split 70/15/15 keeps them together; near-duplicates too: "
+              f"python -m minidamage.data {dataset.path}")
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
         parts = {name: records if name == "test" else limit(records, args.limit, seed=args.split_seed) for name, records in parts.items()}
     for name in ("train", "val"):
@@ -347,7 +347,8 @@ def check_arguments(args):
     if args.model not in MODELS:
         near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
-    ranges = {"size": (lambda v: v >= 32 or v == 0, "32 pixels or more, or of a segmenter 0 (each picture's own size)"), "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
+    ranges = {"size": (lambda v: v >= 32 or v == 0, "32 pixels or more, or of a segmenter 0 (each picture's own size)"),
+              "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
               "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "accumulate": (lambda v: v >= 1, "1 or more parts"),
               "timeout": (lambda v: 0 < v < math.inf, "minutes above 0"), "workers": (lambda v: v >= 0, "0 or more processes"),
               "seed": (lambda v: v >= 0, "0 or more"), "split_seed": (lambda v: v >= 0, "0 or more")}

@@ -173,7 +173,7 @@ def test_mistakes_end_with_2(red_run, capsys):
                                (["--score", "2"], "from 0 to 1"),
                                (["--mm-per-px", "0"], "--mm-per-px: expected millimetres a pixel above 0, got 0"),
                                (["--mm-per-px", "nan"], "--mm-per-px: expected millimetres a pixel above 0, got nan"),
-                               (["--ceiling", "--checkpoint", "runs/red-001"], "--ceiling is for detection models, the checkpoint holds red"),
+                               (["--ceiling", "--checkpoint", "runs/red-001"], "--ceiling is for detection models, the checkpoint holds"),
                                (["--compare", "nowhere"], "there is no such file"), (["--compare", "runs/red-001"], "got none"),
                                (["--test-epochs", "runs/red-001"], "train with --keep-epochs"),
                                (["--test-epochs", "x"], "none of that name"),
@@ -218,7 +218,8 @@ def test_a_real_network_with_three_classes(tmp_path):
     assert list(sizes["model"]["points"]) == ["likeliest class"]
     per_class = sizes["native"]["points"]["likeliest class"]["per_class"]
     assert set(per_class) == set(names) and all(0 <= numbers["pixel/accuracy"] <= 1 for numbers in per_class.values())
-    assert sorted(os.listdir(folder / "maps")) == ["0.png", "1.png"] and read(folder / "pictures.json")["maps"] == ["maps/0.png", "maps/1.png"]
+    assert sorted(os.listdir(folder / "maps")) == ["0.png", "1.png"]
+    assert read(folder / "pictures.json")["maps"] == ["maps/0.png", "maps/1.png"]
 
 
 # ---- --compare ---------------------------------------------------------------------------------------------------------------------

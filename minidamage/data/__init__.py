@@ -98,7 +98,7 @@ def _no_layout(path):
 
 def _has_pictures(folder):
     """Whether there is a picture in the folder or below it."""
-    return any(map(is_picture_name, itertools.chain.from_iterable(names for _, _, names in itertools.islice(os.walk(folder), MOST_FOLDERS))))
+    return any(is_picture_name(name) for _, _, names in itertools.islice(os.walk(folder), MOST_FOLDERS) for name in names)
 
 
 def _what_is_there(path):

@@ -61,7 +61,6 @@ def writing(folder):
         raise OSError(f"could not write the results into {folder}: {error}") from error
 
 
-
 def change_finish(model, settings):
     """The model's config with --set applied; ValueError for a field that is more than the finish of its masks."""
     for setting in settings:
