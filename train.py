@@ -462,8 +462,8 @@ def parse_arguments(argv=None):
         f"(default: {DEFAULTS['timeout']:g})")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
     add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")
-    add("--compile", action="store_true", help="torch.compile what has the pictures' shape (a detector's body, pyramid and RPN head; a "
-        "segmenter): a minute or more at the start, again for other sizes; validation stays as it is")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what has the pictures' shape (a detector's body, pyramid and RPN "
+        "head; a segmenter): a minute or more at the start, again for other sizes; validation stays as it is")
     add("--deterministic", action="store_true", help="equal bytes from run to run on a GPU too; slower there")
     add("--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.999; the average is validated and kept (default: recipe)")
     add("--clip", type=float, metavar="NORM", help="largest gradient norm, 0 = off (default: recipe)")

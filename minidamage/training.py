@@ -7,9 +7,11 @@ import argparse
 import copy
 import dataclasses
 import difflib
+import importlib.util
 import math
 import os
 import random
+import shutil
 
 import numpy as np
 import torch
@@ -34,7 +36,7 @@ DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "o
             "compile": False}
 CHANGES_ON_RESUME = {"resume", "data", "images", "out", "epochs", "lr", "clip", "patience", "device", "workers", "amp", "keep_epochs",
                      "accumulate", "timeout", "compile"}
-COMPILER = "inductor"                                                 # torch.compile's backend; it needs a C++ compiler, or Triton on a GPU
+COMPILER = "inductor"                                                 # torch.compile's backend
 OPTIMIZERS, SCHEDULES = ("sgd", "adam", "adamw"), ("step", "cosine", "constant", "plateau")
 
 
@@ -360,6 +362,12 @@ def check_arguments(args):
     args.device, kind = str(device), device.type
     if args.amp == "fp16" and kind != "cuda":
         raise ValueError(f"--amp fp16 needs a GPU (its gradient scaler), got --device {args.device}; use --amp bf16 or off")
+    if args.compile and COMPILER == "inductor":
+        needed, there = (("Triton", importlib.util.find_spec("triton")) if kind == "cuda" else
+                         ("a C++ compiler", shutil.which(os.environ.get("CXX", "g++"))))
+        if not there:
+            raise ValueError(f"--compile: expected {needed}, which torch.compile builds with, got none; install it (CXX names a compiler), "
+                             "or leave --compile out (--no-compile on a resumed run)")
     if getattr(args, "workers", None) is None:
         cores = (os.cpu_count() or 1) // distributed.local("LOCAL_WORLD_SIZE", 1)
         args.workers = 0 if kind == "cpu" else max(1, min(8, cores))  # on a CPU, training needs every core itself

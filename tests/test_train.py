@@ -203,6 +203,12 @@ def test_a_compiled_run_is_the_same_run(command, tmp_path, monkeypatch, model, s
     assert same(one["weights"], other["weights"]) and same(one["train"]["history"], other["train"]["history"])
 
 
+def test_compile_without_a_compiler_is_a_sentence(command, monkeypatch, capsys):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert train.main(command("--epochs", 1, "--compile")) == 2
+    assert "--compile: expected a C++ compiler, which torch.compile builds with, got none" in capsys.readouterr().err
+
+
 def test_a_stop_while_the_mask_threshold_is_chosen_is_said(command, tmp_path, monkeypatch, capsys):
     stop_at(monkeypatch, (), (3,))                                    # two pictures are validated, the third is the first to tune on
     assert train.main(command("--epochs", 1)) == 143
