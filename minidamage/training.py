@@ -235,8 +235,8 @@ def split_parts(dataset, args):
     parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.split_seed)
     shared = groups_across(parts)
     if shared:
-        print(f"note: the set's own parts share {len(shared)} vehicles or photographs between train and the others ({shared[0]}, ...): "
-              "what is reported was in part trained on. --split 70/15/15 keeps them together; near-duplicates too: "
+        print(f"note: the set's own parts share {len(shared)} vehicles or photographs ({', '.join(shared[:3])}): what is reported was in "
+              "part trained on, or chosen by. --split 70/15/15 keeps them together; near-duplicates too: "
               f"python -m minidamage.data {dataset.path}")
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
         parts = {name: records if name == "test" else limit(records, args.limit, seed=args.split_seed) for name, records in parts.items()}

@@ -163,5 +163,5 @@ def test_a_set_s_own_parts_that_share_a_vehicle_are_said_and_a_split_of_ours_nev
     parts = training.split_parts(own, argparse.Namespace(split="50/25/25", split_seed=0, limit=1.0))
     assert split.groups_across(parts) == [] and "share" not in capsys.readouterr().out
     training.split_parts(own, argparse.Namespace(split=None, split_seed=0, limit=1.0))
-    said = "share 1 vehicles or photographs between train and the others (car 33, ...): what is reported was in part trained on"
+    said = "share 1 vehicles or photographs (car 33): what is reported was in part trained on, or chosen by. --split 70/15/15"
     assert said in capsys.readouterr().out

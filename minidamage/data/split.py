@@ -38,10 +38,13 @@ def three_parts(dataset, fractions=None, seed=0):
 
 
 def groups_across(parts):
-    """The groups (Record.group: a vehicle, a photograph) with pictures in "train" and in another part, sorted: parts that a set came with
-    may have them, a split of ours never does."""
-    train = {record.group for record in parts["train"] if record.group}
-    return sorted({r.group for name, records in parts.items() if name != "train" for r in records} & train)
+    """The groups (Record.group: a vehicle, a photograph) with pictures in more than one part, sorted: parts that a set came with may have
+    them, a split of ours never does."""
+    parts_of = {}
+    for name, records in parts.items():
+        for record in records:
+            parts_of.setdefault(record.group, set()).add(name)
+    return sorted(group for group, names in parts_of.items() if group and len(names) > 1)
 
 
 def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
