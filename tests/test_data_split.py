@@ -159,9 +159,9 @@ def test_flat_and_unreadable_pictures_match_nothing(tmp_path):
 
 def test_a_set_s_own_parts_that_share_a_vehicle_are_said_and_a_split_of_ours_never_does(capsys):
     records = vehicles(40)
-    own = dataset_of(train=records[:100], val=records[100:110], test=records[110:])                 # car 33 is in train and in val
+    own = dataset_of(train=records[:100], val=records[100:110], test=records[110:])                 # car 33 and car 36 are cut
     parts = training.split_parts(own, argparse.Namespace(split="50/25/25", split_seed=0, limit=1.0))
     assert split.groups_across(parts) == [] and "share" not in capsys.readouterr().out
     training.split_parts(own, argparse.Namespace(split=None, split_seed=0, limit=1.0))
-    said = "share 1 vehicles or photographs (car 33): what is reported was in part trained on, or chosen by. --split 70/15/15"
+    said = "share 2 vehicles or photographs (car 33, car 36): what is reported was in part trained on, or chosen by. --split 70/15/15"
     assert said in capsys.readouterr().out
