@@ -2,7 +2,6 @@
 import os
 import subprocess
 import sys
-import textwrap
 
 import pytest
 import torch
@@ -38,26 +37,40 @@ def assert_equal(found, want, slots):
             assert not found[key][i][n:].any()
 
 
-@pytest.mark.parametrize("name, fields", [("maskrcnn_resnet50_fpn", {}), ("damagenet", dict(class_loss="sigmoid_focal", norm="batch")),
-                                          ("danet", dict(phase=5, box_score_thresh=0.1))])
-def test_the_program_runs_with_the_ops_alone(name, fields, tmp_path):
-    model, images = trained(name, **fields), pictures()
+CASES = {"maskrcnn_resnet50_fpn": {}, "damagenet": dict(class_loss="sigmoid_focal", norm="batch"),
+         "danet": dict(phase=5, box_score_thresh=0.1)}
+ELSEWHERE = """
+import sys, torch, minidamage.ops, minidamage
+def refuse(*_, **__):
+    raise AssertionError("the model's code ran")
+torch.nn.Conv2d.forward = torch.nn.Linear.forward = refuse
+minidamage.build_model = minidamage.ops.multiscale_roi_align = refuse
+for folder in sys.argv[1:]:
+    program = torch.export.load(folder + "/detector.pt2").module()
+    torch.save(program(torch.load(folder + "/images.pt")), folder + "/found.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """{name: (model, images, what its program finds in a process where the model's code does not run)}, one process for all."""
+    torch.manual_seed(0)
+    models = {name: trained(name, **fields) for name, fields in CASES.items()}
+    folders = {name: tmp_path_factory.mktemp(name) for name in CASES}
+    for name, folder in folders.items():
+        export_detector(models[name], folder / "detector.pt2", 90, 120, batch_size=2)
+        assert os.listdir(folder) == ["detector.pt2"]
+        torch.save(pictures(), folder / "images.pt")
+    subprocess.run([sys.executable, "-c", ELSEWHERE, *map(str, folders.values())], check=True)
+    return {name: (models[name], pictures(), torch.load(folders[name] / "found.pt")) for name in CASES}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_program_runs_with_the_ops_alone(exported, name):
+    model, images, found = exported[name]
     want = model.detect(list(images), "raw")
     assert_equal(exportable(model, 90, 120, 2)(images), want, 8)
-    export_detector(model, tmp_path / "detector.pt2", 90, 120, batch_size=2)
-    assert os.listdir(tmp_path) == ["detector.pt2"]
-    torch.save(images, tmp_path / "images.pt")
-    elsewhere = textwrap.dedent("""
-        import sys, torch, minidamage.ops, minidamage
-        def refuse(*_, **__):
-            raise AssertionError("the model's code ran")
-        torch.nn.Conv2d.forward = torch.nn.Linear.forward = refuse
-        minidamage.build_model = minidamage.ops.multiscale_roi_align = refuse
-        program = torch.export.load(sys.argv[1] + "/detector.pt2").module()
-        torch.save(program(torch.load(sys.argv[1] + "/images.pt")), sys.argv[1] + "/found.pt")
-    """)
-    subprocess.run([sys.executable, "-c", elsewhere, str(tmp_path)], check=True)
-    assert_equal(torch.load(tmp_path / "found.pt"), want, 8)
+    assert_equal(found, want, 8)
     other = model.detect(list(pictures(60, 100)), "raw")                    # and the model is as it was: anchors of other sizes too
     assert len(other) == 2 and all(torch.isfinite(result["boxes"]).all() for result in other)
 
