@@ -94,27 +94,30 @@ def test_a_step_on_tensors_without_values(name, fields, monkeypatch):
     assert all(parameter.grad is not None for parameter in model.parameters())
 
 
+@pytest.fixture
+def refuse_to_wait():
+    """A function from whose call on the framework raises where the CPU would wait for the GPU."""
+    yield lambda: torch.cuda.set_sync_debug_mode("error")
+    torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("name, fields", DETECTORS + SEGMENTERS)
 @pytest.mark.parametrize("amp", [False, True], ids=["float32", "bf16"])
-def test_a_step_on_a_gpu(name, fields, amp):
+def test_a_step_on_a_gpu(name, fields, amp, refuse_to_wait):
     """The step of train(), from pictures to weights; what is made once (libraries, the optimiser's state) is made in a first one."""
     model = build(name, fields).cuda()
     optimizer, (first, second) = make_optimizer(model, minidamage.MODELS[name][2]), batches(model)
     for number, (images, targets) in enumerate((first, first, second)):
         if number == 1:
             torch.cuda.synchronize()
-            torch.cuda.set_sync_debug_mode("error")
-        try:
-            targets = [{**target, "seed": 7} for target in targets]
-            with torch.autocast("cuda", torch.bfloat16, enabled=amp):
-                losses = model(images, targets)
-            optimizer.zero_grad(set_to_none=True)
-            sum(losses.values()).backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-            optimizer.step()
-        except BaseException:
-            torch.cuda.set_sync_debug_mode("default")
-            raise
+            refuse_to_wait()
+        targets = [{**target, "seed": 7} for target in targets]
+        with torch.autocast("cuda", torch.bfloat16, enabled=amp):
+            losses = model(images, targets)
+        optimizer.zero_grad(set_to_none=True)
+        sum(losses.values()).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
     torch.cuda.set_sync_debug_mode("default")
     assert all(torch.isfinite(loss) for loss in losses.values())

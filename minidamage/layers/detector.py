@@ -133,7 +133,7 @@ def check_targets(images, targets, num_classes, masks=True):
         if boxes.is_cpu and G:
             check_values(where, boxes, labels, num_classes)
         crowd = target.get("iscrowd")
-        if crowd is not None and G:
+        if crowd is not None and G and (not crowd.is_cpu or crowd.any()):      # else as they are: a copy would leave pinned memory
             keep = ~crowd.bool()
             target = {**target, **{key: target[key][keep.to(target[key].device)] for key in needed}}
         checked.append(target)
