@@ -119,8 +119,8 @@ def parse_arguments(argv):
     files.add_argument("--detections", metavar="DT.JSON", help="COCO results, a list of detections")
     files.add_argument("--iou-type", choices=("bbox", "segm"), help="score only boxes or only masks of the files (default: what they hold)")
     files.add_argument("--no-categories", action="store_true", help="files: ignore categories, as for proposals")
-    add("--ceiling", nargs="?", type=int, const=28, metavar="M", help="the mask AP of the truth itself at the mask head's M x M pixels (28): "
-        "what a perfect head would score on --data, without a model, or beside what --checkpoint scores")
+    add("--ceiling", nargs="?", type=int, const=28, metavar="M", help="the mask AP of the truth itself at the mask head's M x M pixels "
+        "(28): what a perfect head would score on --data, without a model, or beside what --checkpoint scores")
     several = parser.add_argument_group("several models")
     several.add_argument("--compare", nargs="+", metavar="RUN", help="results of several evaluations (run or evaluation folders, or their "
                          "results.json): one table, mean and spread over data sets, the first model tested against each other one")

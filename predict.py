@@ -123,8 +123,8 @@ def parse_arguments(argv):
     add("--explain", action="store_true", help="also draw the model's stages: picture, proposals, context map, boxes, raw mask, filled "
         "mask, result; of Context-CrackNet its attention maps")
     add("--tile", type=int, default=0, metavar="SIDE", help="segmentation: cut the photograph into tiles of this many pixels a side, each "
-        "looked at on its own, and blend them; best as large as the pictures of the training (default: the whole photograph, reduced to the "
-        "model's size)")
+        "looked at on its own, and blend them; best as large as the pictures of the training (default: the whole photograph, reduced to "
+        "the model's size)")
     add("--overlap", type=int, metavar="PX", help="pixels that neighbouring tiles share (default: a quarter of a tile)")
     add("--min-area", type=int, default=0, metavar="PX", help="segmentation: connected pieces of fewer pixels are left out of mask, "
         "overlay and JSON (default: none)")

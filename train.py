@@ -84,7 +84,8 @@ def train(run, stop):
             state.sums = {name: state.sums.get(name, 0.0) + value for name, value in values.items()}
             now = time.perf_counter()
             state.seconds, tick = state.seconds + now - tick, now
-            progress.step(step + 1, pictures_of(run, state.step), f"epoch {state.epoch + 1}/{recipe.epochs}  {state.step}/{steps_per_epoch}", values)
+            progress.step(step + 1, pictures_of(run, state.step),
+                          f"epoch {state.epoch + 1}/{recipe.epochs}  {state.step}/{steps_per_epoch}", values)
             stopping = asked if distributed.world() > 1 else stop.requested
             if stopping:
                 break
@@ -181,7 +182,8 @@ def explain_losses(values, reports, run, validating):
     whole = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
     saved = save(run, "last.pt", {}) if whole and not validating else False       # else: the last.pt of before is the good one
     rate = run.optimizer.param_groups[0]["lr"]
-    found = [(f" in process {rank}" if len(reports) > 1 else "", terms, files) for rank, parts in enumerate(reports) for terms, files in parts]
+    found = [(f" in process {rank}" if len(reports) > 1 else "", terms, files)
+             for rank, parts in enumerate(reports) for terms, files in parts]
     where, terms, _ = found[0] if found else ("", values, [])
     broken = ", ".join(f"{name} = {value}" for name, value in terms.items() if not math.isfinite(value))
     files = ";  ".join(f"{', '.join(files)}{where}" for where, _, files in found)
@@ -449,21 +451,21 @@ def parse_arguments(argv=None):
     add_reading_flags(parser)
     add("--epochs", type=int, help="passes over the training part (default: the model's recipe; the demo has its own)")
     add("--batch-size", type=int, help="pictures a step (default: recipe)")
-    add("--size", type=int, help="pixels of the resized picture: both sides (segmenters; 0: each picture's own size), or the shorter, and the "
-        "limit of the longer with it (default: config)")
+    add("--size", type=int, help="pixels of the resized picture: both sides (segmenters; 0: each picture's own size), or the shorter, and "
+        "the limit of the longer with it (default: config)")
     add("--lr", type=float, help="learning rate at this batch size, as it stands (default: the recipe's, scaled linearly with the batch)")
     add("--seed", type=int, help=f"of weights, order and augmentation (default: {DEFAULTS['seed']})")
     add("--split-seed", type=int, help=f"of split and --limit, which runs of several --seed share (default: {DEFAULTS['split_seed']})")
     add("--device", help="cpu, cuda, cuda:1 (default: the GPU when there is one)")
-    add("--accumulate", type=int, metavar="N", help="parts that a batch goes through a GPU in, its gradients added up: less memory, the same "
-        "batch (default: 1)")
+    add("--accumulate", type=int, metavar="N", help="parts that a batch goes through a GPU in, its gradients added up: less memory, the "
+        "same batch (default: 1)")
     add("--sync-bn", action="store_true", help="several processes: batch normalisation over the pictures of all of them")
     add("--timeout", type=float, metavar="MINUTES", help="several processes: how long one waits for the others before it stops "
         f"(default: {DEFAULTS['timeout']:g})")
     add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
     add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")
-    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what has the pictures' shape (a detector's body, pyramid and RPN "
-        "head; a segmenter): a minute or more at the start, again for other sizes; validation stays as it is")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what has the pictures' shape (a detector's body, pyramid "
+        "and RPN head; a segmenter): a minute or more at the start, again for other sizes; validation stays as it is")
     add("--deterministic", action="store_true", help="equal bytes from run to run on a GPU too; slower there")
     add("--ema", type=float, metavar="DECAY", help="average the weights, e.g. 0.999; the average is validated and kept (default: recipe)")
     add("--clip", type=float, metavar="NORM", help="largest gradient norm, 0 = off (default: recipe)")
@@ -550,15 +552,18 @@ def lost(error, run=None):
         raise error
     if distributed.first_to_say("lost"):
         place = f" in epoch {run.state.epoch + 1}, step {run.state.step + 1}" if run else ""
-        resume = f"\n  saved  {run.path('last.pt')} is good: the run as it was last saved\n  try    {command()} --resume {run.folder}" if run else ""
-        print(f"\ntrain.py: process {distributed.rank()} of {distributed.world()} has lost another one{place}: it has ended (its own message "
-              f"says why) or has not answered within --timeout.\n  {str(error).strip().splitlines()[0]}{resume}", file=sys.stderr, flush=True)
+        resume = (f"\n  saved  {run.path('last.pt')} is good: the run as it was last saved\n"
+                  f"  try    {command()} --resume {run.folder}" if run else "")
+        print(f"\ntrain.py: process {distributed.rank()} of {distributed.world()} has lost another one{place}: it has ended (its own "
+              f"message says why) or has not answered within --timeout.\n  {str(error).strip().splitlines()[0]}{resume}",
+              file=sys.stderr, flush=True)
     return 1
 
 
 def command():
     """How this training is typed."""
-    return "python train.py" if distributed.world() == 1 else f"torchrun --nproc-per-node {distributed.local('LOCAL_WORLD_SIZE', 1)} train.py"
+    return ("python train.py" if distributed.world() == 1
+            else f"torchrun --nproc-per-node {distributed.local('LOCAL_WORLD_SIZE', 1)} train.py")
 
 
 def perform(run):

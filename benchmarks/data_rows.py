@@ -21,7 +21,8 @@ def benchmark_data(table):
             for what, dataset in (("decode + instance masks", DetectionDataset(records)),
                                   ("decode + augment + instance masks", DetectionDataset(records, detector, train=True)),
                                   ("decode + label map 448", SegmentationDataset(records, image_size=448)),
-                                  ("decode + augment + label map 448", SegmentationDataset(records, segmenter, train=True, image_size=448))):
+                                  ("decode + augment + label map 448",
+                                   SegmentationDataset(records, segmenter, train=True, image_size=448))):
                 row = table.add(f"data: {what}, {len(records)} pictures {records[0].width}x{records[0].height}",
                                 lambda: [dataset[i] for i in range(len(records))], {})
                 if row:

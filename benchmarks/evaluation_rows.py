@@ -60,7 +60,8 @@ def benchmark_eval(table):
              ("val2017's size (5000 pictures, 36781 truths and detections)", VAL2017, (80,)),
              ("10 pictures x 10 detections", dict(images=10, truths=50, detections=100, classes=80), (80, 3))]
     for what, size, class_counts in sizes:
-        names = {(classes, iou_type): f"COCO {iou_type}, {what}, {classes} classes" for classes in class_counts for iou_type in ("bbox", "segm")}
+        names = {(classes, iou_type): f"COCO {iou_type}, {what}, {classes} classes"
+                 for classes in class_counts for iou_type in ("bbox", "segm")}
         if any(table.wants(name) for name in names.values()):
             benchmark_generated(table, names, *generated_coco(**size))
 

@@ -51,13 +51,15 @@ def benchmark_models(table):
     segmenters.append(("context_cracknet", (), ["stock", "contiguous", "bfloat16"], ((448, False), (448, True))))
     for name, config, sides, cases in detectors + segmenters:
         for size, training in cases:
-            batch = max(2, args.batch) if training and model_class(name).task == "segmentation" else args.batch     # their pooled norms need two
+            # segmenters' pooled norms need two
+            batch = max(2, args.batch) if training and model_class(name).task == "segmentation" else args.batch
             case = ModelCase(name, size, training, batch, args.device, args.dtype, config)
             if not table.wants(case.label()):
                 continue
             others = {side: model_call(case, side) for side in sides if table.against(side)}
             row = table.add(case.label(), model_call(case, "ours"), others)
-            table.add_memory(row, "peak", **{side: f"benchmarks.model_rows:model_call(rows.{case!r}, {side!r})" for side in ("ours", *sides)})
+            table.add_memory(row, "peak", **{side: f"benchmarks.model_rows:model_call(rows.{case!r}, {side!r})"
+                                             for side in ("ours", *sides)})
             del others
             gc.collect()                                                # models hold gigabytes
     benchmark_cagm(table)
@@ -108,7 +110,8 @@ def model_class(name):
 
 
 def build(case, which):
-    """One side's model with weights of one seed; None where there is no such peer. Detectors have 4 classes, segmenters one and background."""
+    """One side's model with weights of one seed; None where there is no such peer. Detectors have 4 classes, segmenters one and
+    background."""
     torch.manual_seed(0)
     if model_class(case.name).task == "detection":
         if which == "plain":
@@ -117,7 +120,8 @@ def build(case, which):
         model = torchvision_detector(case, ours) if which == "torchvision" else ours
     else:
         ours = minidamage.build_model(case.name, num_classes=2, image_size=case.size, **dict(case.config))
-        model = {"smp": smp_segmenter, "torchvision": torchvision_segmenter, "stock": stock_cracknet}.get(which, lambda case, ours: ours)(case, ours)
+        model = {"smp": smp_segmenter, "torchvision": torchvision_segmenter,
+                 "stock": stock_cracknet}.get(which, lambda case, ours: ours)(case, ours)
     return model and model.to(case.device).train(case.training)
 
 

@@ -176,8 +176,8 @@ def deform_inputs(shape, modulated, device="cpu", dtype=torch.float32):
 
 
 def deform_call(shape, modulated, backward, which, device="cpu", dtype="float32", graph=False):
-    """A callable of one deformable convolution ("ours", "torchvision", "reference") or of the plain one ("conv2d"), on channels_last tensors
-    but for torchvision and sides that end in " NCHW". graph: (output, its gradient) instead of a callable."""
+    """A callable of one deformable convolution ("ours", "torchvision", "reference") or of the plain one ("conv2d"), on channels_last
+    tensors but for torchvision and sides that end in " NCHW". graph: (output, its gradient) instead of a callable."""
     x, offset, weight, bias, mask = deform_inputs(shape, modulated, device, DTYPES[dtype])
     nhwc = which != "torchvision" and not which.endswith(" NCHW")
     if nhwc:
@@ -295,8 +295,9 @@ def benchmark_linear_attention(table, tv):
                 moved = (3 if backward else 1) * (2 * B * N * D + 2 * N * k + 4 * D * D) * DTYPES[dtype].itemsize
                 row = table.add(name, linear_call(N, k, backward, "ours", device, dtype),
                                 {side: linear_call(N, k, backward, side, device, dtype) for side in sides}, moved, flops)
-                table.add_memory(row, "extra", **{side: f"benchmarks.op_rows:linear_call({N}, {k}, {backward}, {side!r}, {device!r}, {dtype!r})"
-                                                  for side in ("ours", "stock")})
+                table.add_memory(row, "extra",
+                                 **{side: f"benchmarks.op_rows:linear_call({N}, {k}, {backward}, {side!r}, {device!r}, {dtype!r})"
+                                    for side in ("ours", "stock")})
 
 
 # ---- focal losses ------------------------------------------------------------------------------------------------------------------
@@ -309,13 +310,15 @@ def benchmark_focal_loss(table, tv):
         for reduction in ("none", "sum"):
             theirs = tv and (lambda: tv.ops.sigmoid_focal_loss(logits, targets, reduction=reduction))
             moved = logits.numel() * (12 if reduction == "none" else 8)
-            table.add(f"sigmoid_focal_loss {shape} {reduction} forward", lambda: ops.sigmoid_focal_loss(logits, targets, reduction=reduction),
+            table.add(f"sigmoid_focal_loss {shape} {reduction} forward",
+                      lambda: ops.sigmoid_focal_loss(logits, targets, reduction=reduction),
                       {"torchvision": theirs}, moved)
             (a,), (b,) = leaves(logits), leaves(logits)
             grad = torch.ones_like(logits) if reduction == "none" else torch.ones((), device=device)
             table.add(f"sigmoid_focal_loss {shape} {reduction} forward+backward",
                       forward_backward(lambda: ops.sigmoid_focal_loss(a, targets, reduction=reduction), [a], grad),
-                      {"torchvision": tv and forward_backward(lambda: tv.ops.sigmoid_focal_loss(b, targets, reduction=reduction), [b], grad)},
+                      {"torchvision": tv and forward_backward(lambda: tv.ops.sigmoid_focal_loss(b, targets, reduction=reduction), [b],
+                                                              grad)},
                       moved + logits.numel() * 12)
     logits, labels = torch.randn(1000, 91, generator=generator).to(device), torch.randint(0, 91, (1000,), generator=generator).to(device)
     (a,), (b,) = leaves(logits), leaves(logits)

@@ -75,7 +75,8 @@ class Roofline:
         picture = torch.randn(8, 512, 64, 64, device=device).to(dtype).to(memory_format=torch.channels_last)
         weight = torch.randn(512, 512, 3, 3, device=device).to(dtype).to(memory_format=torch.channels_last)
         # some CPUs multiply faster in their convolution library than in their matrix library: the faster one is what can be done
-        rates.append(2 * 9 * 512 * picture.numel() / min(seconds(lambda: torch.conv2d(picture, weight, padding=1), device) for _ in range(5)))
+        rates.append(2 * 9 * 512 * picture.numel()
+                     / min(seconds(lambda: torch.conv2d(picture, weight, padding=1), device) for _ in range(5)))
         return cls(2 * a.numel() * 4 / copy / 1e9, max(rates) / 1e9)
 
     def share(self, ms, moved, flops):

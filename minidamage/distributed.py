@@ -187,8 +187,8 @@ def copy_buffers(*models):
 def shares(batch, accumulate):
     """This process's part of a batch: [(what the part holds, whether it counts)], at most `accumulate` of them, as many in each process.
 
-    batch: a list. Where it is too small for all (the last one of an epoch), a process without an own picture takes the first one, which then
-    does not count: it has to take part in the exchange of gradients.
+    batch: a list. Where it is too small for all (the last one of an epoch), a process without an own picture takes the first one, which
+    then does not count: it has to take part in the exchange of gradients.
     """
     parts = min(accumulate, math.ceil(len(batch) / world()))
     own = [batch[part * world() + rank()::parts * world()] for part in range(parts)]
@@ -242,8 +242,8 @@ class Batch:
                 losses = replica(images, targets)
             backward()
 
-    With several parts the counts have to be known before the first one's gradients: `model.loss_counts` finds them. A segmenter's are in the
-    label maps; a detector's need its proposals, so body and RPN run once more, without gradients.
+    With several parts the counts have to be known before the first one's gradients: `model.loss_counts` finds them. A segmenter's are in
+    the label maps; a detector's need its proposals, so body and RPN run once more, without gradients.
     Gradients are exchanged in the last part's backward() alone.
     """
 

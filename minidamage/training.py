@@ -128,8 +128,8 @@ def set_up(given):
     folder = os.path.dirname(path) if checkpoint else distributed.on_main(
         lambda: run_folder.new_run_folder(args.out, args.model, args.data))
     if not os.path.isdir(folder):
-        raise ValueError(f"{os.path.abspath(folder)}: process {distributed.rank()} does not see the folder that process 0 made; give --out on "
-                         "a disk that all machines share")
+        raise ValueError(f"{os.path.abspath(folder)}: process {distributed.rank()} does not see the folder that process 0 made; give --out "
+                         "on a disk that all machines share")
     run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
               optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
               train_set=train_set, val_set=val_set, scored_set=scored_set(train_set, val_set, recipe.score_train),
@@ -156,8 +156,8 @@ def check_own_sizes(records, at_once):
     sizes = sorted({(record.width, record.height) for record in records})
     if at_once > 1 and len(sizes) > 1:
         listed = ", ".join(f"{width}x{height}" for width, height in sizes[:4]) + f" and {len(sizes) - 4} more" * (len(sizes) > 4)
-        raise ValueError(f"--size 0 (image_size 0, each picture at its own size): expected pictures of one size in batches of {at_once}, got "
-                         f"{listed}; type --batch-size 1, or a --size in pixels")
+        raise ValueError(f"--size 0 (image_size 0, each picture at its own size): expected pictures of one size in batches of {at_once}, "
+                         f"got {listed}; type --batch-size 1, or a --size in pixels")
 
 
 def make_datasets(model, parts, recipe, seed, path):

@@ -154,8 +154,8 @@ def spend(minutes, runs):
         try:
             perform(run, deadline)
         except OutOfTime:
-            print(f"reproduce.py: the budget of {minutes:g} minutes is spent; {run.name} is saved at {share_done(run):.0%} of its epochs and "
-                  "goes on with the next --budget or --run", flush=True)
+            print(f"reproduce.py: the budget of {minutes:g} minutes is spent; {run.name} is saved at {share_done(run):.0%} of its epochs "
+                  "and goes on with the next --budget or --run", flush=True)
             break
 
 
@@ -173,8 +173,8 @@ def main():
     parser.add_argument("--list", action="store_true", help="the runs, and which are done; -: its data, or its peer, is not there")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="runs to make, in this order; one that was cut goes on")
     parser.add_argument("--resume", action="store_true", help="go on with every run that was begun and not finished")
-    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop, and save, when so many minutes are over; without --run: what "
-                        "is missing most first")
+    parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop, and save, when so many minutes are over; without --run: "
+                        "what is missing most first")
     parser.add_argument("--hardware", choices=("cpu", "gpu"), default="cpu", help="which runs --budget chooses from (default: %(default)s)")
     parser.add_argument("--table", action="store_true", help="write the tables from the kept numbers")
     args = parser.parse_args()

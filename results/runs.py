@@ -19,7 +19,8 @@ class Run:
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """columns: heading -> where the number lies in evaluate.py's results.json. printed: row -> the paper's numbers, in the columns' order."""
+    """columns: heading -> where the number lies in evaluate.py's results.json.
+    printed: row -> the paper's numbers, in the columns' order."""
 
     title: str
     columns: dict
@@ -62,7 +63,8 @@ def car_runs(prefix, schedule, hardware, data, seeds, minutes):
                  Run(seeded(f"{prefix}-no-dilation", seed), prefix, f"--model damagenet {base} --set context=false",
                      {"no dilation": "", "Mask R-CNN (no dilation, no post-processing)": NO_POST,
                       **{f"Mask R-CNN, {what}": f"{NO_POST} {flags}" for what, flags in OCCLUDED.items()}}, hardware, minutes),
-                 Run(seeded(f"{prefix}-no-fpn", seed), prefix, f"--model damagenet {base} --set fpn=false", {"no FPN": ""}, hardware, minutes)]
+                 Run(seeded(f"{prefix}-no-fpn", seed), prefix, f"--model damagenet {base} --set fpn=false",
+                     {"no FPN": ""}, hardware, minutes)]
     return runs
 
 
@@ -103,8 +105,8 @@ STEEL_COLUMNS = {**{name: f"per_class/{name}/bbox/AP50" for name in published.DA
                  "AP50, VOC all points": "voc/bbox/all-point/mean", "AP .5:.95": "stats/bbox/AP"}
 STEEL_PRINTED = {PHASES[phase]: numbers for phase, numbers in published.DANET.items()}
 
-# The text's Pascal VOC row: "a subset of 2000 images", year and split not stated. Here VOC2007's own lists (its trainval and its test archive
-# unpacked into one folder): 2,001 of train's 2,501, and all 4,952 of test. Size and anchors as Faster R-CNN had them there.
+# The text's Pascal VOC row: "a subset of 2000 images", year and split not stated. Here VOC2007's own lists (its trainval and its test
+# archive unpacked into one folder): 2,001 of train's 2,501, and all 4,952 of test. Size and anchors as Faster R-CNN had them there.
 VOC_FULL = ("--model danet --data {data}/VOC2007 --limit 0.8 --amp bf16 --pretrained {data}/weights/resnet50_augnet.pth "
             "--set min_size=600 --set max_size=1000 --set anchor_sizes=32,64,128,256,512 --set aspect_ratios=0.5,1,2 "
             "--set canonical_scale=224")
@@ -155,7 +157,8 @@ AT = "sizes/model/points/{in_use}/stats/pixel/"
 CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall", "precision": AT + "precision",
                  "IoU at 0.5": "sizes/model/points/at 0.5/stats/pixel/IoU", "IoU, native size": AT.replace("model", "native") + "IoU",
                  "F1 within 2 px, native": "sizes/native/points/{in_use}/stats/tolerance 2 px/F1"}
-CRACK_NOTE = "Bodies start from AugNet weights (trained without labels), where a row does not say \"from scratch\"; the paper's from ImageNet's."
+CRACK_NOTE = ("Bodies start from AugNet weights (trained without labels), where a row does not say \"from scratch\"; the paper's from "
+              "ImageNet's.")
 DEEPCRACK_NOTE = " DeepCrack's published split is kept; three of its photographs stand in both parts."
 
 # ---- the car-damage project's seven segmenters -------------------------------------------------------------------------------------
@@ -175,8 +178,8 @@ SEGMENTER_COLUMNS = {"any damage: Dice": ANY_DAMAGE + "Dice", "any damage: IoU":
 SEGMENTER_PRINTED = {SMALL_SEGMENTERS[model]: numbers for model, numbers in published.SEGMENTERS.items()}
 
 
-# Short enough for two CPU cores. Plain cross-entropy, as the project has it, finds next to nothing within so few steps (IoU below .06 in five
-# models tried): the reduced rows weigh the classes.
+# Short enough for two CPU cores. Plain cross-entropy, as the project has it, finds next to nothing within so few steps (IoU below .06 in
+# five models tried): the reduced rows weigh the classes.
 SEGMENTERS_SMALL = "--size 120 --epochs 4 --batch-size 4 --amp bf16 --limit 0.3 --set class_weights=inverse"
 
 
@@ -199,7 +202,8 @@ FROM_RESNET18 = "--pretrained {data}/weights/resnet18_bnfolded_conv1_to_layer3_f
 OVERFIT_RUNS = [
     Run("coco-tiny-overfit", "coco-tiny-overfit", f"{OVERFIT} {FROM_AUGNET} --epochs 250 --batch-size 2",
         {"Mask R-CNN, 16 pictures": BY_HEART}, "gpu"),
-    Run("coco-tiny-overfit-4", "coco-tiny-overfit", f"{OVERFIT.replace('--lr 2e-4', '--lr 4e-4')} {FROM_RESNET18} --epochs 400 --batch-size 2 --limit 0.25 --size 320 "
+    Run("coco-tiny-overfit-4", "coco-tiny-overfit",
+        f"{OVERFIT.replace('--lr 2e-4', '--lr 4e-4')} {FROM_RESNET18} --epochs 400 --batch-size 2 --limit 0.25 --size 320 "
         "--set body=resnet18 --set fpn_channels=128 --set rpn_channels=128 --set box_head_channels=512 --set mask_layers=128,128 "
         "--set mask_dim_reduced=128 --set anchor_sizes=16,32,64,128,256 --set canonical_scale=112 --set rpn_pre_nms_top_n_train=500 "
         "--set rpn_post_nms_top_n_train=500 --set rpn_post_nms_top_n_test=300 --set box_batch_size_per_image=128",
@@ -262,38 +266,42 @@ STUDY_COLUMNS = {name: CAR_COLUMNS[name] for name in ("box AP", "box AP50", "mas
 
 RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
         *car_runs("cars", CARS_SMALL, "cpu", "{data}/car_vehide_layout", (0,), (45, None)),
-        *car_runs("cars-coco", CARS_SMALL.replace("--epochs 14", "--epochs 8"), "cpu", "{data}/car_vehide_layout/coco", (0,), (30, None))[:2],
+        *car_runs("cars-coco", CARS_SMALL.replace("--epochs 14", "--epochs 8"), "cpu", "{data}/car_vehide_layout/coco", (0,),
+                  (30, None))[:2],
         *steel_runs("steel", NEU_SMALL, "cpu", (1, 5), (0,), (45, None)),
         *crack_runs("cracks", CRACKS_SMALL, "cpu", "cfd", ("context_cracknet", "unet"), (0,), (40, None)),
         *(run for which, epochs in QUICK_EPOCHS.items()
           for run in crack_runs("cracks-quick", f"{CRACKS_QUICK} --epochs {epochs}", "cpu", which,
-                                LEADING if which == "cracks448" else ("context_cracknet", *BASELINES), (0,), (5, None), ablation=which != "cracks448", scratch=which == "cfd")),
+                                LEADING if which == "cracks448" else ("context_cracknet", *BASELINES), (0,), (5, None),
+                                ablation=which != "cracks448", scratch=which == "cfd")),
         *segmenter_runs("segmenters", SEGMENTERS_SMALL, "cpu", (0,), (5, None)),
         *car_runs("cars-full", CARS_FULL, "gpu", "{data}/car_vehide_layout", (0, 1, 2), (None, None)),
         *car_runs("cars-coco-full", CARS_FULL, "gpu", "{data}/car_vehide_layout/coco", (0, 1, 2), (None, None)),
         *steel_runs("steel-full", NEU_FULL, "gpu", (1, 2, 3, 4, 5), (0, 1, 2), (None, None)),
         *(Run(seeded(f"steel-full-best{start}", seed), "steel-full", f"{NEU_BEST} --seed {seed}{weights}", {f"ours, {what}": ""}, "gpu")
-          for seed in (0, 1, 2) for start, what, weights in (("", "from AugNet", f" {FROM_AUGNET}"), ("-scratch", "from scratch", " --set norm=batch"))),
+          for seed in (0, 1, 2)
+          for start, what, weights in (("", "from AugNet", f" {FROM_AUGNET}"), ("-scratch", "from scratch", " --set norm=batch"))),
         *steel_runs("voc-full", VOC_FULL, "gpu", (1, 5), (0,), (None, None)),
         *(run for which in CRACK_SETS
-          for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None), True, True)
+          for run in crack_runs("cracks-full", CRACKS_FULL, "gpu", which, ("context_cracknet", *BASELINES), (0, 1, 2), (None, None),
+                                True, True)
           if which != "cracks448"),
         *crack_runs("cracks-full", CRACKS_FULL, "gpu", "cracks448", LEADING, (0, 1, 2), (None, None)),
         *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS, *STUDY_RUNS]
 
 # ---- peers: their model, our script ------------------------------------------------------------------------------------------------
 
-# Which of our runs a peer's model repeats: with the same data, start weights, recipe and seeds. What changes in the arguments is the model's
-# name, and what leads to the very same config and recipe from there (tests/test_results.py asks that it does).
-AS_NO_DILATION = ("--set max_size=1024 --set optimizer=sgd --set lr=0.02 --set schedule=step --set milestones=34,43 --clip 0 --set rotate=15 "
-                  "--set contrast=0 --set saturation=0")
+# Which of our runs a peer's model repeats: with the same data, start weights, recipe and seeds. What changes in the arguments is the
+# model's name, and what leads to the very same config and recipe from there (tests/test_results.py asks that it does).
+AS_NO_DILATION = ("--set max_size=1024 --set optimizer=sgd --set lr=0.02 --set schedule=step --set milestones=34,43 --clip 0 "
+                  "--set rotate=15 --set contrast=0 --set saturation=0")
 # DANet's second phase with torchvision's nearest up-sampling in the pyramid, in our Faster R-CNN's words. Without mixed precision, ours
 # too: under it torchvision rounds its boxes.
 STEEL_TWIN = ("--model fasterrcnn_resnet50_fpn --data {data}/neu_det --size 400 --epochs 30 --batch-size 4 --select bbox/AP50 "
               "--pretrained {data}/weights/resnet50_augnet.pth --set lr_batch_size=4 --set milestones=20,28 --set warmup_iters=500 "
               "--set max_size=400 --set anchor_sizes=32,64,96,160,256 --set aspect_ratios=0.33,1,3 --set canonical_scale=112")
-RUNS += [Run(seeded("steel-full-fasterrcnn", seed), "steel-full", f"{STEEL_TWIN} --seed {seed}", {"2 with nearest up-sampling, float32": ""},
-             "gpu") for seed in (0, 1, 2)]
+RUNS += [Run(seeded("steel-full-fasterrcnn", seed), "steel-full", f"{STEEL_TWIN} --seed {seed}",
+             {"2 with nearest up-sampling, float32": ""}, "gpu") for seed in (0, 1, 2)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -326,7 +334,8 @@ TWINS = (Twin(("cracks-quick", "cracks-full"), "unet", "smp-unet", {"--model une
               {"--model damagenet": "--model torchvision_maskrcnn_resnet50_fpn", "--set context=false": AS_NO_DILATION, " --amp bf16": ""},
               "torchvision", "torchvision's Mask R-CNN", "--set mask_threshold=0.5"),
          Twin(("steel-full",), "fasterrcnn", "torchvision-fasterrcnn",
-              {"--model fasterrcnn_resnet50_fpn": "--model torchvision_fasterrcnn_resnet50_fpn"}, "torchvision", "torchvision's Faster R-CNN"))
+              {"--model fasterrcnn_resnet50_fpn": "--model torchvision_fasterrcnn_resnet50_fpn"},
+              "torchvision", "torchvision's Faster R-CNN"))
 RUNS += [made for twin in TWINS for run in RUNS if (made := twin.of(run))]
 
 
@@ -339,19 +348,20 @@ TABLES = {
     "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
     "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
     "voc-full": Table("DANet on Pascal VOC 2007", VOC_COLUMNS, VOC_PRINTED, percent=True,
-                      note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under MINIDAMAGE_DATA. "
-                           "The paper does not state its IoU."),
+                      note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under "
+                           "MINIDAMAGE_DATA. The paper does not state its IoU."),
     "coco-tiny-overfit": Table("Sixteen pictures of COCO, or four of them, learned by heart", OVERFIT_COLUMNS),
     **{f"study-{kind}{where}{size}": Table(f"The Mask R-CNN study: {what} {scored}{reduced}", columns, note=STUDY_NOTE)
-       for kind, what in (("losses", "loss sets by share of the training pictures, at equal steps,"), ("proposals", "where proposals come from,"))
+       for kind, what in (("losses", "loss sets by share of the training pictures, at equal steps,"),
+                          ("proposals", "where proposals come from,"))
        for where, scored, columns in (("", "on cars", STUDY_COLUMNS),
                                       ("-coco", "COCO's sixteen pictures (reduced: four) learned by heart", OVERFIT_COLUMNS))
        for size, reduced in (("", ", reduced"), ("-full", ""))
        if any(run.table == f"study-{kind}{where}{size}" for run in RUNS)},
     "segmenters": Table("Seven small segmenters on cars, reduced", SEGMENTER_COLUMNS, SEGMENTER_PRINTED,
-                        note="162 steps of four pictures at 120 px, equal for all, with weighted classes; the two with a ResNet-50 start from AugNet weights. The "
-                             "document trains at 240 px with batches of 16 and plain cross-entropy. The printed rows are of its "
-                             "own car set's validation part."),
+                        note="162 steps of four pictures at 120 px, equal for all, with weighted classes; the two with a "
+                             "ResNet-50 start from AugNet weights. The document trains at 240 px with batches of 16 and plain "
+                             "cross-entropy. The printed rows are of its own car set's validation part."),
     "segmenters-full": Table("Seven small segmenters on cars", SEGMENTER_COLUMNS),
     **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS, {CRACK_NAMES[model]: numbers for model, numbers
                                                                     in published.CRACKS.get(name, {}).items()},

@@ -1,7 +1,8 @@
 """The tables of results/ and of the README, made from results/<run>/summary.json, results/benchmark-*.json and
 results/complexity/complexity.json: no number is typed.
 
-A row's seeds are put together: mean, and in brackets the smallest and the largest. What the papers print stands in a row of its own above ours.
+A row's seeds are put together: mean, and in brackets the smallest and the largest. What the papers print stands in a row of its own
+above ours.
 """
 import json
 import pathlib
@@ -127,16 +128,18 @@ def speed_summary():
 def speed_text():
     """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, the others, and the ratios in paired runs."""
     measured = benchmarks()
-    lines = ["| what | ours, ms | beside it: ms, times ours (smallest to largest of the pairs) | share of the roofline | MB, ours / others |",
+    lines = ["| what | ours, ms | beside it: ms, times ours (smallest to largest of the pairs) | share of the roofline "
+             "| MB, ours / others |",
              "|---|--:|---|--:|--:|"]
     for row in [row for run in measured for row in run["rows"]]:
         lines.append(f"| {row['name']} | {row['ours']:.4g} | {beside(row)} | {share(row)} | {memory(row)} |")
     for run in measured:
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
-        rates = f"copy bandwidth {run['copy_GB/s']:.0f} GB/s" + (f", products {run['product_GFLOP/s']:.0f} GFLOP/s" if "product_GFLOP/s" in run
-                                                                 else "")
+        rates = f"copy bandwidth {run['copy_GB/s']:.0f} GB/s" + (
+            f", products {run['product_GFLOP/s']:.0f} GFLOP/s" if "product_GFLOP/s" in run else "")
         lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, {rates}, "
-                     + ", ".join(f"{name} {version}" for name, version in versions.items()) + f", commit {short(run['commit'] or 'unknown')}.")
+                     + ", ".join(f"{name} {version}" for name, version in versions.items())
+                     + f", commit {short(run['commit'] or 'unknown')}.")
     return "\n".join(lines)
 
 

@@ -29,8 +29,8 @@ def test_fit_by_hand():
 
 
 def test_an_anchor_stands_on_its_grid():
-    """A 20 x 20 box and anchor, stride 16: 4 px apart on both axes, 16 x 16 in common of 400 + 400 - 256. A grid of 64 px has nothing nearer
-    than 16 px on average: 4 x 4 in common. The larger size on the coarser grid is chosen larger or not at all."""
+    """A 20 x 20 box and anchor, stride 16: 4 px apart on both axes, 16 x 16 in common of 400 + 400 - 256. A grid of 64 px has nothing
+    nearer than 16 px on average: 4 x 4 in common. The larger size on the coarser grid is chosen larger or not at all."""
     box = np.array([[20.0, 20.0]])
     assert fit_of(box, (20,), (1.0,), 16).mean_iou == pytest.approx(256 / 544)
     assert fit_of(box, (20, 21), (1.0,), (64, 4)).mean_iou == pytest.approx(19.5 ** 2 / (400 + 441 - 19.5 ** 2))

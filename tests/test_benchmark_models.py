@@ -44,7 +44,7 @@ def test_the_contiguous_side_has_no_map_in_channels_last():
 
 
 class Convolutions(TorchDispatchMode):
-    """In which memory format the maps of the wide convolutions come and go; two of their sides say it, a side of 1 pixel or channel none."""
+    """In which memory format the maps of wide convolutions come and go; two of their sides say it, a side of 1 pixel or channel none."""
 
     def __init__(self):
         super().__init__()

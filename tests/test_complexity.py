@@ -94,7 +94,8 @@ def test_damagenet_comes_in_three_widths_with_its_context_alone(tmp_path, monkey
 
     def measure_apart(name, device, side, fields):
         measured.append((name, side, fields))
-        return {"parameters": 1, "multiply-adds": 2e9, "multiply-adds, output rule": 3e9, "ms": 10.0 + len(measured), "peak MB": float("nan")}
+        return {"parameters": 1, "multiply-adds": 2e9, "multiply-adds, output rule": 3e9, "ms": 10.0 + len(measured),
+                "peak MB": float("nan")}
     monkeypatch.setattr(complexity, "measure_apart", measure_apart)
     assert evaluate.main(["--complexity", "damagenet", "maskrcnn_resnet50_fpn", "unet", "--device", "cpu", "--out", str(tmp_path)]) == 0
     content, printed = json.loads((tmp_path / "complexity.json").read_text()), capsys.readouterr().out

@@ -1,5 +1,5 @@
-"""Several processes train one model: two of them, over gloo on a CPU, against one. Equal losses and gradients however a batch is cut, resumes
-across world sizes, one NaN and one signal for all, pictures without objects, a process that dies or hangs, evaluation in shares."""
+"""Several processes train one model: two of them, over gloo on a CPU, against one. Equal losses and gradients however a batch is cut,
+resumes across world sizes, one NaN and one signal for all, pictures without objects, a process that dies or hangs, evaluation in shares."""
 import contextlib
 import csv
 import io
@@ -30,8 +30,8 @@ from test_train import REPOSITORY, only_run
 from test_train import SMALL as DETECTOR
 
 FROZEN = tuple(setting for setting in DETECTOR if setting != "norm=batch") + ("norm=frozen",)
-SEGMENTER = ("body=resnet18", "image_size=64", "sequence_size=64", "attention_rank=4", "attention_heads=2", "feed_forward=8", "warmup_iters=0",
-             "dropout=0", "lr=0.003", "optimizer=sgd")
+SEGMENTER = ("body=resnet18", "image_size=64", "sequence_size=64", "attention_rank=4", "attention_heads=2", "feed_forward=8",
+             "warmup_iters=0", "dropout=0", "lr=0.003", "optimizer=sgd")
 MODELS = {"damagenet": FROZEN, "context_cracknet": SEGMENTER}
 
 
@@ -46,7 +46,8 @@ def command(data, tmp_path):
     """command("--epochs", 2, model="damagenet") -> the argument list of a tiny run into tmp_path."""
     def arguments(*more, model="damagenet"):
         sets = [word for setting in MODELS[model] for word in ("--set", setting)]
-        return [str(word) for word in ("--model", model, "--data", data, "--out", tmp_path, "--device", "cpu", "--batch-size", 4, *sets, *more)]
+        return [str(word) for word in ("--model", model, "--data", data, "--out", tmp_path, "--device", "cpu",
+                                       "--batch-size", 4, *sets, *more)]
     return arguments
 
 
@@ -251,8 +252,8 @@ def test_shares_by_hand(monkeypatch):
 
 def test_a_batch_that_cannot_be_shared_evenly(command, monkeypatch, capsys):
     as_process(monkeypatch, 0, 4)
-    with pytest.raises(ValueError, match=r"--batch-size 6: expected a multiple of 4 \(4 processes: .*got 6; type --batch-size 8, or .* \(1, 2, "
-                                         r"3, 6\)"):
+    with pytest.raises(ValueError, match=r"--batch-size 6: expected a multiple of 4 \(4 processes: .*got 6; type --batch-size 8, or .* "
+                                         r"\(1, 2, 3, 6\)"):
         distributed.check_batch(6, 1)
     with pytest.raises(ValueError, match=r"multiple of 8 \(4 processes x --accumulate 2"):
         distributed.check_batch(12, 2)

@@ -1,4 +1,4 @@
-"""A training step never waits for the GPU: nothing reads a value back, no shape depends on one, no picture is copied while the CPU stands by.
+"""A training step never waits for the GPU: nothing reads a value back, no shape depends on one, no picture is copied while the CPU waits.
 
 Without a GPU this is shown on torch's device "meta", whose tensors have shapes and no values: whatever needs a value raises. Pictures and
 targets lie on the CPU, as from a loader. On a GPU the framework itself is asked (set_sync_debug_mode).
@@ -47,8 +47,8 @@ def nothing_waits():
     lambda x: x[x > 0], lambda x: torch.where(x > 0), lambda x: x.masked_select(x > 0), lambda x: torch.unique(x),
     lambda x: x.repeat_interleave(x.long()), lambda x: torch.zeros(3).to(x.device), lambda x: x.copy_(torch.zeros(3)),
     lambda x: torch.tensor([1.0, 2.0], device=x.device), lambda x: x.new_tensor([1.0])],
-    ids=["item", "tolist", "bool", "float", "cpu", "nonzero", "index by a mask", "where", "masked_select", "unique", "repeat_interleave", "to",
-         "copy_", "tensor", "new_tensor"])
+    ids=["item", "tolist", "bool", "float", "cpu", "nonzero", "index by a mask", "where", "masked_select", "unique", "repeat_interleave",
+         "to", "copy_", "tensor", "new_tensor"])
 def test_what_waits_is_found(waits):
     """The tests below can fail."""
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), nothing_waits():
@@ -58,9 +58,10 @@ def test_what_waits_is_found(waits):
 DETECTORS = [("maskrcnn_resnet50_fpn", {}),
              ("maskrcnn_resnet50_fpn", dict(class_loss="sigmoid_focal", box_loss="ciou", mask_loss="bce+dice", proposals="gt")),
              ("maskrcnn_study_resnet50", dict(proposals="rpn", min_proposals=20)),
-             ("fasterrcnn_resnet50_fpn", dict(class_loss="softmax_focal")), ("damagenet", dict(box_loss="giou")), ("damagenet", dict(fpn=False)),
-             ("danet", dict(phase=5)), ("danet", dict(phase=1))]
-SEGMENTERS = [("context_cracknet", dict(image_size=64, sequence_size=64)), ("unet", dict(class_weights="inverse")), ("deeplabv3_resnet50", {})]
+             ("fasterrcnn_resnet50_fpn", dict(class_loss="softmax_focal")), ("damagenet", dict(box_loss="giou")),
+             ("damagenet", dict(fpn=False)), ("danet", dict(phase=5)), ("danet", dict(phase=1))]
+SEGMENTERS = [("context_cracknet", dict(image_size=64, sequence_size=64)), ("unet", dict(class_weights="inverse")),
+              ("deeplabv3_resnet50", {})]
 
 
 def batches(model):

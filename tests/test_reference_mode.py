@@ -94,7 +94,8 @@ class Called(torch.utils._python_dispatch.TorchDispatchMode):
 def test_every_op_and_gradient_without_kernels_equals_the_kernels(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(_extension.CSRC.parent), "MINIDAMAGE_KERNELS": "off", "OMP_NUM_THREADS": "1",
                    "CXX": "/nowhere/g++"}
-    run = subprocess.run([sys.executable, __file__, str(tmp_path / "results")], capture_output=True, text=True, timeout=120, env=environment)
+    run = subprocess.run([sys.executable, __file__, str(tmp_path / "results")], capture_output=True, text=True, timeout=120,
+                         env=environment)
     assert run.returncode == 0 and run.stdout == "reference\n", run.stdout + run.stderr
     references = torch.load(tmp_path / "results")
     with Called() as called:

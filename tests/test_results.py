@@ -75,7 +75,8 @@ def test_a_row_says_that_it_is_a_peers(results):
     text = results["tables"].table_text("cracks-full-cfd")
     assert "| segmentation_models_pytorch's U-Net, trained by the same script |" in text
     assert "--run cracks-full-cfd-smp-unet cracks-full-cfd-smp-unet-seed1 cracks-full-cfd-smp-unet-seed2`" in text
-    assert results["reproduce"].typed(results["runs"].Run("a", "a", "", {}, "cpu", peer="torchvision"), "train") == ["results/peers.py", "train"]
+    assert results["reproduce"].typed(results["runs"].Run("a", "a", "", {}, "cpu", peer="torchvision"), "train") == [
+        "results/peers.py", "train"]
 
 
 def test_printed_rows_fit_their_columns(results):

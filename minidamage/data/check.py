@@ -50,8 +50,8 @@ def _problems(dataset):
     if left_out:
         out.append(Finding("warning", f"{len(left_out)} pictures left out when reading", tuple(left_out)))
     if rest:
-        out.append(Finding("warning", f"{rest} other problems when reading: objects dropped or clipped, masks without a picture and the like "
-                           "(listed above)"))
+        out.append(Finding("warning", f"{rest} other problems when reading: objects dropped or clipped, masks without a picture and the "
+                           "like (listed above)"))
     return out
 
 

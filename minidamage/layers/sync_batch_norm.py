@@ -33,7 +33,8 @@ class SyncBatchNorm2d(nn.BatchNorm2d):
         if not self.training or world() == 1:
             return super().forward(x)
         if self.weight is None or self.running_mean is None or self.momentum is None:
-            raise ValueError("SyncBatchNorm2d: expected weight, bias, running statistics and a momentum, got a norm without; leave --sync-bn out")
+            raise ValueError("SyncBatchNorm2d: expected weight, bias, running statistics and a momentum, got a norm without; leave "
+                             "--sync-bn out")
         out, mean, variance, count = NormaliseTogether.apply(x, self.weight, self.bias, self.eps)
         with torch.no_grad():
             unbiased = variance * count / (count - 1).clamp(min=1)
@@ -79,7 +80,8 @@ def at_least_float32(x):
 
 def synchronise_norms(model):
     """Replaces every trainable BatchNorm2d of a model, in place, and returns how many there were. Frozen ones and group norms stay."""
-    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children() if type(child) is nn.BatchNorm2d]
+    found = [(parent, name, child) for parent in model.modules() for name, child in parent.named_children()
+             if type(child) is nn.BatchNorm2d]
     for parent, name, child in found:
         setattr(parent, name, SyncBatchNorm2d.of(child))
     return len(found)

@@ -78,8 +78,8 @@ class CocoEvaluator:
 
     @classmethod
     def joined(cls, evaluators):
-        """One of several, each with truth and detections of every n-th picture (distributed.shard), in the pictures' order. The first one is
-        made it."""
+        """One of several, each with truth and detections of every n-th picture (distributed.shard), in the pictures' order. The first one
+        is made it."""
         for field in ("_truth", "_detections"):
             setattr(evaluators[0], field, dict(interleave([list(getattr(evaluator, field).items()) for evaluator in evaluators])))
         return evaluators[0]

@@ -11,8 +11,8 @@ and sums from the right give TP and FP at every threshold. A pixel is predicted 
 layers/segmenter.py.
 
 ODS (optimal data set scale): the best F1 of the pooled counts, one threshold for all pictures. OIS (optimal image scale): each picture at
-its own best threshold, counts pooled; many crack papers average the pictures' best F1 instead: "OIS F1, mean over pictures". Pooled, OIS can
-lie below ODS: what is best for each picture is not always best for their sum. Both look at the truth to choose, so they say what a
+its own best threshold, counts pooled; many crack papers average the pictures' best F1 instead: "OIS F1, mean over pictures". Pooled, OIS
+can lie below ODS: what is best for each picture is not always best for their sum. Both look at the truth to choose, so they say what a
 threshold could reach, not what the model reaches. Source: P. Arbelaez et al., Contour detection
 and hierarchical image segmentation, PAMI 2011.
 """
