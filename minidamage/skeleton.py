@@ -61,19 +61,18 @@ def local_widths(mask, line):
     """float64 [n]: the width of mask [H, W] at the n pixels of line [H, W] (in raster order), pixels.
 
     Twice the largest distance to the background inside the pixel, measured on a grid of half pixels: exact for bars of any width, odd or
-    even, along the axes. What lies outside the picture is unknown, not background; a mask without any background is as wide as the
-    picture's shorter side.
+    even, along the axes. What lies outside the picture counts as background, as in `thin`: a mask at the border is as wide as is seen.
     """
     mask, line = np.asarray(mask) != 0, np.asarray(line) != 0
     rows, columns = np.nonzero(line)
     if not len(rows):
         return np.zeros(0)
-    top, bottom, left, right = _bounds(mask, margin=1)
-    background = ~mask[top:bottom, left:right]
+    top, bottom, left, right = _bounds(mask)
+    background = ~np.pad(mask[top:bottom, left:right], 1)
     halves = squared_distances(background.repeat(2, axis=0).repeat(2, axis=1))
-    y, x = 2 * (rows - top), 2 * (columns - left)
+    y, x = 2 * (rows - top + 1), 2 * (columns - left + 1)
     largest = np.max([halves[y + dy, x + dx] for dy in (0, 1) for dx in (0, 1)], axis=0)
-    return np.where(largest == NONE, min(mask.shape), np.sqrt(largest.astype(np.float64)))
+    return np.sqrt(largest.astype(np.float64))
 
 
 def links(line):
@@ -169,11 +168,10 @@ def _boxes(labels, n):
     return boxes
 
 
-def _bounds(mask, margin):
-    """(top, bottom, left, right) of the set pixels with a margin, inside the picture."""
+def _bounds(mask):
+    """(top, bottom, left, right) of the set pixels."""
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
-    return (max(rows[0] - margin, 0), min(rows[-1] + 1 + margin, mask.shape[0]),
-            max(columns[0] - margin, 0), min(columns[-1] + 1 + margin, mask.shape[1]))
+    return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 
 
 def _as_bytes(mask, name):

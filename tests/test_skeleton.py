@@ -144,8 +144,22 @@ def test_rings_pixels_borders_and_no_mask():
     [whole] = skeleton.measure(np.ones((6, 40), bool))                 # no background at all
     assert whole.max_width == 6
     edge = np.zeros((20, 60), bool)
-    edge[0:5] = True                                                   # runs along the border: its far side is not known to be there
-    assert skeleton.measure(edge)[0].max_width >= 5
+    edge[0:5] = True                                                   # runs along the border: as wide as is seen of it
+    assert skeleton.measure(edge)[0].max_width == 5
+
+
+def test_a_mask_that_leaves_the_picture_is_as_wide_as_is_seen():
+    crossing = np.zeros((40, 60), bool)
+    crossing[17:22] = True                                             # from border to border
+    [piece] = skeleton.measure(crossing)
+    assert (piece.length, piece.mean_width, piece.max_width) == (60, 5, 5)
+    assert skeleton.measure(~crossing)[0].max_width <= 18              # nearly all of the picture: never wider than it
+    slanted = turned_bar(30, 8)[60:150]
+    [piece] = skeleton.measure(slanted)
+    assert abs(piece.mean_width - 8) < 0.9 and piece.max_width < 9.5
+    nearly_all = np.ones((320, 480), bool)
+    nearly_all[0, 0] = False
+    assert skeleton.measure(nearly_all)[0].max_width <= 320
 
 
 def test_pieces_by_size_and_the_small_ones_left_out():
