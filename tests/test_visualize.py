@@ -108,6 +108,14 @@ def test_nothing_found_leaves_the_picture_as_it_is():
     np.testing.assert_array_equal(overlay.draw_detections(GREY, np.zeros((0, 4)), [], [], np.zeros((0, 120, 160), bool), NAMES), GREY)
 
 
+def test_a_label_on_the_whole_picture_is_a_tag_in_its_corner():
+    photo = np.full((200, 300, 3), 220, np.uint8)
+    labelled = overlay.with_label(photo, "nothing found")
+    changed = np.argwhere((labelled != photo).any(2))
+    assert changed.min(0).tolist() == [0, 0] and changed.max(0)[0] < 20 and 40 < changed.max(0)[1] < 120 and photo.min() == 220
+    assert overlay.with_label(photo[:8, :8], "nothing found").shape == (8, 8, 3)
+
+
 def test_boxes_outside_or_not_finite_do_not_break_the_drawing():
     boxes = [[-50, -50, 400, 400], [500, 500, 600, 600], [np.nan, 0, 10, 10], [5, 5, 5, 5]]
     assert overlay.draw_detections(GREY, boxes, [1, 2, 3, 7], [0.5] * 4, None, NAMES).shape == GREY.shape

@@ -26,6 +26,7 @@ ALIASES = {"mop lom": "dent", "mop": "dent", "tray son": "scratch", "vo kinh": "
            "be den": "broken lamp", "lamp broken": "broken lamp"}
 MASK_OPACITY = 0.38
 NOT_JUDGED = (128, 128, 128)                                           # of the pixels that a label map leaves out
+LABEL = (52, 56, 62)                                                   # of a tag on the whole picture
 
 
 def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=False):
@@ -331,6 +332,15 @@ def _tag_place(box, size, placed, line, height, width):
 
 def _intersection(a, b):
     return max(min(a[2], b[2]) - max(a[0], b[0]), 0) * max(min(a[3], b[3]) - max(a[1], b[1]), 0)
+
+
+def with_label(image, text):
+    """Returns a copy of the picture with a tag in its upper left corner, dark grey as no class is."""
+    picture = Image.fromarray(to_picture(image))
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size(picture.height, picture.width))
+    text, (width, height) = _fitted(draw, text, font, picture.width)
+    _draw_tag(draw, (0, 0, width, height), text, font, LABEL)
+    return np.asarray(picture)
 
 
 def _draw_tag(draw, spot, text, font, colour):
