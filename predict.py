@@ -23,12 +23,13 @@ from minidamage import masks as mask_codec
 from minidamage import skeleton
 from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
 from minidamage.data import read_image
+from minidamage.data.mask_folders import IMAGE_WORDS, MASK_WORDS, WORDS
 from minidamage.data.pictures import is_picture_name
 from minidamage.layers.segmenter import label_map_of
 from minidamage.run_folder import find_checkpoint
 from minidamage.tiling import check_tile, suggestion, tiled_probabilities
 from minidamage.visualize.label_maps import draw_attention, draw_cracks, save_label_map
-from minidamage.visualize.overlay import draw_detections, save_picture, write_beside
+from minidamage.visualize.overlay import draw_detections, save_picture, with_label, write_beside
 from minidamage.visualize.stages import draw_stages
 
 FORMAT = "minidamage prediction"
@@ -42,9 +43,11 @@ MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxe
              "pieces": "connected pixels of one class (8 neighbours), the largest first",
              "totals": "of all pieces of a class; the mean width weighs each by its length",
              "length": "steps of 1 and sqrt(2) along the skeleton, and half the width at each free end; up to 8 % too long at 22 degrees",
+             "thin": "whether the mean width is at most a third of the length; of other pieces length and width mean little",
              "width": "local width of the mask at each pixel of the skeleton, mean and largest; side branches shorter than the crack is "
                       "wide are left out",
              "mm": "lengths and widths times --mm-per-px, which holds for a flat surface seen straight on"}
+THIN = 1 / 3                                                 # mean width of a line, as a share of its length
 MANY_PIECES = 100                                            # in one photograph: most of them are specks
 ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png")
 DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
@@ -61,6 +64,8 @@ def main(argv=None):
         model, checkpoint = load_checkpoint(checkpoint_path, device)
         check_flags(args, model)
         thresholds = score_thresholds(checkpoint, args.score)
+        if os.path.isfile(args.out):
+            raise ValueError(f"--out {args.out}: expected a folder, this is a file")
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
@@ -77,8 +82,12 @@ def main(argv=None):
     if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
         about["note"] = DEMO_NOTE
         print(f"note: {DEMO_NOTE}")
+    if args.explain and segments and not hasattr(model, "attention_maps"):
+        print(f"note: --explain: {model.name} has no attention maps to show (context_cracknet has, detectors have stages)")
+        args.explain = False
 
-    found, skipped, names = [], [], {}                        # found: the class names in each photograph that was read
+    found, skipped, names, advised = [], [], {}, False        # found: the class names in each photograph that was read
+    trained_side = checkpoint.get("run", {}).get("picture_side")
     for number, path in enumerate(photographs, 1):
         began = time.perf_counter()
         try:
@@ -89,8 +98,9 @@ def main(argv=None):
             continue
         stem = output_stem(path, args.out, names)
         try:
+            remarks = []
             if segments:
-                classes, words = segment(model, path, image, os.path.join(args.out, stem), thresholds, about, args.explain)
+                classes, words, remarks = segment(model, path, image, os.path.join(args.out, stem), thresholds, about, args.explain)
             else:
                 detections, below, stages = detect(model, image, thresholds, about["class_names"], args.explain)
                 write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
@@ -103,8 +113,11 @@ def main(argv=None):
         found.append(classes)
         print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {words}"
               f"  {time.perf_counter() - began:.2f} s  -> {os.path.join(args.out, stem)}.overlay.jpg", flush=True)
-        if segments and not args.tile and (advice := suggestion(*image.shape[:2], model.config.image_size)):
-            print(f"    {advice}")
+        if segments and not args.tile and not advised:
+            advice = suggestion(*image.shape[:2], model.config.image_size, trained_side)
+            remarks, advised = remarks + [advice] * bool(advice), bool(advice)
+        for remark in remarks:
+            print(f"    {remark}")
         if segments and len(classes) > MANY_PIECES:
             print(f"    {len(classes)} pieces: --min-area 50 leaves out those of fewer than 50 pixels")
     print_summary(found, skipped, args, segments)
@@ -156,8 +169,6 @@ def check_flags(args, model):
         return
     if args.overlap and not args.tile:
         raise ValueError("--overlap: expected --tile SIDE with it, got none")
-    if args.explain and not hasattr(model, "attention_maps"):
-        raise ValueError(f"--explain: {model.name} has no attention maps to show; context_cracknet has")
 
 
 def find_photographs(paths, out):
@@ -180,13 +191,24 @@ def find_photographs(paths, out):
             continue
         inside = []
         for parent, folders, files in os.walk(path):
-            folders[:] = sorted(name for name in folders
-                                if os.path.realpath(os.path.join(parent, name)) != out and not name.startswith("."))
+            masks = mask_folders(folders)
+            if masks:
+                listed = ", ".join(os.path.join(parent, name) for name in masks)
+                print(f"note: passed over {listed}: by the name, masks of the pictures beside")
+            folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(parent, name)) != out
+                                and not name.startswith(".") and name not in masks)
             inside += [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
         if not inside:
             raise ValueError(f"{path}: expected a folder with photographs (.jpg, .png, .bmp, .tif, .webp), found none in it")
         found += inside
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def mask_folders(names):
+    """Those of the folders in one place that hold the masks of another one's pictures: masks, train_lab beside images, train_img."""
+    words = {name: {word.lower() for word in re.findall(WORDS, name)} for name in names}
+    pictures = {name for name in names if words[name] & IMAGE_WORDS and not words[name] & MASK_WORDS}
+    return sorted(name for name in names if pictures and words[name] & MASK_WORDS)
 
 
 def detect(model, image, thresholds, class_names, explain=False):
@@ -253,7 +275,7 @@ def write_results(stem, path, image, detections, stages, about):
     class_names = about["class_names"]
     overlay = draw_detections(image, detections["boxes"], detections["labels"], detections["scores"], detections.get("masks"), class_names,
                               enlarge=True)
-    save_picture(stem + ".overlay.jpg", overlay)
+    save_picture(stem + ".overlay.jpg", overlay if len(detections["boxes"]) else with_label(overlay, "nothing found"))
     if stages is not None:
         save_picture(stem + ".stages.png", stages)
     text = json_text(describe(path, image, detections, about))
@@ -296,7 +318,7 @@ def json_text(value):
 def segment(model, path, image, stem, thresholds, about, explain):
     """Labels one photograph uint8 [H, W, 3] and writes <stem>.mask.png, .overlay.jpg, .json and, to explain, .attention.png.
 
-    Returns (class of each piece, what to print).
+    Returns (class of each piece, what to print, remarks on it).
     """
     names = about["class_names"]
     tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
@@ -312,11 +334,12 @@ def segment(model, path, image, stem, thresholds, about, explain):
         label_map[mask & ~mask_codec.remove_islands(mask, about["min_area"])] = 0
     content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
     save_label_map(stem + ".mask.png", label_map, names)
-    save_picture(stem + ".overlay.jpg", draw_cracks(image, label_map, names))
+    overlay = draw_cracks(image, label_map, names)
+    save_picture(stem + ".overlay.jpg", overlay if content["pieces"] else with_label(overlay, "nothing found"))
     if maps:
         save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
     write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8")))
-    return [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities)
+    return [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), remarks_on(content)
 
 
 def describe_map(path, label_map, probabilities, about):
@@ -332,6 +355,7 @@ def describe_map(path, label_map, probabilities, about):
         for piece in found:
             pieces.append({"class": name, "label": label, "box": list(piece.box), "area_share": piece.area / (H * W),
                            **measures([piece], about["mm_per_px"]), "free_ends": piece.ends, "loops": piece.loops,
+                           "thin": piece.mean_width <= THIN * piece.length,
                            "mean_probability": round(float(sums[piece.label] / piece.area), 4)})
         totals[name] = {"pieces": len(found), **measures(found, about["mm_per_px"])}
     shares = {name: float((label_map == label).mean()) for label, name in enumerate(about["class_names"], 1)}
@@ -362,6 +386,16 @@ def map_in_words(content, probabilities):
     width = max(total[f"max_width_{unit}"] for total in content["totals"].values())
     return (f"{len(pieces)} piece{'s' * (len(pieces) != 1)}, {length:,.0f} {unit} long together, at most {width:.1f} {unit} wide, "
             f"{sum(content['area_share'].values()):.2%} of the picture")
+
+
+def remarks_on(content):
+    """[a sentence] where the widest piece, whose width the line on the photograph gives, is no line but a patch; else []."""
+    pieces = content["pieces"]
+    thick = [piece for piece in pieces if not piece["thin"]]
+    if not thick or max(piece["max_width_px"] for piece in thick) < max(piece["max_width_px"] for piece in pieces):
+        return []
+    which = "1 piece is" if len(thick) == 1 else f"{len(thick)} pieces are"
+    return [f"{which} not thin, the widest too (mean width above a third of the length): of those length and width mean little"]
 
 
 # ---------------------------------------------------------------------------------------------------------- words

@@ -68,10 +68,15 @@ def check_tile(tile, overlap):
         raise ValueError(f"--overlap {overlap}: expected 0 to half a tile ({tile // 2} pixels)")
 
 
-def suggestion(height, width, image_size):
-    """What to type where a picture is much larger than the model's size; "" where it is not, or the model takes any size."""
-    if not image_size or max(height, width) < MUCH_LARGER * image_size:
+def suggestion(height, width, image_size, trained_side=None):
+    """What to type where a picture is much larger than those of the training; "" where it is not, or the model takes any size.
+
+    trained_side: side of the training pictures before they were reduced to image_size; None: not known, taken as image_size.
+    """
+    tile = trained_side or image_size
+    if not image_size or max(height, width) < MUCH_LARGER * tile:
         return ""
-    rows, columns = (len(starts(side, image_size, image_size // 4)) for side in (height, width))
-    return (f"{width}x{height} is reduced to the model's {image_size}x{image_size}, thin damage may vanish; --tile {image_size} looks at "
-            f"it unreduced, in {rows * columns} tiles (if it was trained on larger pictures, reduced too: --tile with their size)")
+    rows, columns = (len(starts(side, tile, tile // 4)) for side in (height, width))
+    how = f"as large as the training pictures ({tile} px)" if trained_side else f"unreduced, {tile} px"
+    return (f"{width}x{height} is reduced to the model's {image_size}x{image_size}, thin damage may vanish; --tile {tile} looks at it in "
+            f"{rows * columns} tiles, {how}")

@@ -189,7 +189,8 @@ def test_unreadable_files_are_named_counted_and_skipped(folder, capsys):
 
 @pytest.mark.parametrize("arguments, words", [
     (["missing.jpg"], "no such file"), (["nothing"], "found none"), (["car.png", "--score", "7"], "from 0 to 1"),
-    (["car.png", "--device", "abacus"], "--device abacus"), (["car.png", "--out", "car.png"], "car.png"),
+    (["car.png", "--device", "abacus"], "--device abacus"),
+    (["car.png", "--out", "car.png"], "--out car.png: expected a folder, this is a file"),
     (["car.png", "--checkpoint", "none.pt"], "none.pt"), (["car.png", "--checkpoint", ""], "train")])
 def test_mistakes_exit_with_2_and_one_line(folder, capsys, arguments, words):
     photograph().save(folder / "car.png")

@@ -1,5 +1,6 @@
 """predict.py for segmenters: a model whose probability is the red of each pixel; lengths and widths that are known; tiles without seams."""
 import json
+import os
 
 import numpy as np
 import pytest
@@ -91,6 +92,9 @@ def test_score_nothing_found_and_a_second_run(folder, capsys):
     result = read(path / "predictions" / "wall.json")
     assert result["pieces"] == [] and result["totals"]["crack"]["length_px"] == 0 == result["totals"]["crack"]["pieces"]
     assert "nothing found (highest probability 0.80)" in capsys.readouterr().out
+    with Image.open(path / "predictions" / "wall.overlay.jpg") as picture:
+        corner, rest = np.asarray(picture)[:12, :60], np.asarray(picture)[300:]
+    assert (corner[:, :, 1:] > 40).mean() > 0.9 and rest[:, :, 1:].max() < 30   # the label, and the photograph as it is
 
 
 def test_small_pieces_are_left_out_on_request(folder):
@@ -129,7 +133,7 @@ def test_tiles_are_suggested_and_used(folder, capsys):
     model.config = SegmenterConfig(image_size=64)
     photograph(path / "wall.png", 200, 300)
     assert run("wall.png") == 0
-    assert "--tile 64 looks at it unreduced, in 24 tiles (if it was trained on larger pictures" in capsys.readouterr().out
+    assert "--tile 64 looks at it in 24 tiles, unreduced, 64 px" in capsys.readouterr().out
     model.sizes.clear()
     assert run("wall.png", "--tile", "64") == 0
     assert sum(size[0] for size in model.sizes) == 24 and {size[2:] for size in model.sizes} == {(64, 64)}
@@ -138,10 +142,55 @@ def test_tiles_are_suggested_and_used(folder, capsys):
     assert "tile 64" not in capsys.readouterr().out
 
 
+def test_the_suggested_tile_is_as_large_as_the_training_pictures_and_said_once(folder, capsys):
+    path, model, checkpoint = folder
+    model.config = SegmenterConfig(image_size=64)
+    checkpoint["run"] = {"picture_side": 100}
+    photograph(path / "small.png", 150, 150)                          # reduced no more than the training pictures, nearly
+    photograph(path / "wall.png", 200, 300), photograph(path / "yard.png", 200, 300)
+    assert run("small.png", "wall.png", "yard.png") == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [k for k, line in enumerate(lines) if "--tile" in line] == [3]
+    assert "--tile 100 looks at it in 12 tiles, as large as the training pictures (100 px)" in lines[3] and "wall.png" in lines[2]
+
+
+def test_a_patch_is_no_crack_and_says_so(folder, capsys):
+    path, _, _ = folder
+    pixels = np.full((60, 90, 3), 255, np.uint8)
+    pixels[0, 0] = 0                                                   # all but a corner is positive
+    Image.fromarray(pixels).save(path / "patch.png")
+    photograph(path / "wall.png")
+    assert run("patch.png", "wall.png") == 0
+    [patch], thin = (read(path / "predictions" / f"{name}.json")["pieces"] for name in ("patch", "wall"))
+    assert not patch["thin"] and all(piece["thin"] for piece in thin) and patch["max_width_px"] <= 60
+    assert capsys.readouterr().out.count("1 piece is not thin") == 1
+
+
+def test_explain_without_attention_maps_predicts_all_the_same(folder, capsys):
+    path, _, _ = folder
+    photograph(path / "wall.png")
+    assert run("wall.png", "--explain") == 0
+    out = capsys.readouterr().out
+    assert "note: --explain: red has no attention maps" in out and "2 pieces" in out and "attention.png" not in out
+
+
+def test_masks_beside_pictures_are_no_photographs(folder, capsys):
+    path, _, _ = folder
+    for name in ("images", "masks", "train_img", "train_lab", "masks of paper"):
+        (path / "set" / name).mkdir(parents=True)
+        photograph(path / "set" / name / "wall.png")
+    assert [predict.mask_folders(names) for names in (["masks", "more"], ["masks"], ["photos", "my"])] == [[], [], []]
+    assert run("set") == 0
+    out = capsys.readouterr().out
+    assert "2 photographs:" in out and f"passed over {os.path.join('set', 'masks')}, " in out
+    (path / "only" / "masks").mkdir(parents=True)
+    photograph(path / "only" / "masks" / "wall.png")
+    assert run("only") == 0 and run("set/masks") == 0
+
+
 @pytest.mark.parametrize("arguments, message", [
     (["--tile", "8"], "at least 16 pixels"), (["--tile", "64", "--overlap", "40"], "0 to half a tile"),
-    (["--overlap", "8"], "expected --tile SIDE"), (["--min-area", "-1"], "--min-area: expected 0 or more"),
-    (["--explain"], "red has no attention maps")])
+    (["--overlap", "8"], "expected --tile SIDE"), (["--min-area", "-1"], "--min-area: expected 0 or more")])
 def test_mistakes_end_with_2(folder, capsys, arguments, message):
     photograph(folder[0] / "wall.png")
     assert run("wall.png", *arguments) == 2
