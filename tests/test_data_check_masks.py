@@ -34,10 +34,10 @@ def test_masks_are_counted_and_odd_ones_named(tmp_path):
     found = findings(mask_set(tmp_path))
     area = MASK.mean()
     note = only(found, "foreground: train")
-    assert f"train {(0 + (1 - area) + 2 * area) / 4:.2%}, test {(2 / MASK.size + 2 * area) / 3:.2%}" in note.text and note.level == "note"
-    assert only(found, "masks are empty").examples == ("train/a.jpg",)
-    assert only(found, "more foreground than background").examples == (f"train/b.jpg ({1 - area:.0%})",)
-    assert only(found, "fewer than 4 foreground pixels").examples == ("test/e.jpg",)
+    assert f"shares {(0 + (1 - area) + 2 * area) / 4:.2%}; test {(2 / MASK.size + 2 * area) / 3:.2%} of all pixels" in note.text
+    assert only(found, "1 mask is empty").examples == ("train/a.jpg",)
+    assert only(found, "1 mask has more foreground than background").examples == (f"train/b.jpg ({1 - area:.0%})",)
+    assert only(found, "1 mask has fewer than 4 foreground pixels").examples == ("test/e.jpg",)
     assert "values in the 7 mask files (7 grey): 0 " in only(found, "values in the").text and ", 255 " in only(found, "values in").text
     assert not any("values in the" in t for t in findings(tmp_path, quick=True)) and not any("with outlines" in t for t in found)
 
@@ -63,15 +63,35 @@ def test_copies_and_crops_in_two_parts_are_errors(tmp_path):
         picture(tmp_path / f"{part}_img/{name}.jpg", seed=len(name) + ord(name[-1]))
         mask(tmp_path / f"{part}_lab/{name}.png")
     found = findings(tmp_path)
-    copies = only(found, "lie in different parts")
+    copies = only(found, "across parts")
     assert copies.level == "error" and any("train/c.jpg = test/e.jpg (the same bytes)" in e for e in copies.examples)
-    assert only(found, "vehicles or photographs lie in more than one part").examples == ("photograph q",)
-    assert only(found, "1 photographs of which several crops")
+    assert only(found, "1 vehicle or photograph lies in more than one part").examples == ("photograph q",)
+    assert only(found, "1 photograph of which several crops")
 
 
 def test_the_command(tmp_path, capsys):
     assert doctor([str(mask_set(tmp_path)), "--quick"]) == 0
     out = capsys.readouterr().out
-    assert "read as mask folders" in out and "masks are empty" in out
+    assert "read as mask folders" in out and "1 mask is empty" in out
     mask(tmp_path / "test_lab/f.png", MASK * 128)
     assert doctor([str(tmp_path)]) == 2 and "more than one way" in capsys.readouterr().err
+
+
+def test_shares_of_all_pixels_and_of_pictures_are_told_apart(tmp_path):
+    pairs(tmp_path, names="ab", values=MASK * 255)
+    picture(tmp_path / "images/c.jpg", 640, 480)
+    mask(tmp_path / "masks/c.png", np.zeros((480, 640), np.uint8))
+    text = only(findings(tmp_path), "foreground: all").text
+    of_all = 2 * MASK.sum() / (2 * MASK.size + 640 * 480)
+    assert f"all {of_all:.2%} of all pixels, mean of the pictures' shares {2 * MASK.mean() / 3:.2%}" in text
+
+
+def test_a_mask_whose_tag_says_no_damage_is_not_empty(tmp_path):
+    for i, (tag, values) in enumerate((("Scratch", MASK), ("Scratch", MASK * 0), ("No Damage", 1 - MASK))):
+        picture(tmp_path / f"images/{i}.jpg", seed=i)
+        mask(tmp_path / f"masks/task-{i}-annotation-9-by-1-tag-{tag}-0.png", values * 255)
+    found = findings(tmp_path)
+    assert only(found, "1 picture is undamaged by the tag of the mask").examples == ("all/2.jpg",)
+    assert only(found, "1 mask is empty").examples == ("all/1.jpg",)
+    values = only(found, "values in the 2 mask files").text
+    assert "without 1 undamaged by tag" in values and f"255 {MASK.mean() / 2:.2%}" in values

@@ -14,7 +14,7 @@ from minidamage import masks as mask_codec
 from minidamage.data import duplicates
 from minidamage.data.check_masks import check_masks
 from minidamage.data.pictures import picture_header, read_image
-from minidamage.data.record import class_counts
+from minidamage.data.record import class_counts, number_of
 
 TINY_SIDE = 8                                  # pixels in a picture reduced to TRAINING_SIDE: two cells of the finest map, p2
 TRAINING_SIDE = 1024                           # DamageNet's pictures
@@ -35,7 +35,7 @@ def check(dataset, quick=False):
     findings = _problems(dataset) + _sizes(everything) + _ids(dataset) + _classes(dataset)
     findings += [Finding(*line) for line in check_masks(everything, dataset.class_names, quick)]
     if any(not r.label_map for _, r in everything):
-        findings += _objects(everything)
+        findings += _objects(everything, dataset.layout)
     if not quick:
         findings += _decoding(everything) + _copies(everything)
     findings += _vehicles(everything)
@@ -48,10 +48,10 @@ def _problems(dataset):
     rest = len(dataset.problems) - len(left_out)
     out = []
     if left_out:
-        out.append(Finding("warning", f"{len(left_out)} pictures left out when reading", tuple(left_out)))
+        out.append(Finding("warning", f"{number_of(len(left_out), 'picture')} left out when reading", tuple(left_out)))
     if rest:
-        out.append(Finding("warning", f"{rest} other problems when reading: objects dropped or clipped, masks without a picture and the "
-                           "like (listed above)"))
+        out.append(Finding("warning", f"{number_of(rest, 'other problem')} when reading: objects dropped or clipped, masks without a "
+                           "picture and the like (listed above)"))
     return out
 
 
@@ -59,13 +59,13 @@ def _sizes(everything):
     widths, heights = (np.array([getattr(r, key) for _, r in everything]) for key in ("width", "height"))
     sizes = collections.Counter(zip(widths.tolist(), heights.tolist()))
     most, count = sizes.most_common(1)[0]
-    text = (f"{len(everything)} pictures, {len(sizes)} sizes, {widths.min()}x{heights.min()} to {widths.max()}x{heights.max()}, "
-            f"most often {most[0]}x{most[1]} ({count})")
+    text = f"{number_of(len(everything), 'picture')}, " + (f"all {most[0]}x{most[1]}" if len(sizes) == 1 else (
+        f"{len(sizes)} sizes, {widths.min()}x{heights.min()} to {widths.max()}x{heights.max()}, most often {most[0]}x{most[1]} ({count})"))
     turned = [r.file for _, r in everything if picture_header(r.file)[2] != 1]
     out = [Finding("note", text)]
     if turned:
-        out.append(Finding("note", f"{len(turned)} pictures carry an EXIF rotation, which is applied; look at one overlay to see that "
-                                   "their annotations were drawn on the turned picture", tuple(turned)))
+        out.append(Finding("note", f"{number_of(len(turned), 'picture carries', 'pictures carry')} an EXIF rotation, which is applied; "
+                                   "look at one overlay to see that their annotations were drawn on the turned picture", tuple(turned)))
     return out
 
 
@@ -75,7 +75,8 @@ def _ids(dataset):
         for what, ids in (("image", [r.image_id for r in records]), ("annotation", [int(i) for r in records for i in r.annotation_ids])):
             twice = [i for i, n in collections.Counter(ids).items() if n > 1]
             if twice:
-                out.append(Finding("error", f"{part}: {len(twice)} {what} ids are used more than once", tuple(map(str, twice))))
+                out.append(Finding("error", f"{part}: {number_of(len(twice), what + ' id is', what + ' ids are')} used more than once",
+                                   tuple(map(str, twice))))
     return out
 
 
@@ -93,18 +94,20 @@ def _classes(dataset):
     if learned is not None:
         rare = [f"{n} ({c})" for n, c in zip(names, learned) if 0 < c < RARE]
         if rare:
-            out.append(Finding("warning", f"{len(rare)} classes have fewer than {RARE} training {what}", tuple(rare)))
+            out.append(Finding("warning", f"{number_of(len(rare), 'class has', 'classes have')} fewer than {RARE} training {what}",
+                               tuple(rare)))
     empty = {part: sum(r.undamaged for r in records) for part, records in dataset.parts.items()}
     out.append(Finding("note", "pictures without objects, kept as undamaged: "
                        + ", ".join(f"{part} {n} of {len(dataset.parts[part])}" for part, n in empty.items())))
     return out
 
 
-def _objects(everything):
+def _objects(everything, layout):
     """Crowd and RLE counts, tiny boxes, outlines thinner than a pixel, boxes that disagree with their mask, doubled objects."""
     tally, found = collections.Counter(), collections.defaultdict(list)
     for _, r in everything:
-        where = [f"{os.path.basename(r.file)}, annotation {i}" for i in r.annotation_ids]
+        where = [f"{os.path.basename(r.file)}, " + (f"object at x {x:g}, y {y:g}" if layout == "voc" else f"annotation {i}")
+                 for i, (x, y, *_) in zip(r.annotation_ids, r.boxes)]              # VOC's objects have no numbers
         scale = TRAINING_SIDE / max(r.width, r.height)
         for i in np.flatnonzero((r.boxes[:, 2:] - r.boxes[:, :2]).min(1, initial=np.inf) * scale < TINY_SIDE):
             found["tiny"].append(where[i])
@@ -125,18 +128,21 @@ def _objects(everything):
                 found["thin"].append(where[i])
             elif _iou(tight, r.boxes[i]) < BOX_AGREES and min(tight[2] - tight[0], tight[3] - tight[1]) > 2:
                 found["apart"].append(where[i])
-    out = [Finding("note", f"{tally['objects']} objects: {tally['outline']} with outlines, {tally['rle']} with RLE, "
-                           f"{tally['box only']} with a box only; {tally['crowd']} are crowd regions")]
+    out = [Finding("note", f"{number_of(tally['objects'], 'object')}: {tally['outline']} with outlines, {tally['rle']} with RLE, "
+                           f"{tally['box only']} with a box only; {tally['crowd']} not judged "
+                           f"({'difficult' if layout == 'voc' else 'crowd regions'})")]
     if tally["box only"] and tally["box only"] < tally["objects"]:
-        out.append(Finding("warning", f"{tally['box only']} objects have a box but no outline, among others that do: "
-                                      "the box becomes their mask"))
-    for key, level, text in (
-            ("tiny", "warning", f"boxes have a side under {TINY_SIDE} px in {TRAINING_SIDE} px pictures: expect misses, or train larger"),
-            ("thin", "warning", "outlines are thinner than a pixel: their mask is empty, and training leaves them out"),
-            ("apart", "error", "boxes do not fit their own mask (IoU under 0.5): another scale, or xywh read as xyxy?"),
-            ("double", "warning", "objects repeat another of the same class and box in the same picture")):
+        out.append(Finding("warning", f"{number_of(tally['box only'], 'object has', 'objects have')} a box but no outline, "
+                                      "among others that do: the box becomes the mask"))
+    for key, level, one, several, text in (
+            ("tiny", "warning", "box has", "boxes have", f"a side under {TINY_SIDE} px in {TRAINING_SIDE} px pictures: expect misses, or "
+             "train larger"),
+            ("thin", "warning", "outline is", "outlines are", "thinner than a pixel: the mask is empty, and training leaves it out"),
+            ("apart", "error", "box does not fit its", "boxes do not fit their", "own mask (IoU under 0.5): another scale, or xywh read "
+             "as xyxy?"),
+            ("double", "warning", "object repeats", "objects repeat", "another of the same class and box in the same picture")):
         if found[key]:
-            out.append(Finding(level, f"{len(found[key])} {text}", tuple(found[key])))
+            out.append(Finding(level, f"{number_of(len(found[key]), one, several)} {text}", tuple(found[key])))
     return out
 
 
@@ -164,7 +170,8 @@ def _decoding(everything):
         return None
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         bad = [f for f in pool.map(fault, [r.file for _, r in everything]) if f]
-    return [Finding("error", f"{len(bad)} pictures cannot be decoded: copy them again, or remove them", tuple(bad))] if bad else []
+    return [Finding("error", f"{number_of(len(bad), 'picture')} cannot be decoded: copy them again, or remove them",
+                    tuple(bad))] if bad else []
 
 
 def _copies(everything):
@@ -183,13 +190,13 @@ def _copies(everything):
     within = [line(i, j) for i, j in sorted(pairs) if parts[i] == parts[j]]
     out = []
     if across:
-        out.append(Finding("error", f"{len(across)} pairs of copies or near-duplicates lie in different parts: what is reported was "
+        out.append(Finding("error", f"{number_of(len(across), 'pair')} of copies or near-duplicates across parts: what is reported was "
                                     "trained on. --split 70/15/15 keeps them together", tuple(across)))
     if within:
-        out.append(Finding("note", f"{len(within)} pairs of copies or near-duplicates lie in one part; a split keeps them together",
-                           tuple(within)))
+        out.append(Finding("note", f"{number_of(len(within), 'pair')} of copies or near-duplicates within one part; a split "
+                           "keeps them together", tuple(within)))
     if exact:
-        out.append(Finding("warning", f"{exact} pairs are the same file, byte by byte"))
+        out.append(Finding("warning", f"{number_of(exact, 'pair is', 'pairs are')} the same file, byte by byte"))
     return out
 
 
@@ -202,11 +209,11 @@ def _vehicles(everything):
     straddling = sorted(g for g, parts in parts_of.items() if len(parts) > 1)
     groups = {r.group for _, r in everything if r.group}
     cut = sum(g.startswith("photograph ") for g in groups)
-    out = [Finding("note", f"{len(groups) - cut} vehicles known by the time in the file names")] if len(groups) > cut else []
-    out += [Finding("note", f"{cut} photographs of which several crops are in the set, by the file names")] if cut else []
+    out = [Finding("note", f"{number_of(len(groups) - cut, 'vehicle')} known by the time in the file names")] if len(groups) > cut else []
+    out += [Finding("note", f"{number_of(cut, 'photograph')} of which several crops are in the set, by the file names")] if cut else []
     if straddling:
-        out.append(Finding("error", f"{len(straddling)} vehicles or photographs lie in more than one part; "
-                                    "--split 70/15/15 keeps them together", tuple(straddling)))
+        out.append(Finding("error", f"{number_of(len(straddling), 'vehicle or photograph lies', 'vehicles or photographs lie')} in "
+                                    "more than one part; --split 70/15/15 keeps them together", tuple(straddling)))
     return out
 
 
@@ -219,6 +226,6 @@ def report(findings, examples=3):
         if len(finding.examples) > examples > 0:
             lines.append(f"           ... and {len(finding.examples) - examples} more (--examples {len(finding.examples)})")
     count = collections.Counter(f.level for f in findings)
-    lines.append("check: " + (f"{count['error']} errors, {count['warning']} warnings" if count["error"] or count["warning"]
-                              else "nothing to complain about"))
+    lines.append("check: " + (f"{number_of(count['error'], 'error')}, {number_of(count['warning'], 'warning')}"
+                              if count["error"] or count["warning"] else "nothing to complain about"))
     return "\n".join(lines)

@@ -4,7 +4,9 @@ import os
 
 import numpy as np
 
+from minidamage.data.label_maps import IGNORE
 from minidamage.data.mask_values import scan
+from minidamage.data.record import number_of
 
 INVERTED = 0.5                                 # share of foreground above which a mask is probably the wrong way round
 SPECK = 4                                      # pixels of foreground; fewer are a slip of the brush, or compression
@@ -18,42 +20,59 @@ def check_masks(everything, class_names, quick=False):
     share = np.array([sum(n for _, n in _counts(r)) / (r.width * r.height) for _, r in marked])
     name = lambda i: f"{marked[i][0]}/{os.path.basename(marked[i][1].file)}"
     out = [_foreground(marked, share, class_names)]
-    empty = np.flatnonzero(share == 0)
-    if len(empty):
-        out.append(("note", f"{len(empty)} masks are empty: taken as undamaged; look at a few", tuple(map(name, empty))))
+    by_tag = [i for i, (_, r) in enumerate(marked) if all(map(_is_background, _layers(r)))]
+    if by_tag:
+        out.append(("note", f"{number_of(len(by_tag), 'picture is', 'pictures are')} undamaged by the tag of the mask, whatever it marks",
+                    tuple(map(name, by_tag))))
+    empty = [i for i in np.flatnonzero(share == 0) if i not in by_tag]
+    if empty:
+        out.append(("note", f"{number_of(len(empty), 'mask is', 'masks are')} empty: taken as undamaged; look at a few",
+                    tuple(map(name, empty))))
     specks = [i for i in np.flatnonzero(share) if share[i] * marked[i][1].width * marked[i][1].height < SPECK]
     if specks:
-        out.append(("warning", f"{len(specks)} masks have fewer than {SPECK} foreground pixels", tuple(map(name, specks))))
+        out.append(("warning", f"{number_of(len(specks), 'mask has', 'masks have')} fewer than {SPECK} foreground pixels",
+                    tuple(map(name, specks))))
     inverted = np.flatnonzero(share > INVERTED)
     if len(inverted):
-        out.append(("warning", f"{len(inverted)} masks have more foreground than background: inverted, or pictures taken from very near",
-                    tuple(f"{name(i)} ({share[i]:.0%})" for i in inverted)))
+        out.append(("warning", f"{number_of(len(inverted), 'mask has', 'masks have')} more foreground than background: inverted, or "
+                    "pictures taken from very near", tuple(f"{name(i)} ({share[i]:.0%})" for i in inverted)))
     if not quick:
         out += _values([r for _, r in marked])
     return out
 
 
+def _layers(record):
+    return (record.label_map, *record.label_map.layers)
+
+
 def _counts(record):
-    return [pair for layer in (record.label_map, *record.label_map.layers) for pair in layer.counts]
+    return [pair for layer in _layers(record) for pair in layer.counts]
+
+
+def _is_background(layer):
+    """Whether no value of a mask file stands for damage: its name's tag says that there is none."""
+    return set(layer.table) <= {0, IGNORE}
 
 
 def _foreground(marked, share, class_names):
-    by_part = {}
-    for (part, _), s in zip(marked, share):
-        by_part.setdefault(part, []).append(s)
-    parts = ", ".join(f"{part} {np.mean(s):.2%}" for part, s in by_part.items())
+    parts, areas = np.array([part for part, _ in marked]), np.array([r.width * r.height for _, r in marked])
+    said = "; ".join(f"{part} {np.average(share[own], weights=areas[own]):.2%} of all pixels, mean of the pictures' shares "
+                     f"{share[own].mean():.2%}" for part in dict.fromkeys(parts.tolist()) for own in [parts == part])
     of_class = collections.Counter()
     for _, record in marked:
         for label, pixels in _counts(record):
             of_class[label] += pixels
     classes = "; by class: " + ", ".join(f"{n} {of_class[k + 1]} px" for k, n in enumerate(class_names)) if len(class_names) > 1 else ""
     low, middle, high = np.percentile(share, (0, 50, 100))
-    return ("note", f"foreground: {parts} of the pixels; a picture {low:.2%} to {high:.2%}, half of them under {middle:.2%}{classes}", ())
+    return ("note", f"foreground: {said}; a picture {low:.2%} to {high:.2%}, half of them under {middle:.2%}{classes}", ())
 
 
 def _values(records):
-    """What the files store: their kinds, and a histogram of the values."""
-    files = [layer.file for r in records for layer in (r.label_map, *r.label_map.layers)]
+    """What the files store: their kinds, and a histogram of the values. Those that a tag makes background say nothing of damage."""
+    layers = [layer for r in records for layer in _layers(r)]
+    files = [layer.file for layer in layers if not _is_background(layer)]
+    if not files:
+        return []
     stats = [s for s in scan(files, []).values() if s]
     kinds = collections.Counter(s.kind for s in stats)
     pixels = sum(s.pixels for s in stats)
@@ -64,4 +83,5 @@ def _values(records):
     else:
         listed = ", ".join(f"{v} {pixels[v] / pixels.sum():.2%}" for v in order)
     of_kind = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
-    return [("note", f"values in the {len(stats)} mask files ({of_kind}): {listed}", ())]
+    without = f", without {len(layers) - len(files)} undamaged by tag" * (len(files) < len(layers))
+    return [("note", f"values in the {number_of(len(stats), 'mask file')} ({of_kind}{without}): {listed}", ())]

@@ -62,6 +62,11 @@ def class_counts(records, num_names):
     return np.bincount(np.concatenate(labels) - 1 if labels else [], minlength=num_names).astype(np.int64)
 
 
+def number_of(count, one, several=None):
+    """"1 mask", "2 masks"; with both forms "1 mask is", "2 masks are"."""
+    return f"{count} {one if count == 1 else several or one + 's'}"
+
+
 def problem_kinds(problems):
     """Problem lines gathered by what happened, numbers left out: list of (kind, count, first line), most frequent first."""
     kinds = collections.OrderedDict()
@@ -76,7 +81,7 @@ def summary(dataset):
     """What was read, for people: layout, parts, the class-id map with counts, notes, and problems gathered by kind."""
     of_pixels = any(r.label_map for records in dataset.parts.values() for r in records)
     what = "all background" if of_pixels else "without objects"
-    parts = "; ".join(f"{name} {len(records)} pictures ({sum(r.undamaged for r in records)} {what})"
+    parts = "; ".join(f"{name} {number_of(len(records), 'picture')} ({sum(r.undamaged for r in records)} {what})"
                       for name, records in dataset.parts.items())
     lines = [f"data: {dataset.path} read as {dataset.layout}: {parts}"]
     counts = {name: class_counts(records, len(dataset.class_names)) for name, records in dataset.parts.items()}
@@ -91,7 +96,7 @@ def summary(dataset):
                      + "  ".join(f"{c[k]:>7}" for c in counts.values()))
     lines += [f"  note: {note}" for note in dataset.notes]
     if dataset.problems:
-        lines.append(f"  {len(dataset.problems)} problems:")
+        lines.append(f"  {number_of(len(dataset.problems), 'problem')}:")
         for kind, count, first in problem_kinds(dataset.problems):
             lines.append(f"    {count} x {kind}" if count > 1 else f"    {first}")
             if count > 1:

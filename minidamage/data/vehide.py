@@ -51,9 +51,9 @@ def read(path, images=None, **_):
         extra = sum(unlisted_pictures(f, parts[part], listed) for f in finder.folders[:1])
         if extra:
             notes.append(f"{extra} pictures in {finder.folders[0]} are not in {found[part]}: left out (not known to be undamaged)")
-    absent = [f"{code} {name}" for code, name in CLASSES.items() if code not in used]
+    absent = [name for code, name in CLASSES.items() if code not in used]
     if absent:
-        notes.append(f"no object of: {', '.join(absent)}")
+        notes.append(f"classes of VehiDE that this set does not have: {', '.join(absent)}")
     set_sessions([r for records in parts.values() for r in records])
     codes = list(label_of)
     return Dataset(path=str(path), layout="vehide", class_names=tuple(CLASSES[c] for c in codes),
