@@ -336,15 +336,24 @@ def tune_threshold(run, stop):
 
 
 def is_better(metrics, run):
-    """Whether an epoch beats the best so far by the chosen metric; the validation loss decides between equals (AP 0 and AP 0).
+    """Whether an epoch beats the best so far by the chosen metric. Between equals (AP 0 and AP 0) a detector's AP of boxes at IoU 0.5
+    decides, which rises first, and then the validation loss.
 
     Losses fall, everything else rises; a NaN never wins over a number.
     """
     value, sign = metrics[run.recipe.select_by], -1 if "loss" in run.recipe.select_by else 1
-    best = run.state.best
+    best, boxes, best_boxes = run.state.best, box_ap(metrics), run.state.best_box_ap
     if best is None or math.isnan(best):
         return True
-    return sign * value > sign * best or value == best and metrics["loss"] < run.state.best_loss
+    if value != best:
+        return sign * value > sign * best
+    return boxes > best_boxes or boxes == best_boxes and metrics["loss"] < run.state.best_loss
+
+
+def box_ap(metrics):
+    """A detector's AP of boxes at IoU 0.5; 0 for a segmenter, and where it is NaN."""
+    value = metrics.get("bbox/AP50", 0.0)
+    return 0.0 if math.isnan(value) else value
 
 
 def finish_epoch(run, metrics, trained, progress):
@@ -359,6 +368,7 @@ def finish_epoch(run, metrics, trained, progress):
     better = is_better(metrics, run)
     if better:
         state.best, state.best_loss, state.best_epoch = metrics[select_by], metrics["loss"], state.epoch
+        state.best_box_ap = box_ap(metrics)
     state.history.append(row)
     state.epoch, state.step, state.sums, state.seconds = state.epoch + 1, 0, {}, 0.0
     watch_plateau(state, run.recipe, metrics["loss"])

@@ -51,6 +51,7 @@ class State:
     history: list = dataclasses.field(default_factory=list)           # one {column: value} a finished epoch: metrics.csv
     best: float | None = None                                         # of recipe.select_by
     best_loss: float | None = None                                    # validation loss of that epoch
+    best_box_ap: float = 0.0                                          # bbox/AP50 of that epoch
     best_epoch: int = -1
     lr_scale: float = 1.0                                             # schedule "plateau": product of its steps so far
     lowest_loss: float | None = None                                  # ... lowest validation loss so far

@@ -557,6 +557,17 @@ def test_pretrained_lists_what_does_not_fit(command, tmp_path, capsys):
 
 # --- the parts, by hand
 
+def test_equal_epochs_are_told_apart_by_boxes_and_then_by_the_loss():
+    state = training.State(best=0.0, best_loss=1.0, best_box_ap=0.1)
+    run = argparse.Namespace(recipe=Recipe(select_by="segm/AP"), state=state)
+    better = lambda ap, boxes, loss: train.is_better({"segm/AP": ap, "bbox/AP50": boxes, "loss": loss}, run)
+    assert better(0.0, 0.11, 2.0) and not better(0.0, 0.09, 0.5)
+    assert better(0.0, 0.1, 0.9) and not better(0.0, 0.1, 1.0) and not better(0.0, math.nan, 0.1)
+    assert better(0.01, 0.0, 9.0) and not better(math.nan, 0.9, 0.1)
+    run.recipe, state.best_box_ap = Recipe(select_by="loss"), 0.0
+    assert train.is_better({"loss": -1.0}, run) and not train.is_better({"loss": 0.0}, run)            # losses fall
+
+
 def test_learning_rate():
     recipe = Recipe(epochs=10, batch_size=4, lr=0.02, lr_batch_size=16, schedule="step", milestones=(6, 8), gamma=0.1, warmup_iters=4)
     rates = [train.lr_at(step, 10, recipe) for step in range(100)]
