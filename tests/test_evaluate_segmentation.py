@@ -105,6 +105,24 @@ def test_both_thresholds_by_hand(red_run, capsys):
     assert sorted(f for f in os.listdir(red_run.out) if f.startswith("worst")) == ["worst-01.jpg"]      # only the reflection is wrong
 
 
+def test_the_main_numbers_come_first_by_name(red_run, capsys):
+    assert evaluate.main(["--device", "cpu", "--draws", "0", "--worst", "0"]) == 0
+    first = capsys.readouterr().out.split("pictures (test of")[1].splitlines()[2]
+    assert first == "Summary: native (64x64), at 0.3 (chosen on validation): IoU 0.756, Dice 0.861, precision 0.756, recall 1.000"
+    assert ">Summary<" in (red_run.out / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("gain, score, expected", [
+    (1.0, "0.3", None), (0.0, "0.5", "the model has not learned enough yet: it calls 0.0% of the pixels damage, the truth has 1.9%"),
+    (0.0, "0", "the model has not learned enough yet: it calls 100.0% of the pixels damage, the truth has 1.9%"),
+    (1.0, "0.95", "the threshold in use does not suit the model: it calls 0.0% of the pixels damage, the truth has 1.9%")])
+def test_a_model_that_calls_all_or_nothing_damage_is_said_to_have_learned_nothing(red_run, gain, score, expected):
+    red_run.model.make = lambda: RedSegmenter(gain=gain)
+    assert evaluate.main(["--device", "cpu", "--draws", "0", "--worst", "0", "--score", score]) == 0
+    notes = [note for note in read(red_run.out / "results.json")["notes"] if "the truth has" in note]
+    assert notes == [expected] * bool(expected)
+
+
 def test_score_replaces_the_chosen_threshold(red_run):
     assert evaluate.main(["--device", "cpu", "--draws", "0", "--worst", "0", "--score", "0.85"]) == 0
     points = read(red_run.out / "results.json")["sizes"]["native"]["points"]

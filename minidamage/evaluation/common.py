@@ -84,14 +84,9 @@ def cost_text(metrics):
             f"peak memory {metrics['peak memory MB']:.0f} MB")
 
 
-def marked(shown, occlude):
-    """The sections with the share that was covered in every table's caption and as a note, where --occlude asked for it."""
-    if not occlude:
-        return shown
-    words = in_words(occlude)
-    captioned = [(heading, [block if isinstance(block, str) else (f"{block[0]}; {words}", *block[1:]) for block in blocks])
-                 for heading, blocks in shown]
-    return [*captioned, ("Occlusion", [f"{words} by a patch in the picture, the truth left whole"])]
+def summary(lines, occlude):
+    """The first section, before the tables: the main numbers by name, and once the share that is covered, where --occlude asked for it."""
+    return ("Summary", [*lines, *([f"{in_words(occlude)} by a patch in the picture, the truth left whole"] if occlude else [])])
 
 
 def print_sections(shown):

@@ -8,7 +8,8 @@ from minidamage import distributed, masks, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
 from minidamage.evaluation.ceiling import mask_ceiling
-from minidamage.evaluation.common import change_finish, cost_text, marked, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.evaluation.common import (change_finish, cost_text, print_sections, summary, unreadable_note, without_nan, write_page,
+                                          writing)
 from minidamage.evaluation.occlusion import occluded
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
@@ -132,13 +133,13 @@ def show(result, pixels, thresholds, metrics, intervals, notes, occlude=None):
     in_use = [tables.operating_table(result, thresholds)]
     if few:
         in_use.append(confusion_table(result.confusion(thresholds), result.class_names))
-    shown = [("Accuracy", accuracy), ("In use", in_use), ("False alarms", [alarm_text])]
+    lines = [tables.in_short(tables.KINDS[t], result.stats, f"{t}/", ("AP", "AP50")) for t in result.scored]
+    shown = [summary(lines, occlude), ("Accuracy", accuracy), ("In use", in_use), ("False alarms", [alarm_text])]
     if pixels:
         shown.append(("Pixels", tables.pixel_tables(pixels)))
     shown.append(("Speed and memory", [cost_text(metrics)]))
     if notes:
         shown.append(("Notes", notes))
-    shown = marked(shown, occlude)
     print_sections(shown)
     return shown
 

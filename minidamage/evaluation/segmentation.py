@@ -16,7 +16,8 @@ from minidamage import distributed, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
-from minidamage.evaluation.common import change_finish, cost_text, marked, print_sections, unreadable_note, without_nan, write_page, writing
+from minidamage.evaluation.common import (change_finish, cost_text, print_sections, summary, unreadable_note, without_nan, write_page,
+                                          writing)
 from minidamage.evaluation.occlusion import occluded
 from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
@@ -33,6 +34,8 @@ from minidamage.visualize.report import Picture
 
 STATED = "at 0.5"                                             # of one class; several classes: the likeliest, whatever its probability
 LIKELIEST = "likeliest class"
+IN_SHORT = ("IoU", "Dice", "precision", "recall")             # the summary
+FEW, MOST = 0.01, 0.9                                         # shares of the damage found, and of the background called damage
 
 
 def score(job):
@@ -195,9 +198,10 @@ def finish(job, sizes, points, metrics, unreadable):
         scores.evaluate(job.args.draws)
     in_use = list(points)[-1]
     notes = [*unreadable_note(unreadable, len(job.records)), *explain(sizes, in_use, job)]
-    shown = [("Accuracy", tables.segmentation_tables(sizes)), ("Thin damage", tables.crack_tables(sizes)),
+    shown = [summary([tables.in_short(f"{s.title}, {in_use}", s.pixel[in_use].stats, "pixel/", IN_SHORT) for s in sizes.values()],
+                     job.args.occlude),
+             ("Accuracy", tables.segmentation_tables(sizes)), ("Thin damage", tables.crack_tables(sizes)),
              ("Speed and memory", [cost_text(metrics)]), *([("Notes", notes)] if notes else [])]
-    shown = marked(shown, job.args.occlude)
     print_sections(shown)
     about, folder = job.about(), job.folder
     numbers = {**about, "in_use": in_use, "sizes": {name: scores.numbers() for name, scores in sizes.items()},
@@ -227,7 +231,12 @@ def explain(sizes, in_use, job):
     tp, fp, fn, tn = counts.tolist()
     if tp + fn == 0:
         notes.append("there is no damaged pixel in these pictures: IoU and recall say nothing, every finding is false")
-    elif tp + fp == 0:
+    elif tp < FEW * (tp + fn) or (tp > MOST * (tp + fn) and fp > MOST * (fp + tn)):
+        share = (tp + fn) / counts.sum()
+        blind = first.swept.stats["ODS F1"] < 2 * share / (1 + share) + 0.1                # at every threshold
+        cause = "the model has not learned enough yet" if blind else "the threshold in use does not suit the model"
+        notes.append(f"{cause}: it calls {(tp + fp) / counts.sum():.1%} of the pixels damage, the truth has {share:.1%}")
+    if tp + fn and tp + fp == 0:
         notes.append(f"not one pixel is predicted; the accuracy of {tn / counts.sum():.1%} is the share of the background. Another "
                      f"threshold would reach F1 {first.swept.stats['ODS F1']:.3f} here, at {first.swept.stats['ODS threshold']:g}")
     if "model" not in sizes:

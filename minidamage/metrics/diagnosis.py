@@ -1,4 +1,4 @@
-"""Why a number is NaN or 0, in words: the questions that every thread about "AP is -1" or "all results are 0" ends in."""
+"""Why a number is n/a (NaN) or 0, in words: the questions that every thread about "AP is -1" or "all results are 0" ends in."""
 import numpy as np
 
 from minidamage.metrics import coco
@@ -14,7 +14,7 @@ def explain(result):
         truths, detections = scored.truths, scored.detections
         counted = truths["category"][truths["crowd"] == 0]
         if len(counted) == 0:
-            sentences.append(f"{what}: every AP is NaN, because no picture has a truth object that counts ({len(truths['image'])} crowd "
+            sentences.append(f"{what}: every AP is n/a, because no picture has a truth object that counts ({len(truths['image'])} crowd "
                              "regions)")
         elif len(detections["image"]) == 0:
             sentences.append(f"{what}: every AP is 0, because there is not one detection: nothing scored above the model's lowest score, "
@@ -36,12 +36,12 @@ def _about_classes(result, scored, what, counted):
     silent = [n for k, n in enumerate(names) if (counted == k).any() and not (scored.detections["category"] == k).any()]
     out = []
     if without:
-        out.append(f"{what}: AP of {_listed(without)} is NaN and left out of the mean, because these pictures have no truth of the class")
+        out.append(f"{what}: AP of {_listed(without)} is n/a and left out of the mean, because these pictures have no truth of the class")
     if silent:
         out.append(f"{what}: AP of {_listed(silent)} is 0, because there is no detection of the class at any score")
     for letter, name in (("s", "small (under 32 x 32 pixels)"), ("m", "medium"), ("l", "large (over 96 x 96 pixels)")):
         if np.isnan(result.stats[("bbox/AP" if what == "boxes" else "segm/AP") + letter]):
-            out.append(f"{what}: AP{letter} and AR{letter} are NaN, because no truth object is {name}")
+            out.append(f"{what}: AP{letter} and AR{letter} are n/a, because no truth object is {name}")
     return out
 
 
