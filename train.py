@@ -34,6 +34,7 @@ from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FEW_PICTURES = 5                                                      # of the validation part: below, chance chooses
 PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
 HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "pixel/IoU", "pixel/Dice")              # of an epoch's line
 
@@ -212,7 +213,8 @@ def validate(run, stop, progress):
     names = run.identity["class_names"]
     metrics, run.identity["thresholds"] = distributed.on_main(lambda: score_validation(gathered, run, progress))
     if is_better(metrics, run):
-        title = f"Validation, epoch {run.state.epoch + 1}"
+        above = ", probability above 0.5" * (run.model.task == "segmentation" and len(names) == 1)
+        title = f"Validation, epoch {run.state.epoch + 1}{above}"
         keep(run, "val_predictions.png", lambda path: draw_predictions(path, in_order(gathered), names, run.identity["thresholds"], title))
     return metrics
 
@@ -310,29 +312,42 @@ def pictures_to_show(records):
 
 @torch.no_grad()
 def tune_threshold(run, stop):
-    """Chooses the probability from which a pixel is damage on the validation part (tuning.py) and writes it into best.pt.
+    """Chooses the probability from which a pixel is damage on the validation part (tuning.py) and writes it into best.pt; a segmenter's
+    val_predictions.png is drawn again with it. Returns what say_goodbye says of it, "" where nothing was changed.
 
     `--set mask_threshold=...` is kept as it is. best.pt is marked as tuned either way: a run that is killed before resumes here.
     """
     model, checkpoint = load_checkpoint(run.path("best.pt"), run.device)
     checkpoint["train"]["tuned"] = True
     batches, names = loader(run, run.val_set, [[i] for i in distributed.shard(len(run.val_set))]), checkpoint["class_names"]
-    stopped = f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {run.folder}"
+    words, stopped = "", f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {run.folder}"
     if "segm" in iou_types(model) and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
         results = score_mask_thresholds(model, batches, names, iou_types(model), stop)
         if results is None:
             print(f"stopped before the mask threshold was chosen: {stopped.format(model.config.mask_threshold)}")
-            return
+            return ""
         if distributed.is_main():
-            take_mask_threshold(checkpoint, results, model.config.mask_threshold)
+            words = take_mask_threshold(checkpoint, results, model.config.mask_threshold)
     elif model.task == "segmentation" and len(names) == 1:
         result = score_pixel_thresholds(model, batches, stop)
         if result is None:
             print(f"stopped before the pixel threshold was chosen: {stopped.format(0.5)}")
-            return
+            return ""
         if distributed.is_main():
-            take_pixel_threshold(checkpoint, result)
+            words = take_pixel_threshold(checkpoint, result)
+        keep(run, "val_predictions.png", lambda path: draw_at_threshold(path, run, model, checkpoint))
     keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
+    return words
+
+
+def draw_at_threshold(path, run, model, checkpoint):
+    """val_predictions.png of best.pt, at the threshold that best.pt carries."""
+    names, shown = checkpoint["class_names"], []
+    threshold = checkpoint["thresholds"].get(names[0], 0.5)
+    for image, target in (run.val_set[i] for i in sorted(pictures_to_show(run.val_set.records))):
+        label_map = label_map_of(model.probabilities([image], at="model")[0], threshold).cpu()
+        shown.append((image, target, {"label_map": label_map}))
+    draw_predictions(path, shown, names, {}, f"Validation, epoch {checkpoint['train']['epoch']}, probability above {threshold:g}")
 
 
 def is_better(metrics, run):
@@ -426,7 +441,7 @@ def lr_at(step, steps_per_epoch, recipe):
     """
     total = recipe.epochs * steps_per_epoch
     lr = recipe.lr * (recipe.batch_size / recipe.lr_batch_size if recipe.lr_batch_size else 1.0)
-    warmup = min(recipe.warmup_iters, total // 3)
+    warmup = warmup_of(recipe, total)
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
     if recipe.schedule in ("constant", "plateau"):                    # plateau: watch_plateau scales it, from what was measured
@@ -434,6 +449,11 @@ def lr_at(step, steps_per_epoch, recipe):
     if recipe.schedule == "cosine":
         return lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
     return lr * recipe.gamma ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)      # "step"
+
+
+def warmup_of(recipe, total):
+    """Steps of warm-up in a run of `total` steps: at most a third of it."""
+    return min(recipe.warmup_iters, total // 3)
 
 
 def watch_plateau(state, recipe, loss):
@@ -496,17 +516,26 @@ def introduce(run):
     """Prints what is about to happen, in the words that can be typed to change it."""
     parameters = sum(parameter.numel() for parameter in run.model.parameters())
     record = run.identity["run"]
-    plain = type(run.model.config)()
-    changed = [f"{name}={value}" for name, value in vars(run.model.config).items() if value != getattr(plain, name)]
+    plain, threads = type(run.model.config)(), record["hardware"]["threads"]
+    asked = {setting.partition("=")[0] for setting in run.args.set}
+    changed = [f"{name}={value}" for name, value in vars(run.model.config).items() if value != getattr(plain, name)
+               and (name in asked or getattr(plain, name) is not None)]              # None: the model settles it itself
+    steps = run.recipe.epochs * math.ceil(len(run.train_set) / run.recipe.batch_size)
+    chooses = len(run.val_set.records)
     if "resume" in vars(run.args):
         print(f"resuming {run.folder} after epoch {run.state.epoch}, step {run.state.step}, of {run.recipe.epochs} epochs")
     print(f"{run.args.model}, {parameters / 1e6:.2f} M parameters, on {record['hardware']['gpu'] or record['hardware']['cpu']} "
-          f"({record['hardware']['threads']} threads, kernels {record['kernels']['backend']}, amp {run.args.amp})")
+          f"({threads} thread{'s' * (threads != 1)}, kernels {record['kernels']['backend']}, amp {run.args.amp})")
     print(f"pictures: {', '.join(f'{name} {len(files)}' for name, files in run.identity['split'].items())} "
           "(train: what trains, val: what chooses, test: kept for evaluate.py)")
+    if chooses < FEW_PICTURES:
+        print(f"WARNING: {chooses} picture{'s choose' if chooses > 1 else ' chooses'} best.pt and its thresholds: expected 10 or more, or "
+              "chance chooses; more data, or another share of it (--split 70/15/15)")
     whose = " of the demo set" if run.args.data == "demo" else ""
     print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
     print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in in_use(run.recipe).items())}")
+    if warmup_of(run.recipe, steps) < run.recipe.warmup_iters:
+        print(f"warm-up: {warmup_of(run.recipe, steps)} of the {run.recipe.warmup_iters} steps, a third of this run of {steps}")
     print(f"run folder: {run.folder} (every field stands in its config.json)\n", flush=True)
 
 
@@ -518,10 +547,14 @@ def in_use(recipe):
     return {name: value for name, value in dataclasses.asdict(recipe).items() if value and name not in idle}
 
 
-def say_goodbye(run, seconds):
-    """Says how it went, where the pictures are and what to type next."""
-    checkpoint, best = run.path("best.pt"), f"best {run.recipe.select_by} {run.state.best:.3f} in epoch {run.state.best_epoch + 1}"
-    print(f"\ndone in {clock(seconds)}, {memory(run.device)}; {best}: {checkpoint}")
+def say_goodbye(run, seconds, tuned):
+    """Says how it went, where the pictures are and what to type next. tuned: words on the threshold, of `tune_threshold`."""
+    checkpoint, state, select_by = run.path("best.pt"), run.state, run.recipe.select_by
+    at, then = (" at 0.5" * select_by.startswith("pixel/"), f"; {tuned}, which best.pt uses") if tuned else ("", "")
+    print(f"\ndone in {clock(seconds)}, {memory(run.device)}; best {select_by} {state.best:.3f}{at} in epoch {state.best_epoch + 1}{then}: "
+          f"{checkpoint}")
+    if state.best == 0 and not tuned and "loss" not in select_by:
+        print(f"WARNING:  nothing was learned yet ({select_by} is 0): train longer, a new run with --epochs {4 * run.recipe.epochs} or so")
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
     print(f"next:     python evaluate.py --checkpoint {checkpoint}\n"
           f"          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
@@ -600,8 +633,8 @@ def perform(run):
                   f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n"
                   f"  {command()} --resume {run.folder}")
             return max(distributed.gather(stop.exit_code))
-        tune_threshold(run, stop)
-    say_goodbye(run, time.perf_counter() - start)
+        tuned = tune_threshold(run, stop)
+    say_goodbye(run, time.perf_counter() - start, tuned)
     return max(distributed.gather(stop.exit_code or (1 if run.unsaved else 0)))
 
 

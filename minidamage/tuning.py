@@ -11,6 +11,7 @@ from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.thresholds import ThresholdSweep
 
 MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part
+NEARLY_ALL = 0.95                                                     # of the pixels: found everywhere is not found at all
 
 
 def add_picture(evaluator, target, prediction, size):
@@ -49,16 +50,19 @@ def score_mask_thresholds(model, batches, class_names, iou_types, stop):
 
 
 def take_mask_threshold(checkpoint, results, default):
-    """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN."""
+    """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN.
+
+    Returns "segm/AP 0.123 at mask threshold 0.4", or "" where it stays as it was."""
     found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
     if not found:
         print(f"mask threshold {default}, as it was: segm/AP on the validation part is 0, or not a number, at every other as well")
-        return
+        return ""
     tau = max(found, key=lambda tau: (found[tau], -abs(tau - default)))
     checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
     checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
     tried = ", ".join(f"{tau} {result.stats['segm/AP']:.4f}" for tau, result in results.items())
     print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {tried}")
+    return "" if tau == default else f"segm/AP {results[tau].stats['segm/AP']:.3f} at mask threshold {tau}"
 
 
 def score_pixel_thresholds(model, batches, stop):
@@ -78,12 +82,18 @@ def score_pixel_thresholds(model, batches, stop):
 def take_pixel_threshold(checkpoint, result):
     """Writes the best threshold into a checkpoint dict, as thresholds {class name: probability}; nothing where F1 is 0 or NaN.
 
-    metrics keep what was measured at 0.5, epoch by epoch.
+    metrics keep what was measured at 0.5, epoch by epoch. Returns "pixel/IoU 0.594 at 0.47", or "" where nothing was written.
     """
     best = result.best()
     if not best["F1"] > 0:
         print("pixel threshold 0.5, as it was: no pixel of the validation part is found at any")
-        return
+        return ""
     checkpoint["thresholds"] = {checkpoint["class_names"][0]: best["threshold"]}
     print(f"pixel threshold {best['threshold']}, chosen on the validation part: IoU {best['IoU']:.4f}, against "
           f"{checkpoint['metrics']['pixel/IoU']:.4f} at 0.5 (kept as thresholds in best.pt)")
+    tp, fp, fn, tn = result.counts.sum(0)[round(100 * best["threshold"]) - 1].tolist()        # as in ThresholdSweep
+    found, true = (tp + fp) / (tp + fp + fn + tn), (tp + fn) / (tp + fp + fn + tn)
+    if found > NEARLY_ALL and true < NEARLY_ALL / 2:
+        print(f"WARNING: the model has not learned: at this threshold {found:.0%} of the pixels are positive, {true:.1%} are damage; train "
+              "longer, or on more pictures")
+    return f"pixel/IoU {best['IoU']:.3f} at {best['threshold']:g}"

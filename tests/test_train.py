@@ -24,6 +24,7 @@ from minidamage.config import Recipe
 from minidamage.data import load_dataset
 from minidamage.data.split import three_parts
 from minidamage.data.synthetic import make_demo
+from minidamage.models.danet import settled
 from minidamage.progress import Progress, clock
 
 REPOSITORY = os.path.dirname(os.path.abspath(train.__file__))
@@ -557,6 +558,37 @@ def test_pretrained_lists_what_does_not_fit(command, tmp_path, capsys):
 
 # --- the parts, by hand
 
+def words_of(act, capsys, *more, **changes):
+    """What introduce or say_goodbye print of a run of DANet that is made of its numbers alone."""
+    config = settled(minidamage.MODELS["danet"][1](**changes))
+    record = {"hardware": {"gpu": None, "cpu": "a CPU", "threads": 1}, "kernels": {"backend": "native"}}
+    run = argparse.Namespace(
+        folder="runs/x", path="runs/x/{}".format, device=torch.device("cpu"), unsaved=(), state=training.State(best=0.0, best_epoch=0),
+        model=argparse.Namespace(config=config, parameters=lambda: [], task="detection"), train_set=[None] * 10,
+        val_set=argparse.Namespace(records=[argparse.Namespace(file="a.jpg")]), recipe=Recipe(epochs=3, batch_size=2, select_by="segm/AP"),
+        identity={"run": record, "split": {"train": range(10), "val": range(1)}},
+        args=argparse.Namespace(model="danet", amp="off", data="cars", keep_epochs=False, set=[f"{k}={v}" for k, v in changes.items()]))
+    act(run, *more)
+    return capsys.readouterr().out
+
+
+def test_what_is_introduced_is_what_the_user_changed(capsys):
+    plain = words_of(train.introduce, capsys)
+    assert "it differs from the paper's: nowhere\n" in plain and "(1 thread, kernels native" in plain
+    assert "WARNING: 1 picture chooses best.pt and its thresholds: expected 10 or more" in plain
+    assert "warm-up: 5 of the 500 steps, a third of this run of 15\n" in plain
+    assert "it differs from the paper's: phase=2\n" in words_of(train.introduce, capsys, phase=2)
+    assert "it differs from the paper's: dcn=False\n" in words_of(train.introduce, capsys, dcn=False)
+
+
+def test_a_best_of_zero_is_said_plainly(capsys):
+    words = words_of(train.say_goodbye, capsys, 9.0, "")
+    assert "best segm/AP 0.000 in epoch 1: runs/x/best.pt" in words
+    assert "nothing was learned yet (segm/AP is 0): train longer, a new run with --epochs 12" in words
+    words = words_of(train.say_goodbye, capsys, 9.0, "segm/AP 0.300 at mask threshold 0.4")
+    assert "in epoch 1; segm/AP 0.300 at mask threshold 0.4, which best.pt uses: runs/x/best.pt" in words and "nothing" not in words
+
+
 def test_equal_epochs_are_told_apart_by_boxes_and_then_by_the_loss():
     state = training.State(best=0.0, best_loss=1.0, best_box_ap=0.1)
     run = argparse.Namespace(recipe=Recipe(select_by="segm/AP"), state=state)
@@ -565,7 +597,7 @@ def test_equal_epochs_are_told_apart_by_boxes_and_then_by_the_loss():
     assert better(0.0, 0.1, 0.9) and not better(0.0, 0.1, 1.0) and not better(0.0, math.nan, 0.1)
     assert better(0.01, 0.0, 9.0) and not better(math.nan, 0.9, 0.1)
     run.recipe, state.best_box_ap = Recipe(select_by="loss"), 0.0
-    assert train.is_better({"loss": -1.0}, run) and not train.is_better({"loss": 0.0}, run)            # losses fall
+    assert train.is_better({"loss": -1.0}, run) and not train.is_better({"loss": 0.5}, run)            # losses fall
 
 
 def test_learning_rate():

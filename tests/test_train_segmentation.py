@@ -68,6 +68,9 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert 0 < threshold < 1 and f"pixel threshold {threshold}, chosen on the validation part" in printed
     best = max(range(3), key=lambda k: float(rows[k]["val/pixel/IoU"]))
     assert checkpoint["metrics"]["pixel/IoU"] == pytest.approx(float(rows[best]["val/pixel/IoU"]), rel=1e-4)
+    assert f"best pixel/IoU {float(rows[best]['val/pixel/IoU']):.3f} at 0.5 in epoch {best + 1}; pixel/IoU 0." in printed
+    assert f" at {threshold:g}, which best.pt uses: " in printed and "WARNING: 1 picture chooses best.pt" in printed
+    assert "it differs from the paper's: body=resnet18 " in printed and "warm-up:" not in printed
     for k in range(3):
         kept, state = load_checkpoint(os.path.join(folder, f"epoch-{k + 1:03d}.pt"))
         assert state["train"] == {"epoch": k + 1} and state["metrics"]["loss"] == pytest.approx(float(rows[k]["val/loss"]), rel=1e-4)
@@ -190,6 +193,23 @@ def test_pixel_threshold_by_hand(capsys):
     empty.add(torch.zeros(1, 4), torch.tensor([[0, 0, 0, 1]]))
     tuning.take_pixel_threshold(checkpoint, empty.evaluate())
     assert checkpoint["thresholds"] == {"crack": 0.3} and "0.5, as it was" in capsys.readouterr().out
+    everywhere = ThresholdSweep()
+    everywhere.add(torch.full((1, 40), 0.475), torch.tensor([[1] * 3 + [0] * 37]))
+    assert tuning.take_pixel_threshold(checkpoint, everywhere.evaluate()) == "pixel/IoU 0.075 at 0.47"
+    assert "the model has not learned: at this threshold 100% of the pixels are positive, 7.5% are damage" in capsys.readouterr().out
+
+
+def test_the_pictures_are_drawn_again_at_the_threshold_of_best_pt(command, tmp_path, monkeypatch):
+    drawn, draw = [], train.draw_predictions
+    monkeypatch.setattr(train, "draw_predictions", lambda path, shown, *more: (drawn.append((shown, more[-1])), draw(path, shown, *more)))
+    assert train.main(command("--epochs", 1)) == 0
+    model, checkpoint = load_checkpoint(os.path.join(only_run(tmp_path), "best.pt"))
+    threshold = checkpoint["thresholds"]["crack"]
+    assert [title for _, title in drawn] == [f"Validation, epoch 1, probability above {value}" for value in (0.5, threshold)]
+    (before, _), (after, _) = drawn
+    for (image, target, prediction), (_, again, _) in zip(after, before, strict=True):
+        assert target["file"] == again["file"]
+        torch.testing.assert_close(prediction["label_map"].bool(), model.probabilities([image], at="model")[0][0] > threshold)
 
 
 # --- settings and mistakes
