@@ -249,14 +249,14 @@ TABLE_3 = {"context_cracknet": (.5668, .6733, .5375, .7401, .6627, .5699, .4743,
            "unet": (.1562, .6397, .4857, .7061, .6323, .5390, .3837, .6456, .6577, .7464)}
 
 
-def stored(folder, model, data, counts, trained_with=(), side=448):
+def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4):
     """An evaluation folder as evaluate.py writes it, with the counts [TP, FP, FN, TN] of each picture."""
     os.makedirs(folder)
     tp, fp, fn, tn = np.sum(counts, 0)
     stats = {f"pixel/{name}": 0.0 for name in ("F1", "accuracy", "two-class IoU", "two-class Dice")}
     stats |= {"pixel/IoU": tp / (tp + fp + fn), "pixel/Dice": 2 * tp / (2 * tp + fp + fn), "pixel/precision": tp / (tp + fp),
               "pixel/recall": tp / (tp + fn)}
-    points = {point: {"stats": stats} for point in ("at 0.5", "at 0.4 (chosen on validation)")}
+    points = {point: {"stats": stats} for point in ("at 0.5", f"at {chosen:g} (chosen on validation)")}
     content = {"model": model, "trained_with": list(trained_with), "task": "segmentation", "data": f"/d/{data}", "part": "test",
                "sizes": {"native": {"pixels": f"native ({side}x{side})", "points": points}}}
     (folder / "results.json").write_text(json.dumps(content))
@@ -289,9 +289,11 @@ def test_compare_pairs_the_pictures_of_one_set(tmp_path, capsys):
     assert evaluate.main(["--compare", a, b, "--metric", "recall", "--draws", "100", "--out", str(tmp_path / "out")]) == 0
     table = next(t for t in read(tmp_path / "out" / "comparison.json")["tables"] if "paired bootstrap" in t["caption"])
     [row] = table["rows"]
-    assert row[:3] == ["unet body=resnet18", "cfd", 40] and row[3] == pytest.approx(0.2, abs=0.01) and row[-1] == "yes"
+    assert row[:3] == ["unet - unet body=resnet18", "cfd", 40] and row[3] == pytest.approx(0.2, abs=0.01) and row[-1] == "yes"
     assert row[4] < row[3] < row[5] < 0.21
-    assert "Wilcoxon" not in capsys.readouterr().out                                    # one set: nothing to rank
+    assert "Wilcoxon" not in (printed := capsys.readouterr().out) and "nothing is written" not in printed       # one set: nothing to rank
+    assert "above 0: unet scores higher" in table["caption"]
+    assert "2 models on 1 data set</title>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):
@@ -304,10 +306,13 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
                                ([a, "--metric", "mIoU"], "--metric mIoU"), ([str(tmp_path / "broken.json")], "evaluate the run again")):
         assert evaluate.main(["--compare", *arguments]) == 2
         assert message in capsys.readouterr().err
+    for path, got in ((tmp_path / "nosuch", "a path where nothing is"), (tmp_path, "a folder without one")):
+        assert evaluate.main(["--compare", str(path)]) == 2 and f"expected one evaluation, got {got}; run" in capsys.readouterr().err
     c = stored(tmp_path / "c", "pan", "cfd", [[2, 1, 1, 1]])
     e, f = (stored(tmp_path / name, name, "deepcrack", [[3, 1, 1, 1]]) for name in ("unet", "pan"))
     assert evaluate.main(["--compare", a, c, e, f]) == 0
     assert "2 data sets cannot give a p below 0.5" in (printed := capsys.readouterr().out) and "nothing to test" not in printed
+    assert "nothing is written: --out DIR" in printed and "threshold" not in printed
     assert evaluate.main(["--compare", a, c, e]) == 0
     assert "0.3333 ±" not in (printed := capsys.readouterr().out) and "±" in printed and "nan" not in printed      # pan, on one set
     assert evaluate.main(["--compare", a, f]) == 0
@@ -317,12 +322,15 @@ def test_what_cannot_be_compared_is_said(tmp_path, capsys):
 
 def test_settings_that_all_share_are_said_once_and_other_sizes_too(tmp_path, capsys):
     a = stored(tmp_path / "a", "unet", "cfd", [[1, 1, 1, 1]], ["schedule=cosine", "body=resnet18"])
-    b = stored(tmp_path / "b", "pan", "cfd", [[2, 1, 1, 1]], ["schedule=cosine"], side=256)
+    b = stored(tmp_path / "b", "pan", "cfd", [[2, 1, 1, 1]], ["schedule=cosine"], side=256, chosen=0.3)
     assert evaluate.main(["--compare", a, b]) == 0
     printed = capsys.readouterr().out
     assert "note: all were trained with schedule=cosine\n" in printed and printed.count("schedule=cosine") == 1
     assert "unet body=resnet18" in printed
     assert "note: cfd: scored at 448x448 (unet body=resnet18); 256x256 (pan), which are other pixels; --size native" in printed
+    own = "unet body=resnet18 at 0.4 (chosen on validation); pan at 0.3 (chosen on validation)"
+    assert f"note: cfd: scored at each model's own threshold ({own}); --at 0.5 scores all at 0.5" in printed
+    assert evaluate.main(["--compare", a, b, "--at", "0.5"]) == 0 and "threshold" not in capsys.readouterr().out
     assert evaluate.main(["--compare", a]) == 0 and "unet schedule=cosine body=resnet18" in capsys.readouterr().out
 
 

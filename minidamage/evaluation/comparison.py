@@ -16,6 +16,7 @@ import re
 import numpy as np
 
 from minidamage import run_folder
+from minidamage.data.record import number_of
 from minidamage.evaluation.common import without_nan, writing
 from minidamage.metrics import tables
 from minidamage.metrics.segmentation import NAMES, quotients
@@ -67,7 +68,7 @@ def compare(runs, metric, size, at, draws, out):
     sets = list(dict.fromkeys(e.data for e in evaluations))
     if max(map(len, by_model.values())) > 1:
         shown.append(spread_table(by_model, columns))
-    notes += [*not_shared(by_model), *other_pixels(evaluations)]
+    notes += [*not_shared(by_model), *other_pixels(evaluations), *other_thresholds(evaluations)]
     paired = paired_table(by_model, metric, draws) if draws else None
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
@@ -76,6 +77,8 @@ def compare(runs, metric, size, at, draws, out):
         print(f"note: {note}")
     if out:
         write(out, shown, notes, by_model, sets, metric, evaluations)
+    else:
+        print("\nnothing is written: --out DIR keeps the tables, with pictures, as DIR/report.html")
     return 0
 
 
@@ -114,7 +117,7 @@ def results_file(path):
     found = sorted(glob.glob(os.path.join(glob.escape(path), "evaluation-*", "results.json")))
     preferred = [file for file in found if os.path.basename(os.path.dirname(file)) == "evaluation-test"]
     if len(preferred or found) != 1:
-        what = ", ".join(found) if found else "none" if os.path.isdir(path) else "there is no such file or folder"
+        what = ", ".join(found) if found else "a folder without one" if os.path.isdir(path) else "a path where nothing is"
         raise ValueError(f"--compare {path}: expected one evaluation, got {what}; run evaluate.py --checkpoint on it first, or name its "
                          "folder")
     return (preferred or found)[0]
@@ -185,6 +188,17 @@ def other_pixels(evaluations):
             "--size native scores all at the pictures' own" for data, found in sizes.items() if len(found) > 1]
 
 
+def other_thresholds(evaluations):
+    """[a sentence] for each data set on which the models were scored at different thresholds."""
+    points = collections.defaultdict(dict)                                                # data -> {model: "at 0.3 (chosen on ...)"}
+    for e in evaluations:
+        if e.scored:
+            points[e.data][e.model] = e.scored.partition(", ")[2]
+    listed = lambda found: "; ".join(f"{model} {point}" for model, point in found.items())
+    return [f"{data}: scored at each model's own threshold ({listed(found)}); --at 0.5 scores all at 0.5"
+            for data, found in points.items() if len(set(found.values())) > 1]
+
+
 def paired_table(by_model, metric, draws):
     """First model minus each other one on every set that both were scored on, same pictures; None where there is none."""
     (first, own), *others = by_model.items()
@@ -197,11 +211,11 @@ def paired_table(by_model, metric, draws):
             pooled = lambda drawn: float(quotients(drawn.sum(0))[name])
             interval = bootstrap(a.counts, pooled, other=b.counts, samples=draws)
             clear = "yes" if interval.low > 0 or interval.high < 0 else "no"
-            rows.append([model, data, len(a.files), interval.value, interval.low, interval.high, clear])
+            rows.append([f"{first} - {model}", data, len(a.files), interval.value, interval.low, interval.high, clear])
     if not rows:
         return None
-    return (f"{first} minus the model, pooled {name} on the same pictures, 95 % interval of {draws} paired bootstrap draws",
-            ["model", "data", "pictures", "difference", "low", "high", "clear of 0"], rows)
+    return (f"Differences in pooled {name} on the same pictures (above 0: {first} scores higher), 95 % interval of {draws} paired "
+            "bootstrap draws", ["models", "data", "pictures", "difference", "low", "high", "clear of 0"], rows)
 
 
 def signed_rank_table(by_model, metric, notes):
@@ -251,7 +265,7 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
     with writing(out):
         run_folder.write_json(os.path.join(out, "comparison.json"), without_nan(numbers))
         blocks = [Table(columns, rows, caption, digits=4) for caption, columns, rows in shown]
-        write_report(os.path.join(out, "report.html"), f"{len(by_model)} models on {len(sets)} data sets",
+        write_report(os.path.join(out, "report.html"), f"{number_of(len(by_model), 'model')} on {number_of(len(sets), 'data set')}",
                      [("Comparison", [*blocks, *notes]), ("Pictures", pictures), ("How this was made", [{"command": numbers["command"]}])])
     print(f"\nwritten: {os.path.join(out, 'report.html')}, comparison.json")
 
