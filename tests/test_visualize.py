@@ -287,8 +287,10 @@ def test_report_is_one_valid_file_with_everything_inside(tmp_path):
     Image.fromarray(GREY).save(stream, "JPEG")
     path = report.write_report(tmp_path / "report.html", "A <title> & more", [
         ("Numbers", ["Says `code`, <b>not</b> HTML.", {"seed": 0, "checkpoint": "best.pt", "AP": 0.5},
-                     report.Table(["class", "AP50", "n"], [["dent", 0.61234, 1200], ["scratch", math.nan, None]], "Per class")]),
-        ("Pictures", [report.Picture(GREY, "array"), report.Picture(stream.getvalue(), 'bytes "quoted"', wide=True)]),
+                     report.Table(["class", "AP50", "n"], [["dent", 0.61234, 1200], ["scratch", math.nan, None]], "Per class"),
+                     report.Table(["rule", "in text"], [["VOC", "61.30"], ["COCO", "0.52 ± 0.03"]])]),
+        ("Pictures", [report.Picture(GREY, "array"), report.Picture(stream.getvalue(), 'bytes "quoted"', wide=True),
+                      report.Picture(GREY, "its own title", titled=True)]),
         ("Empty", "one text")], subtitle="test")
     page = open(path, encoding="utf-8").read()
     parser = Balanced()
@@ -298,7 +300,8 @@ def test_report_is_one_valid_file_with_everything_inside(tmp_path):
     for part in ("&lt;b&gt;not&lt;/b&gt;", "<code>code</code>", "0.612", "1,200", "prefers-color-scheme: dark", "data:image/png;base64",
                  "data:image/jpeg;base64"):
         assert part in page
-    assert page.count("n/a") == 2
+    assert page.count("n/a") == 2 and '<th scope="col" class="number">in text' in page
+    assert 'alt="its own title"' in page and "<figcaption>its own title" not in page and "<figcaption>array" in page
 
 
 def test_report_refuses_what_it_cannot_show(tmp_path):

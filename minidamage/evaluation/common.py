@@ -104,7 +104,7 @@ def write_page(folder, shown, about, plots, pictures):
     for heading, drawn in plots:
         next(content for name, content in blocks if name == heading).extend(drawn)
     if pictures:
-        blocks.append(("Worst predictions", [Picture(path, caption, wide=True) for path, caption in pictures]))
+        blocks.append(("Worst predictions", [Picture(path, caption, wide=True, titled=True) for path, caption in pictures]))
     covered = f", {in_words(about['occlusion'])}" if about["occlusion"] else ""
     facts = {name: str(value) for name, value in about.items() if not isinstance(value, dict)}
     blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))

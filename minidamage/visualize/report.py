@@ -17,6 +17,7 @@ from PIL import Image
 from minidamage.visualize.overlay import to_picture, write_beside
 
 LARGEST_PNG = 500_000                         # bytes: a picture given as an array that needs more is embedded as JPEG
+NUMBER = r"[-+]?\d[\d,]*(\.\d+)?%?"
 
 
 @dataclasses.dataclass
@@ -31,11 +32,13 @@ class Table:
 
 @dataclasses.dataclass
 class Picture:
-    """image: uint8 [H, W, 3], the bytes of a PNG or JPEG file, or its path. wide: as wide as the page, else its own size."""
+    """image: uint8 [H, W, 3], the bytes of a PNG or JPEG file, or its path. wide: as wide as the page, else its own size. titled: the
+    picture itself shows its caption, which is then for those who cannot see it."""
 
     image: object
     caption: str = ""
     wide: bool = False
+    titled: bool = False
 
 
 def write_report(path, title, sections, subtitle=""):
@@ -73,13 +76,18 @@ def _table(table):
     for row in table.rows:
         if len(row) != len(table.columns):
             raise ValueError(f"expected {len(table.columns)} cells a row ({', '.join(map(str, table.columns))}), got {len(row)}: {row}")
-    numeric = [bool(table.rows) and all(not isinstance(row[c], str) for row in table.rows) for c in range(len(table.columns))]
+    numeric = [bool(table.rows) and all(_is_number(row[c]) for row in table.rows) for c in range(len(table.columns))]
     kinds = [' class="number"' if flag else "" for flag in numeric]
     head = "".join(f'<th scope="col"{kind}>{_escaped(name)}</th>' for name, kind in zip(table.columns, kinds))
     rows = "\n".join("<tr>" + "".join(f"<td{kind}>{_cell(cell, table.digits)}</td>" for cell, kind in zip(row, kinds)) + "</tr>"
                      for row in table.rows)
     caption = f"<caption>{_text(table.caption)}</caption>" if table.caption else ""
     return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead>\n<tbody>\n{rows}\n</tbody></table></div>'
+
+
+def _is_number(value):
+    """Whether a cell is set as a number: one, none, or a text of one such as "61.30" or "0.52 ± 0.03"."""
+    return not isinstance(value, str) or bool(re.fullmatch(NUMBER + f"( ± {NUMBER})?", value))
 
 
 def _cell(value, digits):
@@ -97,7 +105,7 @@ def _cell(value, digits):
 def _picture(picture):
     data, kind, (width, height) = _encoded(picture.image)
     source = f"data:image/{kind};base64,{base64.b64encode(data).decode('ascii')}"
-    caption = f"<figcaption>{_text(picture.caption)}</figcaption>" if picture.caption else ""
+    caption = f"<figcaption>{_text(picture.caption)}</figcaption>" if picture.caption and not picture.titled else ""
     style = ' class="wide"' if picture.wide else ""
     return (f'<figure{style}><img src="{source}" width="{width}" height="{height}" '
             f'alt="{html.escape(picture.caption or "picture")}">{caption}</figure>')
@@ -176,11 +184,13 @@ code { font: .92em ui-monospace, Menlo, Consolas, monospace; background: var(--c
 .scroll { overflow-x: auto; margin: 1rem 0; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: .95rem; }
 caption { text-align: left; color: var(--soft); padding-bottom: .4rem; }
-th, td { text-align: left; vertical-align: top; padding: .35rem .9rem .35rem 0; border-bottom: 1px solid var(--line); }
-thead th { border-bottom: 2px solid var(--line); font-weight: 600; white-space: nowrap; }
+th, td { text-align: left; vertical-align: top; padding: .35rem .8rem .35rem 0; border-bottom: 1px solid var(--line); }
+thead th { border-bottom: 2px solid var(--line); font-weight: 600; white-space: nowrap; vertical-align: bottom; }
+tbody td:first-child { white-space: nowrap; }
+table.facts td { white-space: normal; overflow-wrap: anywhere; }
 tbody tr:hover { background: var(--card); }
 .facts th { color: var(--soft); font-weight: 400; white-space: nowrap; }
-.number { text-align: right; padding-left: .9rem; white-space: nowrap; }
+.number { text-align: right; padding-left: .4rem; white-space: nowrap; }
 .none { color: var(--soft); }
 figure { margin: 1.25rem 0; }
 figure img { display: block; max-width: 100%; height: auto; border: 1px solid var(--line); border-radius: .4rem; background: #fff; }
