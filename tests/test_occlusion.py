@@ -167,7 +167,7 @@ def test_evaluate_says_it_everywhere_and_the_finder_loses_the_covered_pixels(red
     assert whole["occlusion"] == 0 and covered["occlusion"] == 0.25
     assert read(red_run.out / "truth.json") == read(red_run.out.parent / "evaluation-test-occluded-0.25" / "truth.json")
     assert "Summary: 0.25 of each finding covered by a patch" in printed and printed.count("0.25 of each finding covered") == 2
-    assert "0.25 of each finding covered by a patch" in page
+    assert "0.25 of each finding covered by a patch" in page and "missed, 0.25 of each finding covered\"" in page
     # red squares of 40 and 30, a reflection of 20, and a scratch of 50 below its threshold: the colour finder loses what is covered
     seen, truth = 1600 + 900 - (400 + 225), 1600 + 900 + 2500
     assert whole["pixels"]["pixel/recall"] == pytest.approx(2500 / truth)
@@ -188,6 +188,8 @@ def test_a_segmenter_is_scored_on_covered_pictures(tmp_path, monkeypatch):
                               str(tmp_path / str(share)), *flags]) == 0
     recall = [json.loads((tmp_path / str(share) / "results.json").read_text())["sizes"]["native"]["points"]["at 0.3 (chosen on validation)"]
               ["stats"]["pixel/recall"] for share in (None, 0.5)]
+    page = (tmp_path / "0.5" / "report.html").read_text(encoding="utf-8")
+    assert "px missed, 0.5 of each finding covered\"" in page
     assert recall == pytest.approx([1, 0.5])                                 # each crack's area is even
 
 

@@ -252,6 +252,13 @@ def test_errors_are_coloured_by_hand():
     assert picture.tolist() == [[list(RIGHT), list(MISSED), list(FALSE), [45, 45, 45], [128, 128, 128]]]
     other = draw_errors(np.zeros((8, 8, 3), np.uint8), np.full((8, 8), 1), np.full((8, 8), 2))
     assert {tuple(c) for c in other.reshape(-1, 3).tolist()} == {FALSE, MISSED}
+    line, nothing = np.eye(12, dtype=np.uint8), np.zeros((12, 12), np.uint8)
+    small = draw_errors(np.full((12, 12, 3), 100, np.uint8), line, nothing, longest=5)           # a diagonal, blocks of 3 x 3
+    assert small.shape == (4, 4, 3) and [[tuple(c) == MISSED for c in row] for row in small.tolist()] == np.eye(4, dtype=bool).tolist()
+    half = np.where(np.arange(12) % 3 < 2, line, 0)                                              # two of the block's three are found
+    assert tuple(draw_errors(np.zeros((12, 12, 3), np.uint8), line, half, longest=4)[0, 0]) == RIGHT
+    other = draw_errors(np.zeros((12, 13, 3), np.uint8), np.pad(line, ((0, 0), (0, 1))), np.pad(half[::-1], ((0, 0), (0, 1))), longest=4)
+    assert other.shape == (3, 4, 3)
     with pytest.raises(ValueError, match="picture's size .4, 4., got .1, 5"):
         draw_errors(np.zeros((4, 4, 3), np.uint8), truth, found)
 

@@ -7,10 +7,11 @@ import torch
 from minidamage import distributed, masks, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
+from minidamage.data.record import number_of
 from minidamage.evaluation.ceiling import mask_ceiling
 from minidamage.evaluation.common import (change_finish, cost_text, print_sections, summary, unreadable_note, without_nan, write_page,
                                           writing)
-from minidamage.evaluation.occlusion import occluded
+from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
 from minidamage.metrics.detection import CocoEvaluator, run_model
@@ -80,7 +81,7 @@ def score(job):
         pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, job.args.worst)
         write_page(folder, shown, about, [("Accuracy", curves(result)), ("In use", confusion_picture(result, thresholds))], pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, detections.json, truth.json"
-          + f" and {len(pictures)} pictures of the worst predictions" * bool(pictures))
+          + f" and {number_of(len(pictures), 'picture')} of the worst predictions" * bool(pictures))
 
 
 class Samples(torch.utils.data.Dataset):
@@ -90,7 +91,7 @@ class Samples(torch.utils.data.Dataset):
     def __init__(self, records, with_masks, occlude=None):
         pictures = DetectionDataset(records)
         pictures.with_masks = False
-        self.records, self.with_masks, self.pictures = records, with_masks, occluded(pictures, occlude)
+        self.records, self.with_masks, self.occlude, self.pictures = records, with_masks, occlude, occluded(pictures, occlude)
         ids = [r.image_id for r in records]
         self.ids = ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))        # parts of two files may share ids
 
@@ -162,7 +163,7 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
     position = {image_id: i for i, image_id in enumerate(result.image_ids)}
     overlap = np.nan_to_num(pixels.per_image("IoU"), nan=0.0) if pixels else np.zeros(len(judged))
     order = sorted(range(len(judged)), key=lambda j: (-sum(wrong[position[samples.image_id(judged[j][0])]]), overlap[j], j))
-    drawn = []
+    drawn, covered = [], f", {in_words(samples.occlude)}" if samples.occlude else ""
     for rank, j in enumerate(order[:count], 1):
         index, kept = judged[j]
         false, missed = wrong[position[samples.image_id(index)]]
@@ -171,7 +172,7 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
         image, truth = samples[index]
         left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"], enlarge=True)
         right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names, enlarge=True)
-        caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed"
+        caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed" + covered
         path = os.path.join(folder, f"worst-{rank:02d}.jpg")
         save_picture(path, grid([left, right], ["truth", "prediction"], columns=2, title=caption))
         drawn.append((path, caption))

@@ -16,9 +16,10 @@ from minidamage import distributed, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
+from minidamage.data.record import number_of
 from minidamage.evaluation.common import (change_finish, cost_text, print_sections, summary, unreadable_note, without_nan, write_page,
                                           writing)
-from minidamage.evaluation.occlusion import occluded
+from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
 from minidamage.metrics.crack import CrackEvaluator, pixel_widths
@@ -34,6 +35,7 @@ from minidamage.visualize.report import Picture
 
 STATED = "at 0.5"                                             # of one class; several classes: the likeliest, whatever its probability
 LIKELIEST = "likeliest class"
+ERRORS_AT = 640                                               # pixels: the longer side of a picture of errors
 IN_SHORT = ("IoU", "Dice", "precision", "recall")             # the summary
 FEW, MOST = 0.01, 0.9                                         # shares of the damage found, and of the background called damage
 
@@ -215,7 +217,7 @@ def finish(job, sizes, points, metrics, unreadable):
         pictures = draw_worst(job, sizes["native"].pixel[in_use], points[in_use])
         write_page(folder, shown, about, [("Accuracy", curves(sizes))], pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, pictures.json"
-          + f", {len(pictures)} pictures of the worst predictions" * bool(pictures) + ", maps/*.png" * job.args.save_maps)
+          + f", {number_of(len(pictures), 'picture')} of the worst predictions" * bool(pictures) + ", maps/*.png" * job.args.save_maps)
 
 
 def relative_files(job):
@@ -266,14 +268,15 @@ def draw_worst(job, result, threshold):
     iou, wrong = result.per_image("IoU"), result.counts[:, 0, 1:3].sum(1)
     order = sorted(np.flatnonzero((wrong > 0) & np.isfinite(iou)), key=lambda i: (iou[i], -wrong[i], i))
     dataset, drawn = occluded(SegmentationDataset(job.records), job.args.occlude), []
+    covered = f", {in_words(job.args.occlude)}" if job.args.occlude else ""
     for rank, index in enumerate(order[:job.args.worst], 1):
         image, target = dataset[index]
         truth = target["label_map"].numpy()
         found = label_map_of(at_both_sizes(job.model, image)["native"], threshold).cpu().numpy()
         views = [draw_label_map(image, truth, job.names, enlarge=True), draw_label_map(image, found, job.names, enlarge=True),
-                 draw_errors(image, truth, found, enlarge=True)]
+                 draw_errors(image, truth, found, enlarge=True, longest=ERRORS_AT)]
         _, fp, fn, _ = result.counts[index, 0].tolist()
-        caption = f"{os.path.basename(target['file'])}: IoU {iou[index]:.3f}, {fp:,} px too many, {fn:,} px missed"
+        caption = f"{os.path.basename(target['file'])}: IoU {iou[index]:.3f}, {fp:,} px too many, {fn:,} px missed{covered}"
         path = os.path.join(job.folder, f"worst-{rank:02d}.jpg")
         titles = ["truth", "prediction", "green right, red too much, blue missed"]
         save_picture(path, grid(views, titles, columns=3, title=caption))

@@ -20,11 +20,13 @@ ATTENTION_TITLES = {"rfem3": "RFEM, stride 16", "rfem2": "RFEM, stride 8", "rfem
                     "cagm": "CAGM: what enters the others"}
 
 
-def draw_errors(image, truth, prediction, enlarge=False):
+def draw_errors(image, truth, prediction, enlarge=False, longest=None):
     """Returns the dimmed photograph with right (green), falsely found (red) and missed (blue) pixels, opaque: every pixel shows.
 
     image: as in `draw_detections`. truth, prediction: [H, W] integers, 0 background, 255 in the truth is not judged (grey). A damage
-    taken for another class is drawn half and half: missed and false, in stripes. Raises ValueError where sizes differ.
+    taken for another class is drawn half and half: missed and false, in stripes. longest: a larger picture is reduced, by a whole
+    number, to at most this longer side; a block then has the colour of most of its marked pixels, among equals that of the error, so
+    that a crack of one pixel stays whole. Raises ValueError where sizes differ.
     """
     image, truth, prediction = to_picture(image), np.asarray(truth), np.asarray(prediction)
     if not truth.shape == prediction.shape == image.shape[:2]:
@@ -38,9 +40,22 @@ def draw_errors(image, truth, prediction, enlarge=False):
     layers = ((~judged, NOT_JUDGED), ((truth > 0) & (truth == prediction) & judged, RIGHT),
               (((truth == 0) & (prediction > 0) & judged) | (other & stripes), FALSE),
               (((truth > 0) & (prediction == 0) & judged) | (other & ~stripes), MISSED))
+    reduction = -(-max(truth.shape) // longest) if longest else 1
+    if reduction > 1:
+        canvas, layers = np.array(Image.fromarray(canvas).reduce(reduction)), reduced(layers, reduction)
     for where, colour in layers:
         canvas[repeated(where, factor)] = colour
     return canvas
+
+
+def reduced(layers, reduction):
+    """[(bool [h, w], colour)] of layers [(bool [H, W], colour)], the last on top: blocks of reduction x reduction pixels, what is not
+    judged under the others, of these the one with most pixels in the block."""
+    H, W = layers[0][0].shape
+    rows, columns = np.arange(0, H, reduction), np.arange(0, W, reduction)
+    counts = np.stack([np.add.reduceat(np.add.reduceat(where.astype(np.int32), rows), columns, axis=1) for where, _ in layers])
+    most = len(layers) - 1 - counts[:0:-1].argmax(0)                                         # [h, w]: among equals the upper layer
+    return [(counts[0] > 0, layers[0][1]), *(((counts[k] > 0) & (most == k), layers[k][1]) for k in range(1, len(layers)))]
 
 
 def draw_cracks(image, label_map, class_names):
