@@ -41,6 +41,7 @@ import torch
 from minidamage.config import from_dict
 
 FORMAT, VERSION = "minidamage", 1
+RESNET50 = "https://download.pytorch.org/models/resnet50-11ad3fa6.pth"                   # named in messages, never fetched
 REQUIRED_KEYS = ("model", "config", "num_classes", "class_names", "weights")
 
 
@@ -95,8 +96,8 @@ def read_checkpoint(path, device="cpu"):
     """
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise ValueError(f"{path}: expected a checkpoint file, got {'a folder' if os.path.isdir(path) else 'nothing there'}; "
-                         "a run folder holds best.pt and last.pt")
+        raise ValueError(f"{path}: {'is a folder' if os.path.isdir(path) else 'no such file or folder'}, expected a checkpoint file; a run "
+                         "folder holds best.pt and last.pt")
     if not zipfile.is_zipfile(path):                                  # torch.save writes a zip whose index comes last
         raise ValueError(f"{path}: half-written or not a checkpoint ({os.path.getsize(path):,} bytes, and the zip index that "
                          "ends a torch file is missing); copy it again, or take the run's other file (best.pt, last.pt)")
@@ -188,7 +189,8 @@ def load_pretrained(model, path):
 
     path = os.fspath(path)
     if not os.path.isfile(path):
-        raise ValueError(f"--pretrained {path}: there is no such file; minidamage downloads nothing, fetch the weights first")
+        raise ValueError(f"--pretrained {path}: there is no such file; minidamage downloads nothing, fetch the weights first, such as "
+                         f"torchvision's ResNet-50: {RESNET50}")
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:      # OSError: half a zip
@@ -196,16 +198,20 @@ def load_pretrained(model, path):
                          f"({_reason(error)})") from error
     if not isinstance(weights, dict):
         raise ValueError(f"--pretrained {path}: expected a state_dict, got {type(weights).__name__}")
+    of = f"; it is a checkpoint of {weights.get('model')}, this model is {model.name}" if weights.get("format") == FORMAT else ""
     weights = next((weights[key] for key in ("weights", "state_dict", "model") if isinstance(weights.get(key), dict)), weights)
     weights = {modern_name(key.removeprefix("module.").removeprefix("model.")): value for key, value in weights.items()
                if torch.is_tensor(value)}
     if not is_whole_model(weights, model):
-        return load_body(model, path)
+        try:
+            return load_body(model, path)
+        except ValueError as error:
+            raise ValueError(f"{error}{of}") from None
     own = model.state_dict()
     fits = [key for key in weights if key in own and weights[key].shape == own[key].shape]
     if not fits:
         raise ValueError(f"--pretrained {path}: none of its {len(weights)} tensors has the name and shape of one in the model "
-                         f"({', '.join(list(weights)[:3])}, ...)")
+                         f"({', '.join(list(weights)[:3])}, ...){of}")
     model.load_state_dict({key: weights[key] for key in fits}, strict=False)
     return {"loaded": fits, "missing": [key for key in own if key not in weights], "unexpected": [key for key in weights if key not in own],
             "mismatched": [f"{key} {tuple(weights[key].shape)} for {tuple(own[key].shape)}" for key in weights

@@ -77,11 +77,13 @@ def find_checkpoint(run, out, file):
     if os.path.isdir(run):
         path = os.path.join(run, file)
         if not os.path.isfile(path):
+            if file == "best.pt" and os.path.isfile(os.path.join(run, "last.pt")):
+                raise ValueError(f"{run}: the run has not finished an epoch (no best.pt); go on with `python train.py --resume {run}`")
             found = ", ".join(sorted(os.listdir(run))[:8]) or "an empty folder"
             raise ValueError(f"{run}: expected a run folder with {file}, found {found}")
         return path
     if not os.path.isfile(run):
-        raise ValueError(f"{run}: expected a run folder or a .pt file, there is neither")
+        raise ValueError(f"{run}: no such file or folder, expected a run folder or a .pt file")
     return run
 
 

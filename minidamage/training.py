@@ -169,6 +169,11 @@ def make_datasets(model, parts, recipe, seed, path):
         size = model.config.image_size
         return (SegmentationDataset(parts["train"], recipe, seed=seed, train=True, image_size=size),
                 SegmentationDataset(parts["val"], image_size=size))
+    of_pixels = {name: sum(bool(record.label_map) for record in parts[name]) for name in ("train", "val")}
+    if any(of_pixels.values()):
+        counts = " and ".join(f"{number} of {len(parts[name])} in the {name} part" for name, number in of_pixels.items())
+        raise ValueError(f"{path}: expected objects with boxes or outlines, because {model.name} is a detector, got pictures with masks of "
+                         f"pixel labels: {counts}; train a segmentation model on them, such as --model unet")
     train_set = DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600))
     val_set = DetectionDataset(parts["val"])
     if "segm" in iou_types(model) and not train_set.with_masks:
@@ -193,7 +198,9 @@ def restore(run, checkpoint, path):
     train = checkpoint["train"]
     run.state = State(**{field.name: train[field.name] for field in dataclasses.fields(State) if field.name in train})
     if run.state.epoch >= run.recipe.epochs and is_tuned(run):
-        raise ValueError(f"{path}: this run has done its {run.state.epoch} epochs; to go on, give it more: --epochs {2 * run.state.epoch}")
+        done, asked = run.state.epoch, run.recipe.epochs
+        raise ValueError(f"{path}: this run has done its {done} epoch{'s' * (done != 1)}{f', --epochs asks for {asked}' * (asked < done)}; "
+                         f"to go on, give it more: --epochs {2 * done}")
     if run.ema is not None:                                           # the model was built with the averaged weights
         load_weights(run.model, train["raw_weights"], path)
         run.ema.updates = train["ema_updates"]
@@ -213,13 +220,14 @@ def identity(model, dataset, parts, recipe, args, checkpoint):
     earlier = checkpoint["run"] if checkpoint else {"commands": [], "commits": []}
     here = run_folder.environment(args.device)                        # of this process; "commits" keeps those of the ones before it
     typed = {key: value for key, value in vars(args).items() if key != "resume"}
+    side = round(float(np.median([(record.width * record.height) ** 0.5 for record in parts["train"]])))      # for predict.py's --tile
     return {"model": args.model, "config": vars(model.config), "num_classes": len(dataset.class_names) + 1,
             "class_names": list(dataset.class_names), "category_ids": list(dataset.category_ids),
             "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": names_of(parts, dataset.path),
             "run": {"commands": [*earlier["commands"], run_folder.command_line()],
                     "commits": [*earlier.get("commits", []), here["commit"]], "args": typed, "recipe": dataclasses.asdict(recipe),
-                    "data": os.path.abspath(dataset.path), "layout": dataset.layout, "seed": args.seed, "processes": distributed.world(),
-                    **here}}
+                    "data": os.path.abspath(dataset.path), "picture_side": side, "layout": dataset.layout, "seed": args.seed,
+                    "processes": distributed.world(), **here}}
 
 
 def open_data(args):
@@ -326,7 +334,7 @@ def resumed_arguments(given, checkpoint, path):
     saved = {**DEFAULTS, **checkpoint["run"]["args"]}
     for flag, value in given.items():
         if flag not in CHANGES_ON_RESUME and value != saved.get(flag):
-            allowed = ", ".join(f"--{name}" for name in sorted(CHANGES_ON_RESUME - {"resume"}))
+            allowed = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(CHANGES_ON_RESUME - {"resume"}))
             raise ValueError(f"--{flag.replace('_', '-')} {value}: {path} was trained with {saved.get(flag, 'the recipe of its model')}, "
                              f"and a resumed run keeps it (it may change {allowed}). For another run, start one from these weights: "
                              f"--pretrained {path}")
@@ -350,6 +358,8 @@ def check_arguments(args):
     if args.model not in MODELS:
         near = difflib.get_close_matches(args.model, MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"--model {args.model}: there is no such model; did you mean {near!r}? Known: {', '.join(MODELS)}")
+    if os.path.isfile(getattr(args, "out", "")):
+        raise ValueError(f"--out {args.out}: expected a folder, this is a file")
     ranges = {"size": (lambda v: v >= 32 or v == 0, "32 pixels or more, or of a segmenter 0 (each picture's own size)"),
               "limit": (lambda v: 0 < v <= 1, "a fraction above 0, at most 1"),
               "patience": (lambda v: v >= 0, "0 (off) or more epochs"), "accumulate": (lambda v: v >= 1, "1 or more parts"),

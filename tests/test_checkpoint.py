@@ -100,9 +100,9 @@ def test_damaged_inside(tmp_path):
 
 
 def test_files_that_are_not_ours(tmp_path):
-    with pytest.raises(ValueError, match="nothing there"):
+    with pytest.raises(ValueError, match="no such file or folder"):
         checkpoint.read_checkpoint(tmp_path / "none.pt")
-    with pytest.raises(ValueError, match="got a folder; a run folder holds best.pt"):
+    with pytest.raises(ValueError, match="is a folder, expected a checkpoint file; a run folder holds best.pt"):
         checkpoint.read_checkpoint(tmp_path)
     torch.save({"conv1.weight": torch.zeros(2)}, tmp_path / "resnet.pth")
     with pytest.raises(ValueError, match="--pretrained"):
@@ -113,6 +113,15 @@ def test_files_that_are_not_ours(tmp_path):
     torch.save({"format": "minidamage", "version": 1, "model": "damagenet"}, tmp_path / "lacks.pt")
     with pytest.raises(ValueError, match="lacks config, num_classes, class_names, weights"):
         checkpoint.read_checkpoint(tmp_path / "lacks.pt")
+
+
+def test_pretrained_of_another_model_is_named(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    model.name = "line"
+    for weights in ({"decoder.0.weight": torch.zeros(2)}, {"conv1.weight": torch.zeros(2)}):
+        checkpoint.save_checkpoint(tmp_path / "other.pt", {**state(), "model": "unet", "weights": weights})
+        with pytest.raises(ValueError, match="; it is a checkpoint of unet, this model is line"):
+            checkpoint.load_pretrained(model, tmp_path / "other.pt")
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"half"])

@@ -191,10 +191,12 @@ def test_unreadable_files_are_named_counted_and_skipped(folder, capsys):
     (["missing.jpg"], "no such file"), (["nothing"], "found none"), (["car.png", "--score", "7"], "from 0 to 1"),
     (["car.png", "--device", "abacus"], "--device abacus"),
     (["car.png", "--out", "car.png"], "--out car.png: expected a folder, this is a file"),
-    (["car.png", "--checkpoint", "none.pt"], "none.pt"), (["car.png", "--checkpoint", ""], "train")])
+    (["car.png", "--checkpoint", "none.pt"], "none.pt: no such file or folder"),
+    (["car.png", "--checkpoint", "begun"], "has not finished an epoch (no best.pt); go on with `python train.py --resume begun`"), (["car.png", "--checkpoint", ""], "train")])
 def test_mistakes_exit_with_2_and_one_line(folder, capsys, arguments, words):
     photograph().save(folder / "car.png")
-    (folder / "nothing").mkdir()
+    (folder / "nothing").mkdir(), (folder / "begun").mkdir()
+    (folder / "begun" / "last.pt").write_bytes(b"")
     assert run(*arguments) == 2
     err = capsys.readouterr().err
     assert words in err and err.count("\n") == 1 and "Traceback" not in err

@@ -19,7 +19,7 @@ import torch
 import minidamage
 import train
 from minidamage import run_folder, training, tuning
-from minidamage.checkpoint import load_checkpoint, read_checkpoint
+from minidamage.checkpoint import load_checkpoint, read_checkpoint, save_checkpoint
 from minidamage.config import Recipe
 from minidamage.data import load_dataset
 from minidamage.data.split import three_parts
@@ -236,7 +236,7 @@ def test_a_run_killed_before_the_mask_threshold_resumes_there(command, tmp_path,
     assert read_checkpoint(os.path.join(folder, "last.pt"))["train"]["epoch"] == epochs
     if "--patience" not in more:
         assert train.main(["--resume", folder]) == 2
-        assert "has done its 1 epochs" in capsys.readouterr().err
+        assert "has done its 1 epoch;" in capsys.readouterr().err
 
 
 def test_mask_threshold_by_hand(capsys):
@@ -477,8 +477,9 @@ def test_full_disk_at_the_start_is_found_before_training(command, tmp_path, monk
     (("--set", "anchor_sizes="), "anchor_sizes: expected one or more numbers above 0"),
     (("--set", "schedule=cosin"), "did you mean 'cosine'"),
     (("--set", "optimizer=sdg"), "did you mean 'sgd'"),
-    (("--pretrained", "resnet50.pth"), "there is no such file"),
-    (("--resume", "no-such-run"), "expected a run folder or a .pt file"),
+    (("--pretrained", "resnet50.pth"), "torchvision's ResNet-50: https://download.pytorch.org/models/resnet50-11ad3fa6.pth"),
+    (("--out", __file__), "test_train.py: expected a folder, this is a file"),
+    (("--resume", "no-such-run"), "no such file or folder, expected a run folder or a .pt file"),
     (("--resume",), "expected a run with last.pt"),
 ], ids=lambda value: " ".join(value) if isinstance(value, tuple) else "")
 def test_mistakes_in_the_command(command, tmp_path, capsys, more, message):
@@ -529,9 +530,10 @@ def test_mistakes_in_a_resume(command, data, tmp_path, capsys):
         capsys.readouterr()
         assert train.main([str(argument) for argument in arguments]) == 2
         return capsys.readouterr().err
-    assert "has done its 1 epochs; to go on, give it more: --epochs 2" in refused("--resume", folder)
+    assert "has done its 1 epoch; to go on, give it more: --epochs 2" in refused("--resume", folder)
     assert "was trained with damagenet" in refused("--resume", folder, "--model", "maskrcnn_resnet50_fpn", "--epochs", 2)
     assert "--batch-size 4" in refused("--resume", folder, "--batch-size", 4, "--epochs", 2)
+    assert "--keep-epochs, --lr" in refused("--resume", folder, "--batch-size", 4)
     assert "resume from last.pt beside it" in refused("--resume", os.path.join(folder, "best.pt"), "--epochs", 2)
     other = make_demo(str(tmp_path / "others"), images=4, size=64, seed=9, val_fraction=0.5)
     assert "pictures of the saved split are not in" in refused("--resume", folder, "--data", other, "--epochs", 2)
@@ -541,6 +543,10 @@ def test_mistakes_in_a_resume(command, data, tmp_path, capsys):
     coco.write_text(json.dumps({"images": [image], "annotations": [], "categories": [{"id": 1, "name": "dent"}]}), encoding="utf-8")
     assert "got 1 (dent); resume with" in refused("--resume", folder, "--data", coco, "--epochs", 2)
     path = os.path.join(folder, "last.pt")
+    further = read_checkpoint(path)
+    further["train"]["epoch"] = 4
+    save_checkpoint(path, further)
+    assert "has done its 4 epochs, --epochs asks for 2; to go on, give it more: --epochs 8" in refused("--resume", folder, "--epochs", 2)
     whole = open(path, "rb").read()
     with open(path, "wb") as file:
         file.write(whole[:len(whole) // 2])
