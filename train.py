@@ -388,7 +388,7 @@ def finish_epoch(run, metrics, trained, progress):
     state.epoch, state.step, state.sums, state.seconds = state.epoch + 1, 0, {}, 0.0
     watch_plateau(state, run.recipe, metrics["loss"])
     keep(run, "metrics.csv", lambda path: run_folder.write_metrics(path, state.history))
-    keep(run, "curves.png", lambda path: curves_from_csv(run.path("metrics.csv"), path))
+    keep(run, "curves.png", lambda path: curves_from_csv(run.path("metrics.csv"), path, select_by=select_by))
     if better:
         save(run, "best.pt", metrics)
     if run.args.keep_epochs:

@@ -256,6 +256,13 @@ def test_curves_from_csv(tmp_path):
     assert columns["epoch"] == [1, 2, 3] and columns["train/loss"] == [2.0, 1.4, 1.0] and math.isnan(columns["val/bbox/AP50"][1])
     assert plots.curves_from_csv(tmp_path / "metrics.csv", tmp_path / "curves.png") == str(tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").size == (2 * plots.SIZE[0], 2 * plots.SIZE[1])
+    (tmp_path / "equal.csv").write_text("epoch,val/segm/AP,val/bbox/AP\n1,0.1,0.1\n2,0.3,0.3\n")
+    counts = {}
+    for name in ("segm/AP", "bbox/AP"):                                # two equal curves: the one that chooses lies on top
+        plots.curves_from_csv(tmp_path / "equal.csv", tmp_path / "equal.png", select_by=name)
+        plot = np.asarray(Image.open(tmp_path / "equal.png"))[120:]
+        counts[name] = [(plot == plots.SERIES[k]).all(2).sum() for k in (0, 1)]
+    assert counts["segm/AP"][0] > 5 * counts["segm/AP"][1] and counts["bbox/AP"][1] > 5 * counts["bbox/AP"][0]
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     with pytest.raises(ValueError, match="'epoch' column"):
         plots.curves_from_csv(tmp_path / "other.csv", tmp_path / "x.png")

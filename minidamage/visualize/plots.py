@@ -15,6 +15,7 @@ from minidamage.visualize.canvas import (GREY, INK, SERIES, Axes, Figure, lighte
 from minidamage.visualize.overlay import save_picture
 
 SIZE = (720, 460)                             # width, height of one plot, pixels
+THICK = 3.6                                   # pixels, of the curve that chooses
 TITLE, TEXT = 18, 13                          # font sizes, pixels
 
 
@@ -28,6 +29,7 @@ class Series:
     colour: tuple | None = None
     dash: bool = False
     mark_best: str = ""                       # "max" or "min": a ring at the best point, its value in the legend
+    width: float = 2.0                        # pixels; the thickest is drawn last
 
 
 def line_plot(series, title="", x_label="", y_label="", log_y=False, x_limits=None, y_limits=None, zero=True, size=SIZE):
@@ -51,7 +53,7 @@ def line_plot(series, title="", x_label="", y_label="", log_y=False, x_limits=No
     keys = [(_legend_text(curve), colour, curve.dash) for curve, colour in zip(series, colours) if curve.name]
     axes = _framed(figure, title, y_label, keys, x_limits, y_limits, log_y, nice_ticks(*x_limits, 7, integers=whole), 24)
     axes.draw_grid()
-    for curve, colour in zip(series, colours):
+    for curve, colour in sorted(zip(series, colours), key=lambda drawn: drawn[0].width):
         _draw_curve(axes, curve, colour)
     axes.draw_frame(x_label, y_label)
     _draw_best(axes, series, colours)
@@ -124,11 +126,11 @@ def precision_recall_plot(curves, title="Precision and recall", colours=None, si
 
 # ---------------------------------------------------------------------------------------------- a run's curves
 
-def curves_from_csv(csv_path, png_path, title=""):
+def curves_from_csv(csv_path, png_path, title="", select_by=""):
     """Draws a run's metrics.csv (one row an epoch) to a PNG: loss, validation metrics, loss terms, learning rate; returns its path.
 
     DamageNet, Fig. 4 shows loss and accuracy over epochs; the metrics here are the ones in the file. Epochs whose cell is empty
-    are passed over.
+    are passed over. select_by: the metric that chooses best.pt, drawn last and thicker, so that no equal curve hides it.
     Raises ValueError where the file has no epoch column or no row.
     """
     columns = read_metrics(csv_path)
@@ -145,11 +147,14 @@ def curves_from_csv(csv_path, png_path, title=""):
     metrics = [name.removeprefix("val/") for name in columns if name.startswith("val/") and not _is_loss(name)]
     known = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "pixel/IoU", "pixel/precision", "pixel/recall")
     shown = [name for name in known if name in metrics] or metrics[:6]
+    shown += [select_by] * (select_by in metrics and select_by not in shown)
     if shown:
-        curves = [curve(f"val/{name}", name, SERIES[k % len(SERIES)], mark_best="max") for k, name in enumerate(shown)]
+        curves = [curve(f"val/{name}", name, SERIES[k % len(SERIES)], mark_best="max", width=THICK if name == select_by else 2.0)
+                  for k, name in enumerate(shown)]
         trained = [curve(f"train/{name}", "", SERIES[k % len(SERIES)], dash=True)
                    for k, name in enumerate(shown) if f"train/{name}" in columns]
-        plots.append(line_plot(curves + trained, "Validation" + " (dashed: train)" * bool(trained), "epoch", "metric"))
+        notes = ["dashed: train"] * bool(trained) + ["thick: chooses best.pt"] * (select_by in shown)
+        plots.append(line_plot(curves + trained, "Validation" + f" ({'; '.join(notes)})" * bool(notes), "epoch", "metric"))
     terms = [name.removeprefix("train/") for name in columns if name.startswith("train/loss_")]
     if terms:
         curves = [curve(f"train/{term}", term.removeprefix("loss_"), SERIES[k % len(SERIES)]) for k, term in enumerate(terms)]
@@ -245,10 +250,10 @@ def _draw_curve(axes, curve, colour):
     few = sum(map(len, runs)) <= 15
     for points in runs:
         if len(points) > 1:
-            axes.figure.line(points, colour, 2.0, (6, 4) if curve.dash else None)
+            axes.figure.line(points, colour, curve.width, (6, 4) if curve.dash else None)
         if few or len(points) == 1:
             for x, y in points:
-                axes.figure.circle(x, y, 3.0, fill="white" if curve.dash else colour, outline=colour, width=1.3)
+                axes.figure.circle(x, y, 2.0 + curve.width / 2, fill="white" if curve.dash else colour, outline=colour, width=1.3)
 
 
 def _best(curve):
