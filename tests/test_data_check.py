@@ -113,6 +113,11 @@ def test_the_command(tmp_path):
     assert done.returncode == 2 and done.stderr.startswith("error: ") and "no such file" in done.stderr
 
 
+def test_classes_of_vehide_that_are_absent_have_english_names(tmp_path):
+    [note] = load_dataset(vehide_set(tmp_path, [SQUARE]), quiet=True).notes
+    assert note == "classes of VehiDE that this set does not have: dent, broken glass, tear, puncture, missing part, broken lamp"
+
+
 def test_crowd_and_rle_are_counted(tmp_path):
     coco_set(tmp_path, [{"segmentation": {"size": [48, 64], "counts": [100, 50, 48 * 64 - 150]}, "iscrowd": 1}])
     assert "1 with RLE" in one(findings(tmp_path), "note", "1 not judged (crowd regions)").text

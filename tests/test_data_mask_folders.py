@@ -268,6 +268,7 @@ def test_one_of_several_sets_by_the_beginning_of_the_names(tmp_path):
     data = load(f"{tmp_path}:Volker")
     assert counts(data) == {"all": 2} and data.path == f"{tmp_path}:Volker"
     assert counts(load(f"{tmp_path}:Volker,GAPS384")) == {"all": 5}
+    assert data.notes[0].startswith("only 2 pictures of ") and all(note.startswith("of all ") for note in data.notes[1:])
     names = split.names_of({"test": data.parts["all"]}, data.path)
     assert [r.file for r in split.from_names(load(f"{tmp_path}:Volker"), names)["test"]] == [r.file for r in data.parts["all"]]
     with pytest.raises(ValueError, match=r"begins with Volk; they begin with GAPS384 \(3\), Volker \(2\), Volkers \(2\)"):

@@ -5,6 +5,7 @@ from PIL import Image
 
 from data_sets import picture
 from minidamage.data import class_counts, load_dataset, split, summary
+from minidamage.data.check import check
 from minidamage.data.voc import KNOWN_SETS
 
 NEU = KNOWN_SETS["NEU-DET"]
@@ -61,10 +62,18 @@ def test_boxes_at_and_over_the_border(tmp_path):
     pair(tmp_path, tmp_path, "a", [("dent", box) for box in boxes])
     data = load(tmp_path)
     np.testing.assert_array_equal(data.parts["all"][0].boxes, [[0, 0, 64, 48], [59, 39, 64, 48], [0.5, 1, 9, 9]])
-    assert [p.split("annotation ")[1] for p in data.problems] == [
+    assert [p.split("object ")[1] for p in data.problems] == [
         "1: box leaves the picture by 1.0 px; clipped", "2: box leaves the picture by 12.0 px; clipped",
         "3: box [69.0, 0.0, 80.0, 9.0] lies outside the 64x48 picture; dropped"]
     assert any("1 boxes begin at 0" in note and "corners" in note for note in data.notes)
+
+
+def test_the_doctor_speaks_of_voc_objects_without_inventing_numbers(tmp_path):
+    pair(tmp_path, tmp_path, "a", [("dent", (1, 1, 9, 9))])
+    pair(tmp_path, tmp_path, "b", [("dent", (11, 6, 30, 30)), ("dent", (11, 6, 30, 30)), ("dent", (1, 1, 9, 9), 1)])
+    found = check(load(tmp_path), quick=True)
+    assert [f.examples for f in found if "1 object repeats" in f.text] == [("b.jpg, object at x 10, y 5",)]
+    assert any(f.text.endswith("4 with a box only; 1 not judged (difficult)") for f in found)
 
 
 def test_bad_objects_are_named_and_the_rest_kept(tmp_path):
@@ -78,7 +87,7 @@ def test_bad_objects_are_named_and_the_rest_kept(tmp_path):
         "box [20.0, 1.0, 20.0, 9.0] has no size: its minimum is not below its maximum; dropped",
         "box [9.0, 9.0, 3.0, 12.0] has no size: its minimum is not below its maximum; dropped",
         "box ['1', '1', 'x', '9'] is not four numbers; dropped", "no class name; dropped", "no <bndbox>; dropped"]
-    assert all(p.startswith("a.jpg, annotation ") for p in data.problems)
+    assert [p.partition(":")[0] for p in data.problems] == [f"a.jpg, object {n}" for n in (1, 2, 3, 4, 6)]
 
 
 def test_broken_xml_missing_pictures_and_other_sizes_cost_one_picture_each(tmp_path):
@@ -154,6 +163,7 @@ def neu_set(root, counts, names=NEU):
 def test_neu_det_is_pooled_and_split_as_its_papers_do(tmp_path):
     data = load(neu_set(tmp_path, {("IMAGES", "ANNOTATIONS"): 38, ("Validation_Images", "Validation_Annotations"): 2}))
     assert data.class_names == NEU and {part: len(records) for part, records in data.parts.items()} == {"all": 40}
+    assert any("38 + 2 pictures pooled" in n for n in data.notes) and not any("taken as train" in n for n in data.notes)
     parts = split.three_parts(data)
     assert {name: len(records) for name, records in parts.items()} == {"train": 29, "val": 3, "test": 8}
     names = split.names_of(parts, data.path)

@@ -18,7 +18,7 @@ from minidamage.data.dataset import DetectionDataset, SegmentationDataset, colla
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import EXTENSIONS, is_picture_name, read_image
-from minidamage.data.record import Dataset, Record, class_counts, problem_kinds, summary
+from minidamage.data.record import Dataset, Record, class_counts, number_of, problem_kinds, summary
 
 MOST_FOLDERS = 1000                            # that are looked through for an error message
 OF_ONE_PICTURE = (".xml", ".txt", ".mat", ".seg", *EXTENSIONS)        # files that annotate, or are, a picture: never a whole set
@@ -129,9 +129,12 @@ def _keep(dataset, asked, beginnings):
         words = collections.Counter(first_word(r) for records in dataset.parts.values() for r in records)
         raise ValueError(f"{asked}: no picture's name begins with {', '.join(sorted(lacking))}; they begin with "
                          + ", ".join(f"{w} ({n})" for w, n in words.most_common(12)) + (", ..." if len(words) > 12 else ""))
+    everyone = sum(map(len, dataset.parts.values()))
     dataset.parts = {part: kept for part, records in dataset.parts.items() for kept in [[r for r in records if begins(r)]] if kept}
     dataset.path = asked
-    dataset.notes.append(f"only the pictures whose names begin with {' or '.join(beginnings)}")
+    kept = number_of(sum(map(len, dataset.parts.values())), "picture")
+    dataset.notes = [f"only {kept} of {everyone}, those whose names begin with {' or '.join(beginnings)}",
+                     *(f"of all {everyone}: {note}" for note in dataset.notes)]
 
 
 def _follow(dataset, class_names):

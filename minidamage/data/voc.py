@@ -231,7 +231,7 @@ def _read_part(path, part, parsed, label_of, images, options, problems, next_id,
             finders[folder] = PictureFinder([images] if images else _picture_folders(folder, path, part), root=images or path,
                                             part="" if part == "all" else part)
         picture = _find_picture(finders[folder], os.path.splitext(xml)[0], root.findtext("filename") or "", tally)
-        elements = root.findall("object")
+        elements, said = root.findall("object"), []
         image_id, next_id[0] = next_id[0], next_id[0] + 1
         first_id, next_id[1] = next_id[1], next_id[1] + len(elements)
         if picture is None:
@@ -242,9 +242,11 @@ def _read_part(path, part, parsed, label_of, images, options, problems, next_id,
         if first != xml:
             problems.append(f"{xml}: its picture, {os.path.basename(picture)}, is also that of {first}; this XML left out")
             continue
-        objects = [_raw_object(element, first_id + i, label_of, options, os.path.basename(picture), problems, tally)
+        objects = [_raw_object(element, first_id + i, label_of, options, os.path.basename(picture), said, tally)
                    for i, element in enumerate(elements)]
-        record = make_record(picture, image_id, objects, problems, listed_size=_size(root))
+        record = make_record(picture, image_id, objects, said, listed_size=_size(root))
+        in_file = lambda match: f", object {int(match[1]) - first_id + 1}:"            # VOC's objects have no numbers but their order
+        problems += [re.sub(r", annotation (\d+):", in_file, line) for line in said]
         if record is not None:
             records.append(record)
     return records
@@ -328,6 +330,7 @@ def _neu_protocol(dataset):
         parts["test"] = parts.pop("val")
         dataset.notes.append(f"its second part ({len(parts['test'])} pictures) is the one that its papers report on: taken as test")
     elif "test" not in parts:
+        dataset.notes[:] = [note for note in dataset.notes if not note.endswith(" taken as train")]          # all are pooled
         counts = " + ".join(str(len(records)) for records in parts.values())
         dataset.parts = {"all": [record for records in parts.values() for record in records]}
         dataset.test_share = NEU_TEST_SHARE
