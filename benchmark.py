@@ -21,6 +21,7 @@ from benchmarks.evaluation_rows import benchmark_eval
 from benchmarks.model_rows import benchmark_models
 from benchmarks.op_rows import benchmark_ops
 from benchmarks.timing import DTYPES, PEERS, Table, peer
+from minidamage.command_line import Parser
 
 SIDES = ("peer", "torchvision", "smp", "pycocotools", "faster-coco-eval", "stock", "cheap-order", "full-attention", "conv2d", "conv2d NCHW",
          "plain", "contiguous", "bfloat16", "fast", "reference", "none")
@@ -50,7 +51,7 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for part in ("ops", "models", "eval", "data"):
         parser.add_argument(f"--{part}", action="store_true", help=f"time the {part} (default: all four)")
     parser.add_argument("--only", nargs="+", metavar="WORD", help="only rows whose name holds one of these words")

@@ -17,12 +17,12 @@ segmenter pictures.json (the counts of each picture, for --compare) and with --s
 
 What is scored, and how: minidamage/evaluation/.
 """
-import argparse
 import os
 import sys
 
 from minidamage import distributed, run_folder
 from minidamage.checkpoint import choose_device, load_checkpoint
+from minidamage.command_line import Parser
 from minidamage.data import load_dataset
 from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
 from minidamage.data.split import from_names
@@ -91,7 +91,7 @@ def check_numbers(args):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Score a trained model on a data set, or two COCO files; compare runs; count costs.")
+    parser = Parser(description="Score a trained model on a data set, or two COCO files; compare runs; count costs.")
     add = parser.add_argument
     add("--checkpoint", default="", metavar="F", help="a .pt file or a run folder (default: best.pt of the newest run under runs/)")
     add("--data", metavar="D", help="data set to score on (default: the one the run was trained on)")

@@ -8,7 +8,6 @@
 Everything in the JSON is in pixels of the photograph as it is seen (after its EXIF rotation), whatever size the model
 works at. The photographs themselves are never written to.
 """
-import argparse
 import collections
 import json
 import os
@@ -22,6 +21,7 @@ import torch
 from minidamage import masks as mask_codec
 from minidamage import skeleton
 from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
+from minidamage.command_line import Parser
 from minidamage.data import read_image
 from minidamage.data.mask_folders import IMAGE_WORDS, MASK_WORDS, WORDS
 from minidamage.data.pictures import is_picture_name
@@ -125,7 +125,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description="Find damage in photographs: an overlay picture and a JSON file for each.")
+    parser = Parser(description="Find damage in photographs: an overlay picture and a JSON file for each.")
     add = parser.add_argument
     add("photographs", nargs="+", metavar="PHOTO_OR_FOLDER",
         help="JPEG, PNG, BMP, TIFF or WebP files, or folders of them (searched to any depth)")

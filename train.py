@@ -21,6 +21,7 @@ import torch
 
 from minidamage import MODELS, distributed, run_folder
 from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
+from minidamage.command_line import Parser
 from minidamage.data import collate
 from minidamage.data.flags import add_reading_flags
 from minidamage.layers.segmenter import label_map_of
@@ -473,8 +474,8 @@ def watch_plateau(state, recipe, loss):
 
 def parse_arguments(argv=None):
     """Returns {flag: value} of the flags that were typed, so that a resumed run knows what is meant to change."""
-    parser = argparse.ArgumentParser(description="Trains a damage model; without arguments, DamageNet on a drawn demo set.",
-                                     argument_default=argparse.SUPPRESS)
+    parser = Parser(description="Trains a damage model; without arguments, DamageNet on a drawn demo set.",
+                    argument_default=argparse.SUPPRESS)
     add = parser.add_argument
     add("--model", help=f"one of {', '.join(MODELS)} (default: {DEFAULTS['model']})")
     add("--data", metavar="PATH", help="data set folder or annotation file, any known layout; 'demo' draws one (default: demo)")

@@ -202,6 +202,17 @@ def test_mistakes_exit_with_2_and_one_line(folder, capsys, arguments, words):
     assert words in err and err.count("\n") == 1 and "Traceback" not in err
 
 
+@pytest.mark.parametrize("arguments, words", [
+    (["car.png", "--scor", "--tyle", "5"], "--score: expected one argument"),
+    (["car.png", "--checkpiont", "best.pt"], "unrecognized arguments: --checkpiont best.pt; did you mean --checkpoint?"),
+    (["car.png", "--xyzzy"], "unrecognized arguments: --xyzzy (--help"), ([], "required: PHOTO_OR_FOLDER")])
+def test_a_mistyped_flag_is_one_line(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        predict.main(arguments)
+    printed = capsys.readouterr().err
+    assert stopped.value.code == 2 and words in printed and printed.count("\n") == 1 and printed.endswith("(--help lists every flag)\n")
+
+
 def test_a_full_disk_says_so_and_leaves_no_half_file(folder, monkeypatch, capsys):
     photograph().save(folder / "car.png")
 

@@ -1,0 +1,13 @@
+"""What the scripts at the top read their flags with."""
+import argparse
+import difflib
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose mistakes are one line that names the flag meant, without a page of usage above it."""
+
+    def error(self, message):
+        unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")] * message.startswith("unrecognized")
+        flags = [flag for action in self._actions for flag in action.option_strings]
+        near = difflib.get_close_matches(unknown[0], flags, n=1, cutoff=0.7) if unknown else []
+        self.exit(2, f"{self.prog}: {message}{f'; did you mean {near[0]}?' if near else ''} (--help lists every flag)\n")
