@@ -95,3 +95,21 @@ def test_a_mask_whose_tag_says_no_damage_is_not_empty(tmp_path):
     assert only(found, "1 mask is empty").examples == ("all/1.jpg",)
     values = only(found, "values in the 2 mask files").text
     assert "without 1 undamaged by tag" in values and f"255 {MASK.mean() / 2:.2%}" in values
+
+
+def test_thin_lines_that_training_at_a_small_size_loses_are_said(tmp_path):
+    line = np.zeros((96, 96), np.uint8)
+    line[np.arange(96), np.arange(96)[::-1]] = 255                                # its pixels 1, 4, 7, ... lie in the middle of 3 x 3
+    line[40] = 255                                                                # the middle row of one: all of it stays
+    line[60] = 255                                                                # the upper row of one: all of it goes
+    for name in "ab":
+        picture(tmp_path / f"images/{name}.jpg", 96, 96, seed=ord(name))
+        mask(tmp_path / f"masks/{name}.png", line)
+    reduced = line.reshape(32, 3, 32, 3)
+    share = 1 - (reduced[:, 1, :, 1] > 0).sum() / (reduced.max((1, 3)) > 0).sum()
+    assert f"at 32x32 px {share:.0%} of the places with damage are labelled background" in only(findings(tmp_path, size=32), "places").text
+    assert not any("places with damage" in t for t in findings(tmp_path, size=96))
+    wide = pairs(tmp_path / "wide", values=np.kron(MASK, np.full((4, 4), 255, np.uint8)))
+    for name in "abc":
+        picture(wide / f"images/{name}.jpg", 256, 192, seed=ord(name))
+    assert not any("places with damage" in t for t in findings(wide, size=96))

@@ -12,7 +12,7 @@ import numpy as np
 
 from minidamage import masks as mask_codec
 from minidamage.data import duplicates
-from minidamage.data.check_masks import check_masks
+from minidamage.data.check_masks import SIZE, check_masks
 from minidamage.data.pictures import picture_header, read_image
 from minidamage.data.record import class_counts, number_of
 
@@ -29,11 +29,12 @@ class Finding:
     examples: tuple = ()                       # files or ids, some or all
 
 
-def check(dataset, quick=False):
-    """All findings of a Dataset. quick: headers and annotations only, no picture is decoded, no duplicates are sought."""
+def check(dataset, quick=False, size=SIZE):
+    """All findings of a Dataset. quick: headers and annotations only, no picture is decoded, no duplicates are sought. size: pixels a
+    side that masks will be trained at."""
     everything = [(part, r) for part, records in dataset.parts.items() for r in records]
     findings = _problems(dataset) + _sizes(everything) + _ids(dataset) + _classes(dataset)
-    findings += [Finding(*line) for line in check_masks(everything, dataset.class_names, quick)]
+    findings += [Finding(*line) for line in check_masks(everything, dataset.class_names, quick, size)]
     if any(not r.label_map for _, r in everything):
         findings += _objects(everything, dataset.layout)
     if not quick:

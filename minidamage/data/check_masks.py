@@ -3,17 +3,21 @@ import collections
 import os
 
 import numpy as np
+from PIL import Image
 
 from minidamage.data.label_maps import IGNORE
 from minidamage.data.mask_values import scan
 from minidamage.data.record import number_of
 
 INVERTED = 0.5                                 # share of foreground above which a mask is probably the wrong way round
+SIZE = 448                                     # pixels a side: what segmenters train at, as the crack papers (--size of train.py)
+LOST = 0.25                                    # share of the places with damage that may be empty after the resize
 SPECK = 4                                      # pixels of foreground; fewer are a slip of the brush, or compression
 
 
-def check_masks(everything, class_names, quick=False):
-    """[(level, text, examples)] for the records with label maps among [(part, record)]; nothing where there are none."""
+def check_masks(everything, class_names, quick=False, size=SIZE):
+    """[(level, text, examples)] for the records with label maps among [(part, record)]; nothing where there are none. size: pixels a side
+    that they will be resized to for training."""
     marked = [(part, r) for part, r in everything if r.label_map]
     if not marked:
         return []
@@ -37,7 +41,7 @@ def check_masks(everything, class_names, quick=False):
         out.append(("warning", f"{number_of(len(inverted), 'mask has', 'masks have')} more foreground than background: inverted, or "
                     "pictures taken from very near", tuple(f"{name(i)} ({share[i]:.0%})" for i in inverted)))
     if not quick:
-        out += _values([r for _, r in marked])
+        out += _values([r for _, r in marked]) + _thin([r for _, r in marked], size)
     return out
 
 
@@ -85,3 +89,18 @@ def _values(records):
     of_kind = ", ".join(f"{n} {kind}" for kind, n in kinds.most_common())
     without = f", without {len(layers) - len(files)} undamaged by tag" * (len(files) < len(layers))
     return [("note", f"values in the {number_of(len(stats), 'mask file')} ({of_kind}{without}): {listed}", ())]
+
+
+def _thin(records, size):
+    """What the resize to size x size does to thin damage: one pixel of the mask stands for many, and a line falls between them."""
+    held = kept = 0
+    for record in (r for r in records if max(r.width, r.height) > size and r.present):
+        damage = record.label_map.read()
+        damage = Image.fromarray(((damage > 0) & (damage != IGNORE)).astype(np.uint8) * np.uint8(255)).convert("F")       # exact means
+        touched = np.asarray(damage.resize((size, size), Image.Resampling.BOX)) > 0
+        held += np.count_nonzero(touched)
+        kept += np.count_nonzero(touched & (np.asarray(damage.resize((size, size), Image.Resampling.NEAREST)) > 0))
+    if held == 0 or kept >= (1 - LOST) * held:
+        return []
+    return [("warning", f"at {size}x{size} px {1 - kept / held:.0%} of the places with damage are labelled background: thin lines fall "
+             "between the pixels that are kept; train larger (train.py --size N)", ())]
