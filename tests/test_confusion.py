@@ -90,3 +90,10 @@ def test_table_and_picture():
     assert picture.dtype == np.uint8 and picture.shape[2] == 3
     blue = (picture[..., 2].astype(int) - picture[..., 0]) > 60                      # the diagonal's colour
     assert blue.mean() > 0.02
+
+
+def test_a_long_title_over_few_classes_is_whole():
+    picture = matrix_plot(np.array([[1, 0], [0, -1]]), ["dent", "false alarm"], ["dent", "missed"],
+                          "Confusion at the thresholds in use, IoU 0.5")
+    title = picture[10:35] < 128                                             # the title's line: dark letters, then an empty margin
+    assert title.any() and not title[:, -12:].any()

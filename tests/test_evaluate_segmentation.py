@@ -192,7 +192,8 @@ def test_mistakes_end_with_2(red_run, capsys):
                                (["--mm-per-px", "0"], "--mm-per-px: expected millimetres a pixel above 0, got 0"),
                                (["--mm-per-px", "nan"], "--mm-per-px: expected millimetres a pixel above 0, got nan"),
                                (["--ceiling", "--checkpoint", "runs/red-001"], "--ceiling is for detection models, the checkpoint holds"),
-                               (["--compare", "nowhere"], "there is no such file"), (["--compare", "runs/red-001"], "got none"),
+                               (["--compare", "nowhere"], "a path where nothing is"),
+                               (["--compare", "runs/red-001"], "got a folder without one"),
                                (["--test-epochs", "runs/red-001"], "train with --keep-epochs"),
                                (["--test-epochs", "x"], "none of that name"),
                                (["--complexity", "unnet"], "got unnet"), (["--complexity", "unet", "damagenets"], "expected models")):

@@ -254,11 +254,11 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
     values = values_of(metric)
     drawn = list(dict.fromkeys([metric, *DRAWN[evaluations[0].task]]))
     drawn = [name for name in drawn if np.isfinite(list(values_of(name).values())).any()]
-    pictures = [Picture(bars(sets, values_of(name), name), f"{name} by data set", wide=True) for name in drawn]
+    pictures = [Picture(bars(sets, values_of(name), name), f"{name} by data set", wide=True, titled=True) for name in drawn]
     if len(sets) > 1:
         size = (min(max(720, 90 * len(values)), 1800), 460)
-        pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets")
-                     for name in drawn[:2]]
+        pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets",
+                             titled=True) for name in drawn[:2]]
     numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [e.path for e in evaluations],
                "values": {model: dict(zip(sets, row)) for model, row in values.items()},
                "tables": [{"caption": c, "columns": cols, "rows": rows} for c, cols, rows in shown], "notes": notes}

@@ -187,7 +187,7 @@ def curves(result):
         known = {name: (recall, precision[:, k]) for k, name in enumerate(result.class_names) if precision[0, k] > -1}
         if known:
             title = f"Precision and recall, {tables.KINDS[iou_type]} IoU 0.5"
-            drawn.append(Picture(precision_recall_plot(known, title), title))
+            drawn.append(Picture(precision_recall_plot(known, title), title, titled=True))
     return drawn
 
 
@@ -197,4 +197,4 @@ def confusion_picture(result, thresholds):
     matrix[-1, -1] = -1                                       # nothing taken for nothing: not counted, left blank
     title = "Confusion at the thresholds in use, IoU 0.5"
     drawn = matrix_plot(matrix, [*result.class_names, "false alarm"], [*result.class_names, "missed"], title)
-    return [Picture(drawn, title)] if len(result.class_names) <= tables.MOST_COLUMNS else []
+    return [Picture(drawn, title, titled=True)] if len(result.class_names) <= tables.MOST_COLUMNS else []

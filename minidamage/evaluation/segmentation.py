@@ -259,7 +259,7 @@ def curves(sizes):
     if not any(curve.x for curve in series):
         return []
     title = "Precision and recall of pixels, thresholds .99 to .01"
-    return [Picture(line_plot(series, title, "recall", "precision", x_limits=(0.0, 1.0), y_limits=(0.0, 1.03)), title)]
+    return [Picture(line_plot(series, title, "recall", "precision", x_limits=(0.0, 1.0), y_limits=(0.0, 1.03)), title, titled=True)]
 
 
 def draw_worst(job, result, threshold):

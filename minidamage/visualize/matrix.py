@@ -16,7 +16,8 @@ def matrix_plot(matrix, row_names, column_names, title="", row_label="what is th
     width = max([CELL[0], *(text_width(name, TEXT) + 14 for name in column_names)])
     left = max(text_width(name, TEXT) for name in row_names) + 46
     top = 26 * bool(title) + 62
-    figure = Figure(round(left + width * len(column_names) + 20), round(top + CELL[1] * len(row_names) + 18))
+    across = max(left + width * len(column_names), 16 + text_width(title, TITLE)) + 20          # of few classes the title is the wider one
+    figure = Figure(round(across), round(top + CELL[1] * len(row_names) + 18))
     if title:
         figure.text(16, 22, title, TITLE, INK, "lm")
     figure.text(left + width * len(column_names) / 2, top - 44, column_label, TEXT, INK, "mm")
