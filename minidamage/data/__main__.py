@@ -1,7 +1,7 @@
 """`python -m minidamage.data PATH`: checks a data set before training. Exit code 0: usable; 1: errors found; 2: cannot be read."""
-import argparse
 import sys
 
+from minidamage.command_line import Parser
 from minidamage.data import load_dataset
 from minidamage.data.check import check, report
 from minidamage.data.check_masks import SIZE
@@ -9,7 +9,7 @@ from minidamage.data.flags import add_reading_flags, reading
 
 
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="python -m minidamage.data", description=__doc__)
+    parser = Parser(prog="python -m minidamage.data", description=__doc__)
     parser.add_argument("path", help="folder of the data set, or its annotation file (VehiDE, LabelMe, COCO, VIA 1 or 2, Pascal "
                         "VOC, YOLO, CrackForest, picture and mask folders); PATH:NAME keeps the pictures whose names begin so")
     add_reading_flags(parser)
