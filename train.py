@@ -107,8 +107,8 @@ def out_of_patience(run):
     """Whether the metric has not improved for --patience epochs; says so. Asked before each epoch, so a resumed run stops alike."""
     if not run.args.patience or run.state.epoch - 1 - run.state.best_epoch < run.args.patience:
         return False
-    print(f"stopped early: {run.recipe.select_by} has not improved for {run.args.patience} epochs (--patience; "
-          f"to go on all the same: python train.py --resume {run.folder} --patience 0)")
+    print(f"stopped early: {run.recipe.select_by} has not improved for {run.args.patience} epoch{'s' * (run.args.patience > 1)} "
+          f"(--patience; to go on all the same: python train.py --resume {run.folder} --patience 0)")
     return True
 
 
@@ -524,7 +524,8 @@ def introduce(run):
     steps = run.recipe.epochs * math.ceil(len(run.train_set) / run.recipe.batch_size)
     chooses = len(run.val_set.records)
     if "resume" in vars(run.args):
-        print(f"resuming {run.folder} after epoch {run.state.epoch}, step {run.state.step}, of {run.recipe.epochs} epochs")
+        print(f"resuming {run.folder} after epoch {run.state.epoch}, step {run.state.step}, of {run.recipe.epochs} "
+              f"epoch{'s' * (run.recipe.epochs > 1)}")
     print(f"{run.args.model}, {parameters / 1e6:.2f} M parameters, on {record['hardware']['gpu'] or record['hardware']['cpu']} "
           f"({threads} thread{'s' * (threads != 1)}, kernels {record['kernels']['backend']}, amp {run.args.amp})")
     print(f"pictures: {', '.join(f'{name} {len(files)}' for name, files in run.identity['split'].items())} "

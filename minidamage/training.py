@@ -254,8 +254,9 @@ def split_parts(dataset, args):
             counts = ", ".join(f"{key} {len(value)}" for key, value in parts.items())
             raise ValueError(f"{dataset.path}: expected pictures in the {name} part, got none ({counts}); add pictures, or give another "
                              "--split or --limit")
+    number = len(parts["train"])
     if not any(record.present for record in parts["train"]):
-        raise ValueError(f"{dataset.path}: expected damage to learn from in the train part, got {len(parts['train'])} pictures "
+        raise ValueError(f"{dataset.path}: expected damage to learn from in the train part, got {number} picture{'s' * (number != 1)} "
                          f"without any; what is wrong with them: python -m minidamage.data {dataset.path}")
     return parts
 

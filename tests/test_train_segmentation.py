@@ -100,7 +100,7 @@ def test_several_classes(command, tmp_path, capsys):
     data = make_demo(str(tmp_path / "sets" / "cars"), images=10, size=64, seed=3, val_fraction=0.4)
     assert train.main(command("--epochs", 1, "--data", data)) == 0
     folder, printed = only_run(tmp_path), capsys.readouterr().out
-    assert "threshold" not in printed and "loss_ce" in open(os.path.join(folder, "metrics.csv"), encoding="utf-8").readline()
+    assert "threshold " not in printed and "loss_ce" in open(os.path.join(folder, "metrics.csv"), encoding="utf-8").readline()
     model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
     assert checkpoint["thresholds"] == {} and checkpoint["train"]["tuned"]
     assert model.head.out_channels == len(checkpoint["class_names"]) + 1 > 2
