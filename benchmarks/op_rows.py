@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from benchmarks.timing import DTYPES, forward_backward, peer
 from minidamage import ops
+from minidamage.ops.box_coding import BBOX_XFORM_CLIP, decode_boxes_reference, encode_boxes_reference
 from minidamage.ops.deform_conv2d import deform_conv2d_reference
 from minidamage.ops.nms import nms_reference
 from minidamage.ops.roi_align import roi_align_reference
@@ -22,7 +23,8 @@ def benchmark_ops(table):
     for part in (benchmark_roi_align, benchmark_deform_conv2d, benchmark_linear_attention):
         part(table, tv)
     if table.args.dtype == "float32":
-        for part in (benchmark_nms, benchmark_roi_pool, benchmark_paste_masks, benchmark_focal_loss, benchmark_deterministic):
+        for part in (benchmark_nms, benchmark_box_coding, benchmark_roi_pool, benchmark_paste_masks, benchmark_focal_loss,
+                     benchmark_deterministic):
             part(table, tv)
 
 
@@ -63,6 +65,31 @@ def benchmark_nms(table, tv):
         idxs = torch.arange(groups).repeat_interleave(each).to(device)
         table.add(f"batched_nms {groups} x {each}, IoU 0.7", lambda: ops.batched_nms(boxes, scores, idxs, 0.7),
                   {"torchvision": tv and (lambda: tv.ops.batched_nms(boxes, scores, idxs, 0.7))})
+
+
+def benchmark_box_coding(table, tv):
+    """5,000: an image's candidates; 250,000: every anchor of a large one. stock: the reference, as the framework's own operations."""
+    device, generator, weights = table.args.device, torch.Generator().manual_seed(12), (10.0, 10.0, 5.0, 5.0)
+    if tv:
+        from torchvision.models.detection._utils import BoxCoder
+        coder = BoxCoder(weights)
+    for count in (5000, 250_000):
+        boxes = random_boxes(count, 1024, generator).to(device)
+        truth, deltas = boxes.flip(0), torch.randn(count, 4, generator=generator).to(device)
+        table.add(f"encode_boxes {count}", lambda: ops.encode_boxes(truth, boxes, weights),
+                  {"torchvision": tv and (lambda: coder.encode_single(truth, boxes)),
+                   "stock": lambda: encode_boxes_reference(truth, boxes, weights)}, count * 48)
+        stock = lambda deltas: decode_boxes_reference(deltas, boxes, weights, BBOX_XFORM_CLIP, None)
+        cut = lambda moved: tv.ops.clip_boxes_to_image(moved, (1024, 1024))
+        table.add(f"decode_boxes {count} forward", lambda: ops.decode_boxes(deltas, boxes, weights),
+                  {"torchvision": tv and (lambda: coder.decode_single(deltas, boxes)), "stock": lambda: stock(deltas)}, count * 48)
+        table.add(f"decode_boxes {count} forward, cut at the border", lambda: ops.decode_boxes(deltas, boxes, weights, size=(1024, 1024)),
+                  {"torchvision": tv and (lambda: cut(coder.decode_single(deltas, boxes))),
+                   "stock": lambda: ops.clip_boxes_to_image(stock(deltas), (1024, 1024))}, count * 48)
+        (a,), (b,), (c,), grad = leaves(deltas), leaves(deltas), leaves(deltas), torch.ones_like(deltas)
+        table.add(f"decode_boxes {count} forward+backward", forward_backward(lambda: ops.decode_boxes(a, boxes, weights), [a], grad),
+                  {"torchvision": tv and forward_backward(lambda: coder.decode_single(b, boxes), [b], grad),
+                   "stock": forward_backward(lambda: stock(c), [c], grad)}, count * 112)
 
 
 def in_float32(function, device, dtype):

@@ -20,6 +20,8 @@ def attention(**changes):
     (lambda: ops.roi_pool(X, ROIS, 2.5), "expected output_size as a positive int or a pair of them, below 1073741824, got 2.5"),
     (lambda: ops.roi_pool(X, ROIS, (2.5, 1)), "expected output_size as a positive int"),
     (lambda: ops.roi_align(X, ROIS, 0), "expected output_size as a positive int"),
+    (lambda: ops.decode_boxes(ROIS[:, 1:], [0]), "expected boxes as a tensor, got list"),
+    (lambda: ops.encode_boxes(ROIS[:, 1:], ROIS[:, 1:], "4"), "expected weights as four numbers, got '4'"),
     (lambda: ops.sigmoid_focal_loss(LOGITS, [0, 1]), "expected targets as a tensor, got list"),
     (lambda: ops.sigmoid_focal_loss(LOGITS, LOGITS, gamma="2"), "expected a number gamma >= 0 and a number alpha, got '2'"),
     (lambda: ops.softmax_focal_loss(LOGITS, np.zeros(3)), "expected labels as a tensor, got ndarray"),

@@ -34,6 +34,8 @@ def cases():
     targets, logits = torch.rand(2, 12, 16, 20, generator=random), normal(30, 4)
     labels = torch.where(torch.arange(30) % 7 == 0, -100, torch.arange(30) % 4)
     table = {
+        "encode_boxes": (lambda *a: ops.encode_boxes(*a, (10, 10, 5, 5)), (boxes.flip(0), boxes)),
+        "decode_boxes": (lambda d, r: ops.decode_boxes(d, r[:, None, 1:], (10, 10, 5, 5), size=(30, 40)), (normal(40, 3, 4), rois)),
         "nms": (lambda *a: ops.nms(*a, 0.3), (boxes, scores)),
         "batched_nms": (lambda *a: ops.batched_nms(*a, 0.3), (boxes, scores, idxs)),
         "nms_padded": (lambda *a: ops.nms_padded(*a, 0.3, 9), (boxes, scores)),

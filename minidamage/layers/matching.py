@@ -1,8 +1,6 @@
 """From boxes to training targets: which anchor or proposal belongs to which object, which of them are used, and what the
 box regression should predict for them (Girshick et al. 2014, Ren et al. 2015; torchvision's arithmetic).
 
-    t_x = w_x (x - x_a) / w_a,   t_w = w_w log(w / w_a)   and the same for y, h, with (x, y) the centres
-
 Everything here keeps its shape whatever the data (slots and a `valid` mask instead of shorter lists), so that on a GPU no
 step waits for the device.
 
@@ -13,10 +11,12 @@ import math
 import torch
 from torch import nn
 
+from minidamage import ops
+from minidamage.ops.box_coding import BBOX_XFORM_CLIP
+
 BELOW_LOW_THRESHOLD = -1
 BETWEEN_THRESHOLDS = -2
 KEYS_AT_ONCE = 4096            # random numbers are drawn in multiples of it, see draw_keys
-BBOX_XFORM_CLIP = math.log(1000.0 / 16)        # a box never grows more than 62.5-fold: exp() of a wild prediction stays finite
 
 
 class Matcher:
@@ -94,7 +94,7 @@ def draw_keys(N, A, device, generator=None):
 
 
 class BoxCoder:
-    """Box regression targets and back. weights: (w_x, w_y, w_w, w_h) scale the four numbers to about unit variance."""
+    """Box regression targets and back, with one head's weights: see ops/box_coding.py."""
 
     def __init__(self, weights, bbox_xform_clip=BBOX_XFORM_CLIP):
         self.weights = tuple(weights)
@@ -102,25 +102,12 @@ class BoxCoder:
 
     def encode(self, reference_boxes, proposals):
         """What takes proposals to reference_boxes; both [..., 4] xyxy with positive sizes. Returns [..., 4] (t_x, t_y, t_w, t_h)."""
-        x_a, y_a, w_a, h_a = centre_and_size(proposals)
-        x, y, w, h = centre_and_size(reference_boxes)
-        w_x, w_y, w_w, w_h = self.weights
-        return torch.stack([w_x * (x - x_a) / w_a, w_y * (y - y_a) / h_a, w_w * torch.log(w / w_a), w_h * torch.log(h / h_a)], dim=-1)
+        return ops.encode_boxes(reference_boxes, proposals, self.weights)
 
-    def decode(self, bbox_deltas, boxes):
-        """Moves boxes by bbox_deltas: [..., 4] each, leading dimensions broadcast. Returns [..., 4] xyxy in the boxes' pixels."""
-        x_a, y_a, w_a, h_a = centre_and_size(boxes)
-        t_x, t_y, t_w, t_h = (delta / weight for delta, weight in zip(bbox_deltas.unbind(-1), self.weights))
-        x, y = t_x * w_a + x_a, t_y * h_a + y_a
-        half_w = 0.5 * t_w.clamp(max=self.bbox_xform_clip).exp() * w_a
-        half_h = 0.5 * t_h.clamp(max=self.bbox_xform_clip).exp() * h_a
-        return torch.stack([x - half_w, y - half_h, x + half_w, y + half_h], dim=-1)
-
-
-def centre_and_size(boxes):
-    x1, y1, x2, y2 = boxes.unbind(-1)
-    w, h = x2 - x1, y2 - y1
-    return x1 + 0.5 * w, y1 + 0.5 * h, w, h
+    def decode(self, bbox_deltas, boxes, size=None):
+        """Moves boxes by bbox_deltas: [..., 4] each, leading dimensions broadcast. Returns [..., 4] xyxy in the boxes' pixels, cut at the
+        border of a picture of `size` (height, width)."""
+        return ops.decode_boxes(bbox_deltas, boxes, self.weights, self.bbox_xform_clip, size)
 
 
 def gather_rows(values, index):

@@ -258,14 +258,15 @@ class RoIHeads(nn.Module):
         """Of each picture what `thin_out` returns. rows: the flattened slots that are looked at; a_picture: how many of them are whose."""
         rois = to_rois(proposals.boxes)[rows]
         class_logits, box_regression = self.box_predictor(self.box_head(self.box_roi_pool(features, rois)))
-        boxes = self.box_coder.decode(box_regression.float().unflatten(1, (-1, 4)), rois[:, None, 1:])        # [R, K + 1, 4]
+        bbox_deltas = box_regression.unflatten(1, (-1, 4))                                                    # [R, K + 1, 4]
         scores = self.class_scores(class_logits.float()) * proposals.valid.flatten()[rows][:, None]           # [R, K + 1]
-        return [self.thin_out(*each) for each in zip(boxes.split(a_picture), scores.split(a_picture), image_sizes)]
+        pictures = zip(bbox_deltas.split(a_picture), rois[:, 1:].split(a_picture), scores.split(a_picture), image_sizes)
+        return [self.thin_out(*each) for each in pictures]
 
-    def thin_out(self, boxes, scores, image_size):
-        """One picture, boxes [R, K + 1, 4], scores [R, K + 1]: drops background, weak and collapsed boxes, suppresses a class at
-        a time. Returns boxes [D, 4], scores [D], labels [D] with D = detections_per_img slots, and how many count."""
-        boxes = ops.clip_boxes_to_image(boxes, image_size)[:, 1:].reshape(-1, 4)
+    def thin_out(self, bbox_deltas, proposals, scores, image_size):
+        """One picture, bbox_deltas [R, K + 1, 4], proposals [R, 4], scores [R, K + 1]: drops background, weak and collapsed boxes,
+        suppresses a class at a time. Returns boxes [D, 4], scores [D], labels [D] with D = detections_per_img slots, and how many count."""
+        boxes = self.box_coder.decode(bbox_deltas[:, 1:], proposals[:, None], image_size).flatten(0, 1)        # [R * K, 4]
         labels = torch.arange(1, scores.shape[1], device=scores.device).expand(len(scores), -1).reshape(-1)
         scores = scores[:, 1:].reshape(-1)
         usable = (scores > self.score_thresh) & ((boxes[:, 2:] - boxes[:, :2]) >= MIN_DETECTION_SIZE).all(dim=1)

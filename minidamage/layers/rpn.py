@@ -125,12 +125,13 @@ class RegionProposalNetwork(nn.Module):
 
     def propose(self, objectness, bbox_deltas, anchors, image_sizes):
         mode = "training" if self.training else "testing"
-        boxes, scores, levels = self.best_of_each_level(objectness, bbox_deltas, anchors, self.pre_nms_top_n[mode])
-        kept = [self.thin_out(boxes[i], scores[i], levels, image_sizes[i], self.post_nms_top_n[mode]) for i in range(len(boxes))]
+        best_deltas, best_anchors, scores, levels = self.best_of_each_level(objectness, bbox_deltas, anchors, self.pre_nms_top_n[mode])
+        kept = [self.thin_out(best_deltas[i], best_anchors[i], scores[i], levels, image_sizes[i], self.post_nms_top_n[mode])
+                for i in range(len(scores))]
         return Proposals(*(torch.stack(parts) for parts in zip(*kept)))
 
     def best_of_each_level(self, objectness, bbox_deltas, anchors, top_n):
-        """Only what can still become a proposal is decoded. Returns boxes [N, T, 4], scores [N, T], levels [T]."""
+        """Only what can still become a proposal is decoded. Returns deltas and anchors [N, T, 4], scores [N, T], levels [T]."""
         scores, best_deltas, best_anchors, levels = [], [], [], []
         for level, (logits, deltas, level_anchors) in enumerate(zip(objectness, bbox_deltas, anchors)):
             logits, index = logits.float().topk(min(top_n, logits.shape[1]), dim=1)
@@ -138,12 +139,11 @@ class RegionProposalNetwork(nn.Module):
             best_deltas.append(gather_rows(deltas, index))
             best_anchors.append(level_anchors[index])
             levels.append(torch.full((index.shape[1],), level, dtype=torch.int64, device=index.device))
-        boxes = self.box_coder.decode(torch.cat(best_deltas, dim=1).float(), torch.cat(best_anchors, dim=1))        # all levels at once
-        return boxes, torch.cat(scores, dim=1).sigmoid(), torch.cat(levels)
+        return torch.cat(best_deltas, dim=1), torch.cat(best_anchors, dim=1), torch.cat(scores, dim=1).sigmoid(), torch.cat(levels)
 
-    def thin_out(self, boxes, scores, levels, image_size, top_n):
-        """One picture: clip, drop collapsed and hopeless boxes, suppress. Returns boxes [P, 4], scores [P], valid [P], P = top_n."""
-        boxes = ops.clip_boxes_to_image(boxes, image_size)
+    def thin_out(self, bbox_deltas, anchors, scores, levels, image_size, top_n):
+        """One picture: decode, clip, drop collapsed and hopeless boxes, suppress. Returns boxes [P, 4], scores and valid [P], P = top_n."""
+        boxes = self.box_coder.decode(bbox_deltas, anchors, image_size)
         usable = ((boxes[:, 2:] - boxes[:, :2]) >= MIN_BOX_SIZE).all(dim=1) & (scores >= self.score_thresh)
         top_n = min(top_n, len(boxes))
         keep, count = ops.batched_nms_padded(boxes, scores, levels, self.nms_thresh, top_n, usable)

@@ -1,8 +1,9 @@
 """The operators: torchvision's names and signatures, a readable reference each, kernels built at the first call.
 
-Read boxes, nms, roi_align, roi_pool, deform_conv2d, paste_masks, focal_loss; then _extension (how a kernel is built and found).
+Read boxes, box_coding, nms, roi_align, roi_pool, deform_conv2d, paste_masks, focal_loss; then _extension (how a kernel is built and found).
 `python -m minidamage.ops` is the doctor.
 """
+from .box_coding import decode_boxes, encode_boxes
 from .box_losses import (box_iou_loss, complete_box_iou, complete_box_iou_loss, distance_box_iou, distance_box_iou_loss,
                          generalized_box_iou_loss)
 from .boxes import box_area, box_convert, box_iou, clip_boxes_to_image, generalized_box_iou, remove_small_boxes

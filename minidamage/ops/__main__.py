@@ -12,6 +12,7 @@ import warnings
 import torch
 
 from . import _extension, _toolchain
+from .box_coding import decode_boxes_backward_reference, decode_boxes_reference, encode_boxes_reference
 from .deform_conv2d import (deform_conv2d_backward_input_reference, deform_conv2d_backward_weight_reference,
                             deform_conv2d_reference)
 from .focal_loss import (sigmoid_focal_loss_backward_reference, sigmoid_focal_loss_reference, softmax_focal_loss_backward_reference,
@@ -45,8 +46,13 @@ def examples():
     attention = (positions, layer[:64], layer[64], layer[65:129], None, layer[129:193], None, projection, projection.flip(0), 4, None, None)
     attended, *kept = linear_attention_reference(*attention, True)
     sigmoid, softmax = (grad, grad.sigmoid(), 0.25, 2.0, 0), (features[0][0, 0, :5].T.contiguous(), idxs[:64], 0.25, 2.0, 1, -100)
+    weights = [10.0, 10.0, 5.0, 5.0]
+    moves = (torch.randn(400, 3, 4, generator=random), boxes[:, None], weights, 4.135, [256, 256])
     largest = roi_pool_reference(features[0], rois, [7, 7], 1 / 4)[1]
     return {
+        "encode_boxes": (encode_boxes_reference, (boxes.flip(0), boxes, weights)),
+        "decode_boxes": (decode_boxes_reference, moves),
+        "decode_boxes_backward": (decode_boxes_backward_reference, (moves[0].flip(0), *moves)),
         "nms": (nms_reference, (boxes, scores, idxs, 0.5)),
         "nms_padded": (nms_padded_reference, (boxes, scores, idxs, 0.5, 100, scores > 0.1)),
         "multiscale_roi_align": (roi_align_reference, (features, rois, levels, [7, 7], scales, 2, False)),
