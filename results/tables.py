@@ -89,10 +89,11 @@ def cell(values, percent):
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
 
 
-BENCHMARKS = ("ops", "models", "segmenters", "val2017", "eval", "data")
+BENCHMARKS = ("ops", "boxes", "models", "segmenters", "val2017", "eval", "data")
 # The rows that the README shows; results/speed.md has all of them, and what they were measured with.
 SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
-         "nms 20000 boxes, IoU 0.5", "roi_pool (2,256,100,100) 512 rois 7x7 forward+backward",
+         "nms 20000 boxes, IoU 0.5", "decode_boxes 250000 forward, cut at the border",
+         "roi_pool (2,256,100,100) 512 rois 7x7 forward+backward",
          "paste_masks 100 masks 28x28 into 1024x1024, float", "paste_masks 100 masks, RLE",
          "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward", "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward+backward",
          "deform_conv2d v2 (2, 512, 32, 32) 3x3 forward+backward", "linear_attention (2, 3136, 256) k 64, 8 heads forward",
