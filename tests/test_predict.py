@@ -192,7 +192,8 @@ def test_unreadable_files_are_named_counted_and_skipped(folder, capsys):
     (["car.png", "--device", "abacus"], "--device abacus"),
     (["car.png", "--out", "car.png"], "--out car.png: expected a folder, this is a file"),
     (["car.png", "--checkpoint", "none.pt"], "none.pt: no such file or folder"),
-    (["car.png", "--checkpoint", "begun"], "has not finished an epoch (no best.pt); go on with `python train.py --resume begun`"), (["car.png", "--checkpoint", ""], "train")])
+    (["car.png", "--checkpoint", "begun"], "has not finished an epoch (no best.pt); go on with `python train.py --resume begun`"),
+    (["car.png", "--checkpoint", ""], "train")])
 def test_mistakes_exit_with_2_and_one_line(folder, capsys, arguments, words):
     photograph().save(folder / "car.png")
     (folder / "nothing").mkdir(), (folder / "begun").mkdir()
