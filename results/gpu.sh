@@ -38,7 +38,7 @@ case "${1:-}" in
     for tool in memcheck racecheck initcheck; do  # our kernels alone: the framework's are not ours to check
       $within 560 compute-sanitizer --tool "$tool" --kernel-name kns=minidamage --error-exitcode 9 \
         python -m pytest -q -p no:cacheprovider tests/test_nms.py tests/test_roi_align.py tests/test_roi_pool.py \
-        tests/test_deform_conv2d.py tests/test_paste_masks.py tests/test_linear_attention.py tests/test_focal_loss.py \
+        tests/test_deform_conv2d.py tests/test_paste_masks.py tests/test_linear_attention.py tests/test_focal_loss.py tests/test_box_coding.py \
         > "$OUT/gpu-$tool.txt" 2>&1 &
       pids+=($!)
     done

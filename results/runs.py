@@ -366,6 +366,6 @@ TABLES = {
     **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS, {CRACK_NAMES[model]: numbers for model, numbers
                                                                     in published.CRACKS.get(name, {}).items()},
                                 note=CRACK_NOTE + DEEPCRACK_NOTE * (which == "deepcrack"))
-       for which, (_, name) in CRACK_SETS.items() for kind, reduced in (("cracks", ", reduced"), ("cracks-quick", ", some 150 steps"),
-                                                                                  ("cracks-full", ""))
+       for which, (_, name) in CRACK_SETS.items()
+       for kind, reduced in (("cracks", ", reduced"), ("cracks-quick", ", some 150 steps"), ("cracks-full", ""))
        if any(run.table == f"{kind}-{which}" for run in RUNS)}}

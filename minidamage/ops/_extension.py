@@ -246,7 +246,8 @@ def _build_library(name, objects, link, what):
         if (folder / library_name).exists():                                 # another process built it while we waited
             return folder / library_name
         missing = [product for product in products if not (folder / product[2]).exists()]
-        with _progress(f"minidamage: building the {what} ({len(missing)} files, once) in {folder} ..."):
+        number = f"{len(missing)} file{'s' * (len(missing) != 1)}"
+        with _progress(f"minidamage: building the {what} ({number}, once) in {folder} ..."):
             with concurrent.futures.ThreadPoolExecutor(tools.jobs()) as pool:
                 for future in [pool.submit(_produce, [*command, "-c", str(source)], folder / product, source.name)
                                for command, source, product in missing]:
