@@ -12,8 +12,9 @@
     python evaluate.py --complexity unet context_cracknet                parameters, multiply-adds, time, memory (no name: all of them)
 
 With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), report.html, the pictures of the worst
-predictions; of a detector also detections.json and truth.json (COCO; the last command but three on them gives the same numbers), of a
-segmenter pictures.json (the counts of each picture, for --compare) and with --save-maps its label maps.
+predictions, and for --compare pictures.json (a segmenter's counts of each picture, a detector's AP in every bootstrap draw of them); of a
+detector also detections.json and truth.json (COCO; the last command but four on them gives the same numbers), of a segmenter with
+--save-maps its label maps.
 
 What is scored, and how: minidamage/evaluation/.
 """
@@ -123,7 +124,8 @@ def parse_arguments(argv):
         "(28): what a perfect head would score on --data, without a model, or beside what --checkpoint scores")
     several = parser.add_argument_group("several models")
     several.add_argument("--compare", nargs="+", metavar="RUN", help="results of several evaluations (run or evaluation folders, or their "
-                         "results.json): one table, mean and spread over data sets, the first model tested against each other one")
+                         "results.json): one table, mean and spread over data sets, the first model tested against each other one; runs "
+                         "that differ in their --seed alone count as one model")
     several.add_argument("--metric", metavar="NAME", help="--compare: what is tested and drawn (default: IoU, or the AP of detectors)")
     several.add_argument("--size", choices=("model", "native"), default="model", help="--compare: pixels scored at the model's size, "
                          "or at the pictures' own (default: %(default)s)")

@@ -7,7 +7,8 @@
 
 The runs are data, in runs.py; tables.py makes the tables. The data sets are found through the environment variable MINIDAMAGE_DATA. A
 run works in runs/reproduce/<name>/; what is kept lies in results/<name>/: summary.json (every number, command, seed, commit, hardware),
-metrics.csv and curves.png. A run that is stopped, by Ctrl-C, a kill or the budget, goes on where it was.
+pictures.json (what rows are tested against each other with), metrics.csv and curves.png. A run that is stopped, by Ctrl-C, a kill or the
+budget, goes on where it was.
 """
 import argparse
 import importlib.util
@@ -77,16 +78,24 @@ def perform(run, deadline=None):
     summary = {"name": run.name, "table": run.table, "train": command,
                "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
+    pictures = {}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
         script([*typed(run, "evaluate"), "--checkpoint", str(folder / "best.pt"), "--out", str(target),
                 *shlex.split(arguments.format(run=folder))], deadline)
         summary["rows"][row] = without_paths(json.loads((target / "results.json").read_text()), data)
+        pictures[row] = json.loads((target / "pictures.json").read_text())
     for name in ("metrics.csv", "curves.png"):
         shutil.copyfile(folder / name, kept / name)
-    partial = kept / "summary.json.partial"
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(kept / "summary.json")
+    write_whole(kept / "pictures.json", json.dumps(pictures, separators=(",", ":")))
+    write_whole(kept / "summary.json", json.dumps(summary, indent=1))                     # last: it says that the run is done
+
+
+def write_whole(path, text):
+    """Beside it first: a kill leaves the file of before, or the new one."""
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(f"{text}\n")
+    partial.replace(path)
 
 
 def epochs_done(folder):

@@ -20,13 +20,15 @@ class Run:
 @dataclasses.dataclass(frozen=True)
 class Table:
     """columns: heading -> where the number lies in evaluate.py's results.json.
-    printed: row -> the paper's numbers, in the columns' order."""
+    printed: row -> the paper's numbers, in the columns' order.
+    tested: the metric in which the first row is held against each other one on the same pictures, as by evaluate.py --compare; "": none."""
 
     title: str
     columns: dict
     printed: dict = dataclasses.field(default_factory=dict)
     percent: bool = False               # the paper prints hundredths
     note: str = ""
+    tested: str = ""
 
 
 def seeded(name, seed):
@@ -344,12 +346,12 @@ RUNS += [made for twin in TWINS for run in RUNS if (made := twin.of(run))]
 
 TABLES = {
     "demo": Table("The drawn demo set", CAR_COLUMNS),
-    "cars": Table("DamageNet's ablation on cars, reduced", CAR_COLUMNS),
-    "cars-coco": Table("The same with the COCO labels", CAR_COLUMNS),
-    "cars-full": Table("DamageNet's ablation on cars", CAR_COLUMNS),
-    "cars-coco-full": Table("The same with the COCO labels", CAR_COLUMNS),
-    "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
-    "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, STEEL_PRINTED, percent=True),
+    "cars": Table("DamageNet's ablation on cars, reduced", CAR_COLUMNS, tested="segm/AP"),
+    "cars-coco": Table("The same with the COCO labels", CAR_COLUMNS, tested="segm/AP"),
+    "cars-full": Table("DamageNet's ablation on cars", CAR_COLUMNS, tested="segm/AP"),
+    "cars-coco-full": Table("The same with the COCO labels", CAR_COLUMNS, tested="segm/AP"),
+    "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, STEEL_PRINTED, percent=True, tested="bbox/AP50"),
+    "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, STEEL_PRINTED, percent=True, tested="bbox/AP50"),
     "voc-full": Table("DANet on Pascal VOC 2007", VOC_COLUMNS, VOC_PRINTED, percent=True,
                       note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under "
                            "MINIDAMAGE_DATA. The paper does not state its IoU."),
@@ -368,7 +370,7 @@ TABLES = {
     "segmenters-full": Table("Seven small segmenters on cars", SEGMENTER_COLUMNS),
     **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS, {CRACK_NAMES[model]: numbers for model, numbers
                                                                     in published.CRACKS.get(name, {}).items()},
-                                note=CRACK_NOTE + DEEPCRACK_NOTE * (which == "deepcrack"))
+                                note=CRACK_NOTE + DEEPCRACK_NOTE * (which == "deepcrack"), tested="IoU")
        for which, (_, name) in CRACK_SETS.items()
        for kind, reduced in (("cracks", ", reduced"), ("cracks-quick", ", some 150 steps"), ("cracks-full", ""))
        if any(run.table == f"{kind}-{which}" for run in RUNS)}}

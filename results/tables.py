@@ -2,16 +2,22 @@
 results/complexity/complexity.json: no number is typed.
 
 A row's seeds are put together: mean, and in brackets the smallest and the largest. What the papers print stands in a row of its own
-above ours.
+above ours. Below most tables their first row is tested against each other one (paired bootstrap over the test pictures, Holm's correction).
 """
 import json
 import pathlib
 import statistics
+import sys
 
 from runs import CRACK_NAMES, RUNS, SMALL_SEGMENTERS, TABLES
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+from minidamage.evaluation import comparison                                                             # noqa: E402
+
+DRAWS = 2000                            # of a segmenter's pictures; a detector's are those of its evaluation
 
 
 def look_up(numbers, path):
@@ -55,15 +61,14 @@ def table_text(name):
             cells = [f"{value:.2f}" if table.percent else f"{value:.4f}" for value in table.printed[row]]
             lines.append(f"| {row}, paper | | " + " | ".join(cells + [""] * (len(table.columns) - len(cells))) + " | |")
         lines.append(our_row(row, runs, table, made_with))
-    return "\n".join([*lines, "", *(f"{each}." for each in made_with), *([table.note] if table.note else [])]).strip()
+    tested = tests_of(rows, table) if table.tested else []
+    return "\n".join([*lines, *tested, "", *(f"{each}." for each in made_with), *([table.note] if table.note else [])]).strip()
 
 
 def our_row(row, runs, table, made_with):
     """One line of ours over its seeds; made_with receives what the numbers were made with."""
     command = f"`python results/reproduce.py --run {' '.join(run.name for run in runs)}`"
-    label = f"{row}, trained by the same script" if runs[0].peer else row
-    found = [(run, json.loads(path.read_text())) for run in runs if (path := HERE / run.name / "summary.json").exists()]
-    found = [(run, summary) for run, summary in found if row in summary["rows"]]               # a row may be younger than the run
+    label, found = label_of(row, runs), kept(row, runs)
     if not found:
         return f"| {label} | | not run" + " |" * len(table.columns) + f" {command} |"
     seeds, values = [], {column: [] for column in table.columns}
@@ -79,6 +84,43 @@ def our_row(row, runs, table, made_with):
                   f"{', ' * bool(run.peer)}{summary.get('peer', '')}; commit {commits}"] = None
     cells = [cell([value for value in column if value is not None], table.percent) for column in values.values()]
     return f"| {label} | {', '.join(seeds)} | " + " | ".join(cells) + f" | {command} |"
+
+
+def label_of(row, runs):
+    return f"{row}, trained by the same script" if runs[0].peer else row
+
+
+def kept(row, runs):
+    """[(run, its summary)] of those that are done and were scored for this row, which may be younger than the run."""
+    found = [(run, json.loads(path.read_text())) for run in runs if (path := HERE / run.name / "summary.json").exists()]
+    return [(run, summary) for run, summary in found if row in summary["rows"]]
+
+
+def tests_of(rows, table):
+    """The lines of a second table: the first row minus each other one on the same pictures, each the mean over its seeds; [] where what
+    that takes was not kept. rows: {row: runs}."""
+    evaluations = {}
+    for row, runs in rows.items():
+        own = [comparison.from_results(run.name, summary["rows"][row], pictures[row])
+               for run, summary in kept(row, runs) if row in (pictures := pictures_of(run))]
+        if own:
+            evaluations[row] = comparison.join_seeds(own)[0]
+    first = next(iter(rows))
+    if first not in evaluations:
+        return []
+    found = comparison.paired_tests(evaluations.pop(first), evaluations, table.tested, DRAWS)
+    if not found:
+        return []
+    name = table.tested.replace("bbox/", "box ").replace("segm/", "mask ")
+    text = (lambda value: f"{100 * value:+.2f}") if table.percent else (lambda value: f"{value:+.3f}")
+    return ["", f"| {first} minus | {name} | 95 % interval over pictures | p | p, Holm |", "|---|--:|--:|--:|--:|",
+            *(f"| {label_of(row, rows[row])} | {text(drawn.value)} | {text(drawn.low)} to {text(drawn.high)} | {p:.4f} | {adjusted:.4f} |"
+              for row, drawn, p, adjusted in found)]
+
+
+def pictures_of(run):
+    path = HERE / run.name / "pictures.json"
+    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def cell(values, percent):

@@ -250,7 +250,7 @@ TABLE_3 = {"context_cracknet": (.5668, .6733, .5375, .7401, .6627, .5699, .4743,
            "unet": (.1562, .6397, .4857, .7061, .6323, .5390, .3837, .6456, .6577, .7464)}
 
 
-def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4):
+def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, seed=0):
     """An evaluation folder as evaluate.py writes it, with the counts [TP, FP, FN, TN] of each picture."""
     os.makedirs(folder)
     tp, fp, fn, tn = np.sum(counts, 0)
@@ -258,7 +258,7 @@ def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4):
     stats |= {"pixel/IoU": tp / (tp + fp + fn), "pixel/Dice": 2 * tp / (2 * tp + fp + fn), "pixel/precision": tp / (tp + fp),
               "pixel/recall": tp / (tp + fn)}
     points = {point: {"stats": stats} for point in ("at 0.5", f"at {chosen:g} (chosen on validation)")}
-    content = {"model": model, "trained_with": list(trained_with), "task": "segmentation", "data": f"/d/{data}", "part": "test",
+    content = {"model": model, "seed": seed, "trained_with": list(trained_with), "task": "segmentation", "data": f"/d/{data}", "part": "test",
                "sizes": {"native": {"pixels": f"native ({side}x{side})", "points": points}}}
     (folder / "results.json").write_text(json.dumps(content))
     counts = {"native": {point: np.asarray(counts).tolist() for point in points}}
@@ -289,12 +289,48 @@ def test_compare_pairs_the_pictures_of_one_set(tmp_path, capsys):
     a, b = stored(tmp_path / "a", "unet", "cfd", make(0.9)), stored(tmp_path / "b", "unet", "cfd", make(0.7), ["body=resnet18"])
     assert evaluate.main(["--compare", a, b, "--metric", "recall", "--draws", "100", "--out", str(tmp_path / "out")]) == 0
     table = next(t for t in read(tmp_path / "out" / "comparison.json")["tables"] if "paired bootstrap" in t["caption"])
-    [row] = table["rows"]
-    assert row[:3] == ["unet - unet body=resnet18", "cfd", 40] and row[3] == pytest.approx(0.2, abs=0.01) and row[-1] == "yes"
-    assert row[4] < row[3] < row[5] < 0.21
+    row = dict(zip(table["columns"], *table["rows"]))
+    assert (row["models"], row["data"], row["pictures"], row["draws"]) == ("unet - unet body=resnet18", "cfd", 40, 100)
+    assert row["difference"] == pytest.approx(0.2, abs=0.01) and row["low"] < row["difference"] < row["high"] < 0.21
+    assert row["p"] == row["p, Holm"] == pytest.approx(2 / 101)                         # none of 100 draws is on the other side of 0
     assert "Wilcoxon" not in (printed := capsys.readouterr().out) and "nothing is written" not in printed       # one set: nothing to rank
     assert "above 0: unet scores higher" in table["caption"]
     assert "2 models on 1 data set</title>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_seeds_are_one_model_whose_metric_is_their_mean(tmp_path, capsys):
+    rng = np.random.RandomState(1)
+    counts = {(model, seed): rng.randint(50, 500, (12, 4)) for model in ("pan", "unet", "fpn") for seed in (0, 1, 2)}
+    counts = {key: np.roll(value, -1, 1) if key[0] == "fpn" else value for key, value in counts.items()}
+    runs = [stored(tmp_path / f"{model}{seed}", model, "cfd", value, seed=seed) for (model, seed), value in counts.items()]
+    assert evaluate.main(["--compare", *runs, "--draws", "60", "--out", str(tmp_path / "out")]) == 0
+    content = read(tmp_path / "out" / "comparison.json")
+    whole, paired = content["tables"]
+    ious = {model: [tp / (tp + fp + fn) for (name, _), value in counts.items() if name == model for tp, fp, fn, _ in [value.sum(0)]]
+            for model in ("pan", "unet", "fpn")}
+    assert "sample standard deviation over seeds" in whole["caption"] and len(content["evaluations"]) == 9
+    rows = {row[0]: dict(zip(whole["columns"], row)) for row in whole["rows"]}
+    for model, values in ious.items():
+        assert rows[model]["seeds"] == 3 and rows[model]["IoU"] == f"{np.mean(values):.4f} ± {np.std(values, ddof=1):.4f}"
+
+    draw, drawn = np.random.default_rng(0), []                                          # the definition, draw by draw
+    for _ in range(60):
+        pictures = draw.integers(0, 12, 12)
+        pooled = lambda model, seed: counts[model, seed][pictures].sum(0)
+        means = [np.mean([tp / (tp + fp + fn) for seed in range(3) for tp, fp, fn, _ in [pooled(model, seed)]]) for model in ("pan", "unet")]
+        drawn.append(means[0] - means[1])
+    row = dict(zip(paired["columns"], paired["rows"][0]))
+    assert row["difference"] == pytest.approx(np.mean(ious["pan"]) - np.mean(ious["unet"]))
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+    smaller = min(sum(value <= 0 for value in drawn), sum(value >= 0 for value in drawn))
+    assert row["p"] == pytest.approx(min(1, 2 * (smaller + 1) / 61))
+    p_values = sorted(dict(zip(paired["columns"], each))["p"] for each in paired["rows"])
+    assert sorted(dict(zip(paired["columns"], each))["p, Holm"] for each in paired["rows"]) == pytest.approx(
+        [min(1, 2 * p_values[0]), max(min(1, 2 * p_values[0]), p_values[1])])
+    capsys.readouterr()
+    other = stored(tmp_path / "other", "pan", "cfd", counts["pan", 0][:5], seed=7)
+    assert evaluate.main(["--compare", runs[0], other]) == 2
+    assert "scored on different pictures: expected one split; train them with the same --split-seed" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):
@@ -340,9 +376,18 @@ def test_detectors_are_compared_by_their_ap(tmp_path, capsys):
         os.makedirs(tmp_path / name)
         (tmp_path / name / "results.json").write_text(json.dumps({"model": name, "data": "cars", "part": "test", "task": "detection",
                                                                   "stats": {"bbox/AP": ap, "segm/AP": ap - 0.1, "segm/AP50": None}}))
-    assert evaluate.main(["--compare", str(tmp_path / "damagenet"), str(tmp_path / "maskrcnn_resnet50_fpn")]) == 0
+    runs = [str(tmp_path / "damagenet"), str(tmp_path / "maskrcnn_resnet50_fpn")]
+    assert evaluate.main(["--compare", *runs]) == 0
     printed = capsys.readouterr().out
-    assert "0.4000" in printed and "0.2000" in printed
+    assert "0.4000" in printed and "0.2000" in printed and "paired" not in printed
+    for name, drawn in (("damagenet", [0.30, 0.32, None, 0.28]), ("maskrcnn_resnet50_fpn", [0.2, 0.25, 0.2, 0.29])):
+        (tmp_path / name / "pictures.json").write_text(json.dumps({"files": ["a.jpg", "b.jpg"], "draws": {"segm/AP": drawn}}))
+    assert evaluate.main(["--compare", *runs, "--out", str(tmp_path / "out")]) == 0
+    [table] = [t for t in read(tmp_path / "out" / "comparison.json")["tables"] if "paired bootstrap draws" in t["caption"]]
+    row = dict(zip(table["columns"], *table["rows"]))
+    assert row["difference"] == pytest.approx(0.1) and row["pictures"] == 2 and row["draws"] == 4
+    assert (row["low"], row["high"]) == pytest.approx(tuple(np.quantile([0.1, 0.07, -0.01], [0.025, 0.975])))
+    assert row["p"] == pytest.approx(2 * 2 / 4)                                         # one of the three known draws is below 0
 
 
 # ---- --test-epochs -----------------------------------------------------------------------------------------------------------------

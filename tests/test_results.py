@@ -110,6 +110,35 @@ def test_a_row_puts_its_seeds_together(results, tmp_path, monkeypatch):
     assert "| 1 Faster R-CNN | | not run |" in text
 
 
+def test_the_first_row_is_tested_against_each_other_one(results, tmp_path, monkeypatch):
+    tables = results["tables"]
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    hardware, stats = {"gpu": None, "cpu": "some processor", "threads": 2}, dict.fromkeys(
+        [f"pixel/{name}" for name in ("IoU", "Dice", "F1", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")], 0.0)
+    counts = {"context_cracknet": [[9, 1, 0, 5], [8, 1, 1, 5]], "unet": [[5, 1, 4, 5], [4, 1, 5, 5]], "fpn": [[9, 0, 1, 5], [7, 2, 1, 5]]}
+
+    def keep(model, seed, iou, of_pictures):
+        row, folder = tables.CRACK_NAMES[model], tmp_path / results["runs"].seeded(f"cracks-full-cfd-{model.replace('_', '-')}", seed)
+        folder.mkdir()
+        numbers = {"pictures": 2, "part": "test", "task": "segmentation", "model": model, "seed": seed, "data": "cfd", "in_use": "at 0.3",
+                   "sizes": {"model": {"pixels": "448x448", "points": {"at 0.3": {"stats": {**stats, "pixel/IoU": iou}}}}}}
+        run = {"seed": seed, "commits": ["0123456"], "hardware": hardware, "versions": {"torch": "2"}}
+        (folder / "summary.json").write_text(json.dumps({"run": run, "rows": {row: numbers}}))
+        pictures = {"files": ["a.png", "b.png"], "counts": {"model": {"at 0.3": of_pictures}}}
+        (folder / "pictures.json").write_text(json.dumps({row: pictures} if of_pictures else {}))
+    keep("context_cracknet", 0, 0.85, counts["context_cracknet"])
+    assert "minus" not in tables.table_text("cracks-full-cfd")                                    # nothing beside it yet
+    for seed in (0, 1):
+        keep("unet", seed, 0.45, counts["unet"])
+    keep("fpn", 0, 0.8, counts["fpn"])
+    keep("pan", 0, 0.8, None)                                                                     # kept before pictures.json was
+    tested = tables.table_text("cracks-full-cfd").partition("| Context-CrackNet minus |")[2].split("\n\n")[0].splitlines()
+    assert [line.split(" | ")[0] for line in tested[2:]] == ["| FPN", "| U-Net"]
+    # in every draw of the two pictures U-Net is behind (IoU 5 / 10 and 4 / 10 against 9 / 10 and 8 / 10): p 2 / 2001, twice that by Holm
+    assert tested[3].startswith("| U-Net | +0.400 | +0.400 to +0.400 | 0.0010 | 0.0020 |")
+    assert tested[2].startswith("| FPN | +0.050 | ") and float(tested[2].split(" | ")[3]) > 0.4
+
+
 def test_a_row_that_a_finished_run_was_not_scored_for_is_not_run(results, tmp_path, monkeypatch):
     tables, columns = results["tables"], results["runs"].CAR_COLUMNS
     hardware = {"gpu": None, "cpu": "some processor", "threads": 2}

@@ -44,11 +44,18 @@ class Job:
 
     def about(self):
         """What was scored, with what: the head of results.json."""
-        trained = self.checkpoint.get("run", {}).get("args", {})
+        run = self.checkpoint.get("run", {})
         return {"command": run_folder.command_line(), "task": self.model.task, "checkpoint": self.path, "model": self.checkpoint["model"],
-                "trained_with": list(trained.get("set") or []), "epoch": self.checkpoint.get("train", {}).get("epoch"),
+                "trained_with": list(run.get("args", {}).get("set") or []), "seed": run.get("seed"),
+                "epoch": self.checkpoint.get("train", {}).get("epoch"),
                 "data": os.path.abspath(self.dataset.path), "part": self.part, "occlusion": self.args.occlude or 0, "set": self.args.set,
                 "pictures": len(self.records), **run_folder.environment(self.device)}
+
+
+def relative_files(job):
+    """The pictures' paths as seen from the data set's folder: what two runs on copies of one set have in common."""
+    root = job.dataset.path if os.path.isdir(job.dataset.path) else os.path.dirname(job.dataset.path)
+    return [os.path.relpath(record.file, root or ".") for record in job.records]
 
 
 @contextlib.contextmanager

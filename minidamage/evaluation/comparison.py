@@ -2,9 +2,12 @@
 
     python evaluate.py --compare runs/context_cracknet-cfd-001 runs/unet-cfd-001 runs/context_cracknet-deepcrack-001 ...
 
-The first model named is held against each other one. On one data set: the paired difference of the pooled metric with its bootstrap
-interval, whole pictures drawn again for both. Over data sets: Wilcoxon's signed-rank test, a value a set, as in the crack paper's Table 5,
-with Holm's correction for the number of models; n sets cannot give a p below 2 / 2**n, so with fewer than six none is below .05.
+The first model named is held against each other one. On one data set: the paired difference of a segmenter's pooled metric or of a
+detector's AP with its bootstrap interval, whole pictures drawn again for both. Over data sets: Wilcoxon's signed-rank test, a value a set,
+as in the crack paper's Table 5; n sets cannot give a p below 2 / 2**n, so with fewer than six none is below .05. Both p-values also with
+Holm's correction for the number of models.
+
+Runs that differ in nothing but their seed are one model: its numbers, in every draw too, are the mean over them.
 """
 import collections
 import dataclasses
@@ -20,7 +23,7 @@ from minidamage.data.record import number_of
 from minidamage.evaluation.common import without_nan, writing
 from minidamage.metrics import tables
 from minidamage.metrics.segmentation import NAMES, quotients
-from minidamage.metrics.statistics import bootstrap, holm, mean_std, wilcoxon
+from minidamage.metrics.statistics import bootstrap, chance, holm, mean_std, percentiles, wilcoxon
 from minidamage.visualize.canvas import padded_limits
 from minidamage.visualize.plots import bar_plot, beside, box_plot
 from minidamage.visualize.report import Picture, Table, write_report
@@ -33,19 +36,29 @@ ROW, BAR = 1200, 24                                           # pixels: width of
 
 @dataclasses.dataclass
 class Evaluation:
-    """One results.json. model: its name, and once `name_apart` has seen all of them what it was trained otherwise; settings: what --set
-    changed in its training; data: the set's name and part; stats: {metric: number}; counts: int64 [N, 4] of the N pictures
-    (segmentation) or None; files: their names."""
+    """One results.json, or several that differ in the seed alone.
 
-    path: str
+    model: its name, and once `name_apart` has seen all of them what it was trained otherwise; settings: what --set changed in its
+    training; data: the set's name and part; stats: {metric: number}, the mean over S seeds, and spread: {metric: their sample standard
+    deviation}; of the N pictures, where they are known: files, their names, and counts: int64 [N, S, 4] (segmentation) or
+    draws: {metric: [S, B]}, what it is in B bootstrap draws (detection)."""
+
+    paths: list
     task: str
     model: str
     settings: list
+    seeds: list
     data: str
     scored: str
     stats: dict
-    counts: np.ndarray | None
-    files: list | None
+    spread: dict = dataclasses.field(default_factory=dict)
+    counts: np.ndarray | None = None
+    draws: dict | None = None
+    files: list | None = None
+
+    @property
+    def path(self):
+        return self.paths[0]
 
 
 def compare(runs, metric, size, at, draws, out):
@@ -53,6 +66,7 @@ def compare(runs, metric, size, at, draws, out):
     evaluations = [load(path, size, at) for path in runs]
     notes = name_apart(evaluations)
     check(evaluations)
+    evaluations = join_seeds(evaluations)
     task = evaluations[0].task
     columns = [name for name in COLUMNS[task] if any(name in e.stats for e in evaluations)]
     metric = metric or columns[0] if task == "segmentation" else metric or ("segm/AP" if "segm/AP" in columns else columns[0])
@@ -87,26 +101,41 @@ def compare(runs, metric, size, at, draws, out):
 def load(path, size, at):
     """The Evaluation at `path`: a results.json, an evaluation folder, or a run folder with one evaluation of its test part."""
     file = results_file(path)
+    beside = os.path.join(os.path.dirname(file), "pictures.json")
     try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-        model, settings = content["model"], list(content.get("trained_with", []))
-        part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
-        part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
-        data = os.path.splitext(os.path.basename(content["data"]))[0] + part
-        if content.get("task") != "segmentation":
-            return Evaluation(file, "detection", model, settings, data, "", content["stats"], None, None)
-        name = size if size in content["sizes"] else "native"      # pictures of the model's own size are scored once
-        scored, points = content["sizes"][name], list(content["sizes"][name]["points"])
-        point = points[-1] if at == "chosen" else points[0]
-        stats = scored["points"][point]["stats"]
-        stats = {**{name: stats[f"pixel/{name}"] for name in NAMES}, **{name: value for name, value in stats.items()}}
-        counts, files = read_pictures(os.path.join(os.path.dirname(file), "pictures.json"), name, point)
+        pictures = read_json(beside) if os.path.isfile(beside) else None
+        return from_results(file, read_json(file), pictures, size, at)
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{file}: expected results.json of evaluate.py ({type(error).__name__}: {error}); evaluate the run "
                          "again") from None
-    numbers = {key: float("nan") if value is None else value for key, value in stats.items()}
-    return Evaluation(file, "segmentation", model, settings, data, f"{scored['pixels']}, {point}", numbers, counts, files)
+
+
+def read_json(path):
+    with open(path, encoding="utf-8") as stream:
+        return json.load(stream)
+
+
+def from_results(path, content, pictures, size="model", at="chosen"):
+    """The Evaluation of what stands in a results.json, and in the pictures.json beside it (None: there is none)."""
+    part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
+    part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
+    data, files = os.path.splitext(os.path.basename(content["data"]))[0] + part, pictures and pictures["files"]
+    known = {"paths": [path], "model": content["model"], "settings": list(content.get("trained_with", [])), "seeds": [content.get("seed")],
+             "data": data, "files": files}
+    if content.get("task") != "segmentation":
+        draws = pictures and {name: np.array([row], np.float64) for name, row in pictures["draws"].items()}           # null: NaN
+        return Evaluation(task="detection", scored="", stats=numbers_of(content["stats"]), draws=draws, **known)
+    name = size if size in content["sizes"] else "native"             # pictures of the model's own size are scored once
+    scored, points = content["sizes"][name], list(content["sizes"][name]["points"])
+    point = points[-1] if at == "chosen" else points[0]
+    stats = numbers_of(scored["points"][point]["stats"])
+    stats = {**{name: stats[f"pixel/{name}"] for name in NAMES}, **stats}
+    counts = pictures and np.array(pictures["counts"][name][point], np.int64)[:, None]
+    return Evaluation(task="segmentation", scored=f"{scored['pixels']}, {point}", stats=stats, counts=counts, **known)
+
+
+def numbers_of(stats):
+    return {name: as_number(value) for name, value in stats.items()}
 
 
 def results_file(path):
@@ -123,14 +152,6 @@ def results_file(path):
     return (preferred or found)[0]
 
 
-def read_pictures(path, size, point):
-    if not os.path.isfile(path):
-        return None, None
-    with open(path, encoding="utf-8") as stream:
-        content = json.load(stream)
-    return np.asarray(content["counts"][size][point], np.int64), content["files"]
-
-
 def name_apart(evaluations):
     """Adds the settings that not all were trained with to each model's name; [a sentence] on those that all share, [] without any."""
     shared = [s for s in evaluations[0].settings if len(evaluations) > 1 and all(s in e.settings for e in evaluations)]
@@ -145,10 +166,39 @@ def check(evaluations):
                          + ", ".join(f"{e.path} ({e.task})" for e in evaluations))
     seen = {}
     for e in evaluations:
-        if (e.model, e.data) in seen:
-            raise ValueError(f"--compare: {e.path} and {seen[e.model, e.data]} are the same model ({e.model}) on the same data ({e.data}); "
+        key = e.model, e.data, *e.seeds
+        if key in seen:
+            seed = "" if e.seeds == [None] else f" of the same seed {e.seeds[0]}"
+            raise ValueError(f"--compare: {e.path} and {seen[key]} are the same model ({e.model}) on the same data ({e.data}){seed}; "
                              "name each once")
-        seen[e.model, e.data] = e.path
+        seen[key] = e.path
+
+
+def join_seeds(evaluations):
+    """The Evaluations of one model on one data set made one, in the order of their first. Raises ValueError for seeds that were scored on
+    different pictures."""
+    groups = collections.defaultdict(list)
+    for e in evaluations:
+        groups[e.model, e.data].append(e)
+    return [joined(group) if len(group) > 1 else group[0] for group in groups.values()]
+
+
+def joined(group):
+    first = group[0]
+    for e in group[1:]:
+        if e.files != first.files:
+            raise ValueError(f"--compare: {e.path} and {first.path} are seeds of one model ({e.model}, {e.data}), scored on different "
+                             "pictures: expected one split; train them with the same --split-seed, and evaluate both again")
+    names = [name for name in first.stats if all(name in e.stats for e in group)]
+    pairs = {name: mean_std([e.stats[name] for e in group]) for name in names}
+    counts = np.concatenate([e.counts for e in group], axis=1) if first.files and first.counts is not None else None
+    draws = first.draws and {name: np.concatenate([e.draws[name] for e in group]) for name in first.draws
+                             if all(len(e.draws.get(name, [()])[0]) == first.draws[name].shape[1] for e in group)}
+    return dataclasses.replace(
+        first, paths=[e.path for e in group], seeds=[seed for e in group for seed in e.seeds],
+        scored=" / ".join(dict.fromkeys(e.scored for e in group)),
+        stats={name: mean for name, (mean, _) in pairs.items()}, spread={name: std for name, (_, std) in pairs.items()},
+        counts=counts, draws=draws)
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -157,9 +207,12 @@ def all_table(evaluations, columns):
     scored = sorted({e.scored for e in evaluations})
     caption = "Pooled over pictures" if evaluations[0].task == "segmentation" else "COCO"
     one = f", {scored[0]}" * (len(scored) == 1 and bool(scored[0]))
-    rows = [[e.model, e.data, *([e.scored] if len(scored) > 1 else []), *(e.stats.get(c) for c in columns)]
-            for e in sorted(evaluations, key=lambda e: [x.data for x in evaluations].index(e.data))]
-    return f"{caption}{one}", ["model", "data", *(["scored"] if len(scored) > 1 else []), *columns], rows
+    several = any(len(e.seeds) > 1 for e in evaluations)
+    cell = lambda e, name: f"{e.stats[name]:.4f} ± {e.spread[name]:.4f}" if name in e.spread else e.stats.get(name)
+    rows = [[e.model, e.data, *([len(e.seeds)] if several else []), *([e.scored] if len(scored) > 1 else []),
+             *(cell(e, c) for c in columns)] for e in sorted(evaluations, key=lambda e: [x.data for x in evaluations].index(e.data))]
+    return (f"{caption}{one}{'; mean ± sample standard deviation over seeds' * several}",
+            ["model", "data", *(["seeds"] if several else []), *(["scored"] if len(scored) > 1 else []), *columns], rows)
 
 
 def spread_table(by_model, columns):
@@ -202,20 +255,38 @@ def other_thresholds(evaluations):
 def paired_table(by_model, metric, draws):
     """First model minus each other one on every set that both were scored on, same pictures; None where there is none."""
     (first, own), *others = by_model.items()
-    name, rows = metric.removeprefix("pixel/"), []
-    for model, found in others:
-        for data in [d for d in own if d in found]:
-            a, b = own[data], found[data]
-            if a.counts is None or b.counts is None or name not in NAMES or a.files != b.files:
-                continue
-            pooled = lambda drawn: float(quotients(drawn.sum(0))[name])
-            interval = bootstrap(a.counts, pooled, other=b.counts, samples=draws)
-            clear = "yes" if interval.low > 0 or interval.high < 0 else "no"
-            rows.append([f"{first} - {model}", data, len(a.files), interval.value, interval.low, interval.high, clear])
+    rows = [[f"{first} - {model}", data, len(own[data].files), len(drawn.samples), drawn.value, drawn.low, drawn.high, p, adjusted]
+            for data in own
+            for model, drawn, p, adjusted in paired_tests(own[data], {m: sets[data] for m, sets in others if data in sets}, metric, draws)]
     if not rows:
         return None
-    return (f"Differences in pooled {name} on the same pictures (above 0: {first} scores higher), 95 % interval of {draws} paired "
-            "bootstrap draws", ["models", "data", "pictures", "difference", "low", "high", "clear of 0"], rows)
+    return (f"Differences in {metric.removeprefix('pixel/')} on the same pictures (above 0: {first} scores higher): 95 % interval of the "
+            "paired bootstrap draws, p of no difference, two-sided",
+            ["models", "data", "pictures", "draws", "difference", "low", "high", "p", "p, Holm"], rows)
+
+
+def paired_tests(first, others, metric, draws):
+    """[(name, Interval of first's metric minus the other's, p of no difference, p by Holm for as many others)] of those that were scored on
+    the same pictures. others: {name: Evaluation}."""
+    found = {name: paired_difference(first, other, metric, draws) for name, other in others.items()}
+    found = {name: drawn for name, drawn in found.items() if drawn is not None}
+    chances = [chance(drawn) for drawn in found.values()]
+    return [(name, drawn, p, adjusted) for (name, drawn), p, adjusted in zip(found.items(), chances, holm(chances).tolist())]
+
+
+def paired_difference(a, b, metric, draws):
+    """The Interval of Evaluation a's metric minus b's, the same pictures drawn for both; over the means of their seeds. draws: how many
+    (of a detector: what was drawn when it was evaluated, and draws is not looked at). None where that is not known of the same pictures."""
+    name = metric.removeprefix("pixel/")
+    if a.files is None or a.files != b.files:
+        return None
+    if a.counts is not None and b.counts is not None and name in NAMES:
+        pooled = lambda drawn: float(quotients(drawn.sum(0))[name].mean())                                            # [S, 4] -> [S]
+        return bootstrap(a.counts, pooled, other=b.counts, samples=draws)
+    if not (a.draws and b.draws) or any(metric not in e.draws for e in (a, b)):
+        return None
+    ours, theirs = (e.draws[metric].mean(0) for e in (a, b))
+    return percentiles(a.stats[metric] - b.stats[metric], ours - theirs) if ours.shape == theirs.shape else None
 
 
 def signed_rank_table(by_model, metric, notes):
@@ -259,7 +330,7 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
         size = (min(max(720, 90 * len(values)), 1800), 460)
         pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets",
                              titled=True) for name in drawn[:2]]
-    numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [e.path for e in evaluations],
+    numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [path for e in evaluations for path in e.paths],
                "values": {model: dict(zip(sets, row)) for model, row in values.items()},
                "tables": [{"caption": c, "columns": cols, "rows": rows} for c, cols, rows in shown], "notes": notes}
     with writing(out):

@@ -9,8 +9,8 @@ from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
 from minidamage.data.record import number_of
 from minidamage.evaluation.ceiling import mask_ceiling
-from minidamage.evaluation.common import (change_finish, cost_text, print_sections, summary, unreadable_note, without_nan, write_page,
-                                          writing)
+from minidamage.evaluation.common import (change_finish, cost_text, print_sections, relative_files, summary, unreadable_note, without_nan,
+                                          write_page, writing)
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
@@ -74,13 +74,16 @@ def score(job):
     numbers = {**collect(result, pixel_result, thresholds, metrics, intervals, notes), "unreadable": unreadable, "ceiling": ceiling or {}}
     about, folder = job.about(), job.folder
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
+    draws = {name: [round(value, 6) for value in interval.samples.tolist()] for name, interval in intervals.items()}
     with writing(folder):
         run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
+        of_pictures = without_nan({"files": relative_files(job), "draws": draws})
+        run_folder.write_json(os.path.join(folder, "pictures.json"), of_pictures, indent=None)
         run_folder.write_json(os.path.join(folder, "detections.json"), evaluator.coco_detections(job.dataset.category_ids), indent=None)
         run_folder.write_json(os.path.join(folder, "truth.json"), evaluator.coco_truth(job.dataset.category_ids, files), indent=None)
         pictures = draw_worst(folder, samples, judged, result, pixel_result, thresholds, names, job.args.worst)
         write_page(folder, shown, about, [("Accuracy", curves(result)), ("In use", confusion_picture(result, thresholds))], pictures)
-    print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, detections.json, truth.json"
+    print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, pictures.json, detections.json, truth.json"
           + f" and {number_of(len(pictures), 'picture')} of the worst predictions" * bool(pictures))
 
 

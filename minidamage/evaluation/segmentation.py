@@ -17,8 +17,8 @@ from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
 from minidamage.data.record import number_of
-from minidamage.evaluation.common import (change_finish, cost_text, print_sections, summary, unreadable_note, without_nan, write_page,
-                                          writing)
+from minidamage.evaluation.common import (change_finish, cost_text, print_sections, relative_files, summary, unreadable_note, without_nan,
+                                          write_page, writing)
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
@@ -218,12 +218,6 @@ def finish(job, sizes, points, metrics, unreadable):
         write_page(folder, shown, about, [("Accuracy", curves(sizes))], pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, pictures.json"
           + f", {number_of(len(pictures), 'picture')} of the worst predictions" * bool(pictures) + ", maps/*.png" * job.args.save_maps)
-
-
-def relative_files(job):
-    """The pictures' paths as seen from the data set's folder: what two runs on copies of one set have in common."""
-    root = job.dataset.path if os.path.isdir(job.dataset.path) else os.path.dirname(job.dataset.path)
-    return [os.path.relpath(record.file, root or ".") for record in job.records]
 
 
 def explain(sizes, in_use, job):

@@ -49,10 +49,24 @@ def bootstrap(values, statistic=np.nanmean, other=None, level=0.95, samples=2000
         return parts[0] - parts[1] if len(parts) == 2 else parts[0]
 
     rng = np.random.default_rng(seed)
-    drawn = np.array([number(rng.integers(0, len(values), len(values))) for _ in range(samples)])
-    known = drawn[~np.isnan(drawn)]                                   # NaN: a draw where the statistic has no value
+    return percentiles(number(slice(None)), np.array([number(rng.integers(0, len(values), len(values))) for _ in range(samples)]), level)
+
+
+def percentiles(value, drawn, level=0.95):
+    """The Interval of a value from what it was in B draws [B]; NaN: a draw where it has none."""
+    known = drawn[~np.isnan(drawn)]
     low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2]) if len(known) else (np.nan, np.nan)
-    return Interval(number(slice(None)), float(low), float(high), level, drawn)
+    return Interval(value, float(low), float(high), level, drawn)
+
+
+def chance(interval):
+    """Two-sided p of "there is no difference", from the bootstrap draws of one: twice the share of draws on the other side of 0, the data
+    as it is counted as one draw more (Davison, Hinkley 1997, section 4.2), so that B draws give no p below 2 / (B + 1). NaN without draws.
+    """
+    drawn = interval.samples[~np.isnan(interval.samples)]
+    if len(drawn) == 0:
+        return float("nan")
+    return min(1.0, 2 * (1 + float(min((drawn <= 0).sum(), (drawn >= 0).sum()))) / (len(drawn) + 1))
 
 
 # ---------------------------------------------------------------------------------------------- over data sets
