@@ -444,7 +444,8 @@ def equal(one, other):
     return json.dumps(one, sort_keys=True) == json.dumps(other, sort_keys=True)
 
 
-@pytest.mark.parametrize("model, files", [("damagenet", ("detections.json", "truth.json", "pictures.json")), ("context_cracknet", ("pictures.json",))])
+@pytest.mark.parametrize("model, files", [("damagenet", ("detections.json", "truth.json", "pictures.json")),
+                                          ("context_cracknet", ("pictures.json",))])
 def test_evaluation_in_shares_has_the_numbers_of_one_process(command, tmp_path, both, model, files):
     more = ("--set", "box_score_thresh=0", "--set", "rpn_score_thresh=0") if model == "damagenet" else ()
     assert train.main(command("--epochs", 1, *more, model=model)) == 0
