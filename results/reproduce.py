@@ -1,6 +1,6 @@
 """Makes every training run behind a table of this project, one command each, resumable; the tables are made from what the runs wrote.
 
-    python results/reproduce.py --list
+    python results/reproduce.py --list                                     # all of them, by table; --list steel: those, and their commands
     python results/reproduce.py --run cars-damagenet cars-no-dilation      # trains (or goes on), evaluates, keeps the numbers
     python results/reproduce.py --budget 25 --hardware gpu                 # what is missing most, until 25 minutes are over
     python results/reproduce.py --table                                    # results/<table>.md and the README's tables, from the JSON
@@ -23,7 +23,7 @@ import sys
 import time
 from importlib import metadata
 
-from runs import RUNS
+from runs import RUNS, TABLES
 from tables import write_tables
 
 HERE = pathlib.Path(__file__).resolve().parent
@@ -46,6 +46,11 @@ def data_folder():
 def typed(run, which):
     """How a run's train.py or evaluate.py is typed, without its arguments: a peer's model is known to results/peers.py alone."""
     return ["results/peers.py", which] if run.peer else [f"{which}.py"]
+
+
+def typed_out(run):
+    """The whole command that trains a run."""
+    return f"python {' '.join(typed(run, 'train'))} {run.train}".strip().replace("{data}", "$MINIDAMAGE_DATA")
 
 
 def script(words, deadline=None):
@@ -74,8 +79,7 @@ def perform(run, deadline=None):
     folder = sorted(out.glob("*/last.pt"))[-1].parent
     kept = HERE / run.name
     kept.mkdir(exist_ok=True)
-    command = f"python {' '.join(typed(run, 'train'))} {run.train}".strip().replace("{data}", "$MINIDAMAGE_DATA")
-    summary = {"name": run.name, "table": run.table, "train": command,
+    summary = {"name": run.name, "table": run.table, "train": typed_out(run),
                "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
     pictures = {}
@@ -168,18 +172,26 @@ def spend(minutes, runs):
             break
 
 
-def show_list():
-    for run in RUNS:
+def show_list(words=()):
+    """The runs by table; with words, those whose name has one of them, and how each is typed."""
+    table = None
+    for run in [run for run in RUNS if not words or any(word in run.name for word in words)]:
+        if run.table != table:
+            table = run.table
+            print(f"\n{table}: {TABLES[table].title}" + f" ({TABLES[table].paper})" * bool(TABLES[table].paper))
         share, (cpu, gpu) = share_done(run), run.minutes
         state = "done" if share == 1 else f"{share:.0%}" if share else ""
         state = state or "-" * bool(lacks(run))
         expected = ", ".join(f"{minutes} min on {where}" for minutes, where in ((cpu, "two CPU cores"), (gpu, "a GPU")) if minutes)
         print(f"{state:5s} {run.hardware}  {run.name:38s} {', '.join(run.rows)}" + f"   ({expected})" * bool(expected))
+        if words:
+            print(f"           {typed_out(run)}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--list", action="store_true", help="the runs, and which are done; -: its data, or its peer, is not there")
+    parser.add_argument("--list", nargs="*", metavar="WORD", help="the runs by table, and which are done; -: its data, or its peer, is not "
+                        "there. With words: the runs whose name has one of them, and their commands")
     parser.add_argument("--run", nargs="+", metavar="NAME", help="runs to make, in this order; one that was cut goes on")
     parser.add_argument("--resume", action="store_true", help="go on with every run that was begun and not finished")
     parser.add_argument("--budget", type=float, metavar="MINUTES", help="stop, and save, when so many minutes are over; without --run: "
@@ -201,8 +213,8 @@ def main():
             perform(run)
     if args.table:
         write_tables()
-    if args.list or not (args.run or args.resume or args.budget is not None or args.table):
-        show_list()
+    if args.list is not None or not (args.run or args.resume or args.budget is not None or args.table):
+        show_list(args.list or ())
 
 
 if __name__ == "__main__":

@@ -54,36 +54,42 @@ def table_text(name):
     for run in [run for run in RUNS if run.table == name]:
         for row in run.rows:
             rows.setdefault(row, []).append(run)
-    lines = [f"| row | seeds | {' | '.join(table.columns)} | command |", "|---|--:|" + "--:|" * len(table.columns) + "---|"]
+    lines = [line("row", "seeds", *table.columns, "run"), f"|---|{'--:|' * (1 + len(table.columns))}---|"]
     made_with = {}
     for row, runs in rows.items():
         if row in table.printed:
             cells = [f"{value:.2f}" if table.percent else f"{value:.4f}" for value in table.printed[row]]
-            lines.append(f"| {row}, paper | | " + " | ".join(cells + [""] * (len(table.columns) - len(cells))) + " | |")
+            lines.append(line(f"{row}, paper", "", *cells, *[""] * (len(table.columns) - len(cells)), ""))
         lines.append(our_row(row, runs, table, made_with))
     tested = tests_of(rows, table) if table.tested else []
-    return "\n".join([*lines, *tested, "", *(f"{each}." for each in made_with), *([table.note] if table.note else [])]).strip()
+    return "\n".join([*lines, *tested, "", "A row again: `python results/reproduce.py --run RUN`.", *(f"{each}." for each in made_with),
+                      *([table.note] if table.note else [])]).strip()
+
+
+def line(*cells):
+    return f"| {' | '.join(cells)} |"
 
 
 def our_row(row, runs, table, made_with):
     """One line of ours over its seeds; made_with receives what the numbers were made with."""
-    command = f"`python results/reproduce.py --run {' '.join(run.name for run in runs)}`"
-    label, found = label_of(row, runs), kept(row, runs)
-    if not found:
-        return f"| {label} | | not run" + " |" * len(table.columns) + f" {command} |"
-    seeds, values = [], {column: [] for column in table.columns}
+    found = kept(row, runs)
+    cells = ["not run", *[""] * (len(table.columns) - 1)]
+    if found:
+        cells = [cell([look_up(summary["rows"][row], path) for _, summary in found], table.percent) for path in table.columns.values()]
     for run, summary in found:
-        numbers = summary["rows"][row]
-        seeds.append(str(summary["run"]["seed"]))
-        for column, path in table.columns.items():
-            values[column].append(look_up(numbers, path))
+        numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
         commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
-        hardware = summary["run"]["hardware"]
         where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
         made_with[f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}"
                   f"{', ' * bool(run.peer)}{summary.get('peer', '')}; commit {commits}"] = None
-    cells = [cell([value for value in column if value is not None], table.percent) for column in values.values()]
-    return f"| {label} | {', '.join(seeds)} | " + " | ".join(cells) + f" | {command} |"
+    seeds = ", ".join(str(summary["run"]["seed"]) for _, summary in found)
+    return line(label_of(row, runs), seeds, *cells, f"`{in_braces([run.name for run in runs])}`")
+
+
+def in_braces(names):
+    """The names of a run's seeds as a shell writes them out: name{,-seed1,-seed2}."""
+    first, *others = names
+    return f"{first}{{,{','.join(name.removeprefix(first) for name in others)}}}" if others else first
 
 
 def label_of(row, runs):
@@ -124,9 +130,13 @@ def pictures_of(run):
 
 
 def cell(values, percent):
+    """A number over its seeds; of one seed, an interval (low, high) too."""
+    values = [value for value in values if value is not None]
     if not values:
         return "-"
     text = (lambda value: f"{100 * value:.2f}") if percent else (lambda value: f"{value:.3f}")
+    if isinstance(values[0], list):
+        return " to ".join(map(text, values[0])) if len(values) == 1 else ""
     mean = text(statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
 

@@ -74,7 +74,7 @@ def test_a_peer_repeats_a_run_of_ours_in_everything_but_the_model(results, peers
 def test_a_row_says_that_it_is_a_peers(results):
     text = results["tables"].table_text("cracks-full-cfd")
     assert "| segmentation_models_pytorch's U-Net, trained by the same script |" in text
-    assert "--run cracks-full-cfd-smp-unet cracks-full-cfd-smp-unet-seed1 cracks-full-cfd-smp-unet-seed2`" in text
+    assert "| `cracks-full-cfd-smp-unet{,-seed1,-seed2}` |" in text and "`python results/reproduce.py --run RUN`" in text
     assert results["reproduce"].typed(results["runs"].Run("a", "a", "", {}, "cpu", peer="torchvision"), "train") == [
         "results/peers.py", "train"]
 
@@ -100,14 +100,15 @@ def test_a_row_puts_its_seeds_together(results, tmp_path, monkeypatch):
         folder = tmp_path / runs.seeded("steel-full-phase5", seed)
         folder.mkdir()
         summary = {"run": {"seed": seed, "commits": ["0123456789+changes"], "hardware": hardware, "versions": {"torch": "2"}},
-                   "rows": {runs.PHASES[5]: {"pictures": 360, "part": "test", "stats": {"bbox/AP50": value}}}}
+                   "rows": {runs.PHASES[5]: {"pictures": 360, "part": "test", "stats": {"bbox/AP50": value},
+                                            "intervals": {"bbox/AP50": [value - 0.1, value + 0.1]}}}}
         (folder / "summary.json").write_text(json.dumps(summary))
     monkeypatch.setattr(tables, "HERE", tmp_path)
     text = tables.table_text("steel-full")
-    assert "| 5 DANet (+ focal loss), paper | | 51.42 | 79.49 | 92.43 | 81.04 | 68.22 | 96.93 | 78.27 |" in text
-    assert "| 5 DANet (+ focal loss) | 0, 1 | - | - | - | - | - | - | 30.00 (20.00 to 40.00) |" in text
+    assert "| 5 DANet (+ focal loss), paper |  | 51.42 | 79.49 | 92.43 | 81.04 | 68.22 | 96.93 | 78.27 |  |  |  |  |" in text
+    assert "| 5 DANet (+ focal loss) | 0, 1 | - | - | - | - | - | - | 30.00 (20.00 to 40.00) | - | - |  |" in text
     assert "360 test pictures; some processor, 2 threads; torch 2; commit 0123456 with uncommitted changes." in text
-    assert "| 1 Faster R-CNN | | not run |" in text
+    assert "| 1 Faster R-CNN |  | not run |" in text
 
 
 def test_the_first_row_is_tested_against_each_other_one(results, tmp_path, monkeypatch):
@@ -143,14 +144,15 @@ def test_a_row_that_a_finished_run_was_not_scored_for_is_not_run(results, tmp_pa
     tables, columns = results["tables"], results["runs"].CAR_COLUMNS
     hardware = {"gpu": None, "cpu": "some processor", "threads": 2}
     summary = {"run": {"seed": 0, "commits": ["0123456"], "hardware": hardware, "versions": {"torch": "2"}},
-               "rows": {"DamageNet": {"pictures": 105, "stats": {"segm/AP": 0.2}}}}
+               "rows": {"DamageNet": {"pictures": 105, "stats": {"segm/AP": 0.2}, "intervals": {"segm/AP": [0.1, 0.3]}}}}
     (tmp_path / "cars-damagenet").mkdir()
     (tmp_path / "cars-damagenet" / "summary.json").write_text(json.dumps(summary))
     monkeypatch.setattr(tables, "HERE", tmp_path)
     lines = tables.table_text("cars").splitlines()
-    assert "| DamageNet | 0 | - | - | 0.200 |" in next(line for line in lines if line.startswith("| DamageNet |"))
+    ours = next(line for line in lines if line.startswith("| DamageNet |"))
+    assert ours.startswith("| DamageNet | 0 | - | - | 0.200 |") and ours.endswith("| 0.100 to 0.300 | `cars-damagenet` |")
     for row in ("DamageNet, a tenth occluded", "DamageNet, a quarter occluded"):
-        assert f"| {row} | | not run{' |' * len(columns)} `python results/reproduce.py --run cars-damagenet` |" in lines
+        assert f"| {row} |  | not run{' | ' * len(columns)}`cars-damagenet` |" in lines
 
 
 def test_the_flags_of_every_row_are_evaluate_py_s(results):
