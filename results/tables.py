@@ -4,6 +4,7 @@ results/complexity/complexity.json: no number is typed.
 A row's seeds are put together: mean, and in brackets the smallest and the largest. What the papers print stands in a row of its own
 above ours. Below most tables their first row is tested against each other one (paired bootstrap over the test pictures, Holm's correction).
 """
+import csv
 import json
 import pathlib
 import statistics
@@ -141,6 +142,25 @@ def cell(values, percent):
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
 
 
+def learning_text():
+    """A Markdown table of every kept run: how far training came. A training loss as high as validation's says that little was learned by
+    heart, a metric that rose to the end that more steps would have helped."""
+    lines = [line("run", "epochs", "training loss, last epoch", "validation loss, last epoch", "chosen by", "half-way", "last epoch", "best"),
+             "|---|--:|--:|--:|---|--:|--:|--:|"]
+    for run in RUNS:
+        if not (HERE / run.name / "summary.json").exists():
+            continue
+        select_by = json.loads((HERE / run.name / "summary.json").read_text())["run"]["recipe"]["select_by"]
+        with open(HERE / run.name / "metrics.csv", newline="") as stream:
+            epochs = list(csv.DictReader(stream))
+        values = [float(epoch[f"val/{select_by}"]) for epoch in epochs]
+        best = (min if "loss" in select_by else max)(values)
+        losses = (f"{float(epochs[-1][f'{part}/loss']):.3f}" for part in ("train", "val"))
+        shown = (f"{value:.3f}" for value in (values[len(values) // 2 - 1], values[-1], best))
+        lines.append(line(f"`{run.name}`", str(len(epochs)), *losses, f"validation {select_by}", *shown))
+    return "\n".join(lines)
+
+
 BENCHMARKS = ("ops", "boxes", "models", "segmenters", "val2017", "eval", "data")
 # The rows that the README shows; results/speed.md has all of them, and what they were measured with.
 SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
@@ -269,7 +289,7 @@ def whole(value):
 def write_tables():
     """results/<table>.md for every table, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
     texts = {name: table_text(name) for name in TABLES}
-    texts["complexity"] = complexity_text()
+    texts |= {"complexity": complexity_text(), "learning": learning_text()}
     for name, text in {**texts, "speed": speed_text()}.items():
         (HERE / f"{name}.md").write_text(text + "\n")
     readme = (ROOT / "README.md").read_text()

@@ -140,6 +140,16 @@ def test_the_first_row_is_tested_against_each_other_one(results, tmp_path, monke
     assert tested[2].startswith("| FPN | +0.050 | ") and float(tested[2].split(" | ")[3]) > 0.4
 
 
+def test_how_far_training_came_stands_in_a_table(results, tmp_path, monkeypatch):
+    monkeypatch.setattr(results["tables"], "HERE", tmp_path)
+    (tmp_path / "steel-phase1").mkdir()
+    (tmp_path / "steel-phase1" / "summary.json").write_text(json.dumps({"run": {"recipe": {"select_by": "bbox/AP50"}}}))
+    rows = ["epoch,train/loss,val/loss,val/bbox/AP50", "1,3,2.5,0.1", "2,2,2,0.2", "3,1.5,1.75,0.45", "4,1.25,1.5,0.4"]
+    (tmp_path / "steel-phase1" / "metrics.csv").write_text("\n".join(rows))
+    assert results["tables"].learning_text().splitlines()[2:] == [
+        "| `steel-phase1` | 4 | 1.250 | 1.500 | validation bbox/AP50 | 0.200 | 0.400 | 0.450 |"]
+
+
 def test_a_row_that_a_finished_run_was_not_scored_for_is_not_run(results, tmp_path, monkeypatch):
     tables, columns = results["tables"], results["runs"].CAR_COLUMNS
     hardware = {"gpu": None, "cpu": "some processor", "threads": 2}
