@@ -32,9 +32,20 @@ struct DeformConv2d {
 
   MD_HD int64_t positions() const { return N * OH * OW; }
   MD_HD int64_t taps() const { return KH * KW; }
-  MD_HD int64_t group_channels() const { return C / groups; }
+  template <typename Index = int64_t>
+  MD_HD Index group_channels() const { return static_cast<Index>(C) / static_cast<Index>(groups); }
   MD_HD int64_t group_outputs() const { return O / groups; }
-  MD_HD int64_t offset_channels() const { return C / offset_groups; }
+  template <typename Index = int64_t>
+  MD_HD Index offset_channels() const { return static_cast<Index>(C) / static_cast<Index>(offset_groups); }
+
+  // The pictures [begin, begin + count) alone: their positions, samples and pixels are counted from picture `begin`.
+  DeformConv2d pictures(int64_t begin, int64_t count) const {
+    DeformConv2d part = *this;
+    const int64_t skipped = begin * OH * OW * offset_groups * taps();
+    part.N = count, part.offset += 2 * skipped;
+    if (mask) part.mask += skipped;
+    return part;
+  }
 };
 
 // Where one tap looks: between the rows y and y + 1 and the columns x and x + 1, of which one may lie outside the picture.
@@ -45,15 +56,18 @@ struct Sample {
   A mask;
 };
 
-// Where a tap stands without its offset, and which number its sample has in mask (and half of it in offset).
+// Where a tap stands without its offset, in picture n, and which number its sample has in mask (and half of it in offset).
 struct GridPlace {
-  int64_t y, x, index;
+  int64_t n, y, x, index;
 };
-template <typename A>
-MD_HD GridPlace grid_place(const DeformConv2d<A>& problem, int64_t position, int64_t q, int64_t k) {
-  const int64_t out_y = position / problem.OW % problem.OH, out_x = position % problem.OW;
-  return {out_y * problem.stride_y - problem.pad_y + k / problem.KW * problem.dilation_y,
-          out_x * problem.stride_x - problem.pad_x + k % problem.KW * problem.dilation_x,
+// Index: the type of the divisions, which holds the number of samples.
+template <typename A, typename Index>
+MD_HD GridPlace grid_place(const DeformConv2d<A>& problem, Index position, Index q, Index k) {
+  const Index OW = static_cast<Index>(problem.OW), OH = static_cast<Index>(problem.OH), KW = static_cast<Index>(problem.KW);
+  const Index row = position / OW, n = row / OH, tap_y = k / KW;
+  const int64_t out_y = row - n * OH, out_x = position - row * OW, tap_x = k - tap_y * KW;
+  return {static_cast<int64_t>(n), out_y * problem.stride_y - problem.pad_y + tap_y * problem.dilation_y,
+          out_x * problem.stride_x - problem.pad_x + tap_x * problem.dilation_x,
           (position * problem.offset_groups + q) * problem.taps() + k};
 }
 
@@ -67,10 +81,6 @@ MD_HD bool find_sample(const DeformConv2d<A>& problem, const GridPlace& place, S
   sample.y = static_cast<int64_t>(floor_y), sample.x = static_cast<int64_t>(floor_x);
   sample.below = y - floor_y, sample.right = x - floor_x;
   return true;
-}
-template <typename A>
-MD_HD bool find_sample(const DeformConv2d<A>& problem, int64_t position, int64_t q, int64_t k, Sample<A>& sample) {
-  return find_sample(problem, grid_place(problem, position, q, k), sample);
 }
 
 // Corner i of a sample: 0 above left, 1 above right, 2 below left, 3 below right. Its pixel y W + x; -1 outside the picture.

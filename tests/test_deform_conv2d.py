@@ -229,6 +229,15 @@ def test_values_that_are_no_number():
     same(_extension.load_emulated().deform_conv2d(*args), output, None, "emulated")
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_tiles_that_end_inside_a_picture(masked):
+    """The emulated build takes 75 positions at a time here, a picture has 56: the deterministic gather looks at two pictures a tile."""
+    backward = backward_problem(problem(batch=4, offset_groups=2, masked=masked))
+    expected = deform_conv2d_backward_input_reference(*backward)
+    same(emulated_deterministic(backward), expected, 1e-4, "gathered")
+    same(_extension.load_emulated().deform_conv2d_backward_input(*backward), expected, 1e-4, "atomic")
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision(dtype):
     """On a CPU in float32, rounded once; the CUDA kernels read and write halves and sum in float32."""

@@ -239,10 +239,13 @@ Tensor deform_conv2d_on_cuda(const Tensor& input, const Tensor& offset, const Op
   return from_rows(output, is_channels_last(input));
 }
 
-// grad_columns, in float32 or float64, into grad_input; `order` fixed.
+// grad_columns into grad_input, of float32 or float64, in a fixed order. Looks at the pictures of the tile alone: cells and pixels.
 template <typename A>
-void gather_in_order(const DeformConv2d<A>& problem, DType dtype, const Tensor& columns, int64_t first, int64_t count, Tensor& grad_input,
+void gather_in_order(const DeformConv2d<A>& whole, DType dtype, const Tensor& columns, int64_t first, int64_t count, Tensor& grad_input,
                      void* stream) {
+  const int64_t size = whole.OH * whole.OW, begin = first / size, end = ceil_div(first + count, size);
+  const DeformConv2d<A> problem = whole.pictures(begin, end - begin);
+  first -= begin * size;
   const at::TensorOptions options = columns.options().dtype(at::kLong);
   Tensor cells = at::empty({count * problem.offset_groups * problem.taps()}, options);
   deform_cells_cuda(problem, first, count, cells.mutable_data_ptr<int64_t>(), stream);
@@ -250,7 +253,7 @@ void gather_in_order(const DeformConv2d<A>& problem, DType dtype, const Tensor& 
   const auto [sorted, order] = cells.sort(/*stable=*/true, 0, /*descending=*/false);
   const Tensor starts = at::searchsorted(sorted, at::arange(deform_cells(problem) + 1, options));
   deform_gather_cuda(problem, dtype, columns.const_data_ptr(), first, count, order.const_data_ptr<int64_t>(),
-                     starts.const_data_ptr<int64_t>(), grad_input.mutable_data_ptr<A>(), stream);
+                     starts.const_data_ptr<int64_t>(), grad_input[begin].mutable_data_ptr<A>(), stream);
   MD_LAUNCH_CHECK();
 }
 

@@ -96,12 +96,12 @@ template <typename T>
 struct Walk {
   const DeformConv2d<T>& problem;
   GridPlace place;
-  int64_t out_y, out_x, n;
+  int64_t out_y, out_x;
 
   Walk(const DeformConv2d<T>& problem, int64_t position, int64_t k)
-      : problem(problem), place(grid_place(problem, position, 0, k)), out_y(position / problem.OW % problem.OH),
-        out_x(position % problem.OW), n(position / problem.OW / problem.OH) {}
-  GridPlace at(int64_t q) const { return {place.y, place.x, place.index + q * problem.taps()}; }
+      : problem(problem), place(grid_place<T, int64_t>(problem, position, 0, k)), out_y(position / problem.OW % problem.OH),
+        out_x(position % problem.OW) {}
+  GridPlace at(int64_t q) const { return {place.n, place.y, place.x, place.index + q * problem.taps()}; }
   void next() {
     place.index += problem.offset_groups * problem.taps();
     place.x += problem.stride_x;
@@ -110,7 +110,7 @@ struct Walk {
     place.y += problem.stride_y;
     if (++out_y < problem.OH) return;
     place.y -= problem.OH * problem.stride_y, out_y = 0;
-    ++n;
+    ++place.n;
   }
 };
 
@@ -121,7 +121,7 @@ void sample_columns(const DeformConv2d<T>& problem, const T* input, int64_t firs
   const int64_t channels = problem.offset_channels(), first_group = begin / channels;
   Walk<T> walk(problem, first, k);
   for (int64_t t = 0; t < count; ++t, walk.next()) {
-    const T* picture = input + walk.n * problem.H * problem.W * problem.C;
+    const T* picture = input + walk.place.n * problem.H * problem.W * problem.C;
     T* row = scratch.columns + t * scratch.columns_row;
     for (int64_t c = begin, q = first_group; c < end; ++q) {
       const int64_t stop = std::min(end, (q + 1) * channels);
