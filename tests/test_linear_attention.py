@@ -130,15 +130,16 @@ def test_kernels_equal_the_reference(sizes, outer):
 
 
 def test_more_rows_than_a_segment():
-    """Segments, tiles and chunks, all of them cut: 1,500 rows on the CPU in two or more segments, on a GPU in chunks of 128."""
+    """1,500 rows, on the CPU in two or more segments, in tiles, the last of each cut."""
     args = problem(B=1, N=1500, D=20, heads=1, d=20, k=100)
     check_op(OP, linear_attention_reference, (*args, True), opcheck=False, strides=False, tolerance=1e-4)
     check_op(BACKWARD, linear_attention_backward_reference, backward_arguments(args), opcheck=False, strides=False, tolerance=1e-4)
 
 
-def test_chunks_of_scores_on_a_gpu():
-    """More scores than one chunk holds: 128 rows at a time here."""
-    args = problem(B=4, N=150, D=4, heads=16, d=2, k=600, dtype=torch.float32)
+@pytest.mark.parametrize("sizes", [dict(B=3, N=150), dict(B=2, N=450)], ids=str)
+def test_chunks_of_scores_on_a_gpu(sizes):
+    """More scores than one chunk holds: two pictures and one; 436 rows of a picture and 14."""
+    args = problem(**sizes, D=4, heads=16, d=2, k=600)
     kernels = _extension.load_emulated()
     same(kernels.linear_attention(*args, True), linear_attention_reference(*args, True), 1e-4, "emulated")
     backward = backward_arguments(args)
@@ -264,6 +265,37 @@ def test_only_some_tensors_require_a_gradient():
     expected, = torch.autograd.grad(in_the_papers_order(*args[:5], w_v, *args[6:]).square().sum(), w_v)
     same(gradient, expected, 1e-4)
     assert not ops.linear_attention(*args).requires_grad
+
+
+@pytest.mark.parametrize("sizes", [dict(), dict(outer=False), dict(bias=False), dict(B=0)], ids=str)
+def test_gradients_that_none_needs_stay_empty(sizes):
+    backward = backward_arguments(problem(N=9, D=5, heads=2, d=3, k=4, **sizes))
+    masks = [[i == j for j in range(11)] for i in range(11)] + [[i % 3 == 0 for i in range(11)], [False] * 11]
+    everything = linear_attention_backward_reference(*backward)
+    for needed in masks:
+        expected = [gradient if wanted else gradient.new_empty(0) for gradient, wanted in zip(everything, needed)]
+        same(BACKWARD(*backward, needed), expected, 1e-4, "kernel")
+        same(_extension.load_emulated().linear_attention_backward(*backward, needed), expected, 1e-4, "emulated")
+        same(linear_attention_backward_reference(*backward, needed), expected)
+    check_op(BACKWARD, linear_attention_backward_reference, (*backward, masks[-2]), tolerance=1e-4)
+
+
+def test_autograd_asks_for_what_it_needs():
+    asked = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if function is BACKWARD.default:
+                asked.append(args[16])
+            return function(*args, **(kwargs or {}))
+
+    args = list(problem(bias=False))
+    args[0], args[7], args[10] = (args[i].requires_grad_() for i in (0, 7, 10))              # x, E, w_o
+    output = ops.linear_attention(*args).sum()
+    with Watch():
+        output.backward()
+    assert asked == [[i in (0, 7, 9) for i in range(11)]]
+    assert all(args[i].grad.shape == args[i].shape for i in (0, 7, 10))
 
 
 def test_expanded_and_strided_tensors():
