@@ -65,8 +65,12 @@ void attention_backward_cpu(const Attention<T>& problem, int64_t segments, const
 // A chunk of scores, [heads, rows, k]: rows first ... first + rows - 1 of the N of every head of every picture.
 struct ScoreRows {
   int64_t heads, rows, k, N, first;
-  // Where row r of the chunk stands in [heads, N].
-  MD_HD int64_t position(int64_t r) const { return r / rows * N + first + r % rows; }
+  // Where row r of the chunk stands in [heads, N]. Index: the type of the division, which holds heads * rows.
+  template <typename Index>
+  MD_HD int64_t position(Index r) const {
+    const Index head = r / static_cast<Index>(rows);
+    return head * N + first + (r - head * static_cast<Index>(rows));
+  }
 };
 // scores of A become P of dtype, [heads, rows, k]: the softmax of scores times scale. log_sum_exp [heads, N] of A, or null.
 template <typename A>
