@@ -10,6 +10,7 @@
 #include <ATen/ops/ones.h>
 #include <ATen/ops/zeros_like.h>
 
+#include <array>
 #include <cmath>
 
 #include "tensors.h"
@@ -19,6 +20,16 @@ namespace {
 
 using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+// The gradients of Backward; those that are not needed stay empty.
+enum Gradient { X, W_Q, B_Q, W_K, B_K, W_V, B_V, OF_E, OF_F, W_O, B_O, GRADIENTS };
+using Needed = std::array<bool, GRADIENTS>;
+using Gradients = std::array<Tensor, GRADIENTS>;
+
+Gradients no_gradients(const Tensor& x) {
+  Gradients grads;
+  for (Tensor& grad : grads) grad = at::empty({0}, x.options());
+  return grads;
+}
 
 struct Sizes {
   int64_t B, N, D, A, k, H, d;
@@ -151,7 +162,7 @@ Forward forward_cpu(const Sizes& size, const Tensor& x, const Tensor& w_q, const
 }
 
 template <typename T>
-Backward backward_cpu(const Sizes& size, const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
+Gradients backward_cpu(const Sizes& size, const Needed& needed, const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
                       const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F,
                       const OptionalTensor& w_o, const Tensor& attended, const Tensor& query, const Tensor& projected,
                       const Tensor& keys_values, const Tensor& log_sum_exp) {
@@ -178,35 +189,40 @@ Backward backward_cpu(const Sizes& size, const Tensor& grad, const Tensor& x, co
   run<T>({product<T>(flat(grad_projected[0]), {{flat(grad_keys_values[0]), w_k}}),
           product<T>(flat(grad_projected[1]), {{flat(grad_keys_values[1]), w_v}})});
 
-  Tensor grad_x = empty_large({B, N, D}, options), grad_w_q = at::empty({A, D}, options), grad_b_q = at::empty({A}, options);
-  const Tensor ones = at::ones({1, 1}, options).expand({1, B * N}), none = at::empty({0}, options);
-  std::vector<Product<T>> products{product<T>(grad_w_q, {{flat(grad_query).t(), flat(x)}}),
-                                   product<T>(grad_b_q.unsqueeze(0), {{ones, flat(grad_query)}})};
-  Tensor grad_w_o = none, grad_b_o = none.clone();
-  if (w_o.has_value()) {
-    grad_w_o = at::empty(w_o->sizes(), options), grad_b_o = at::empty({w_o->size(0)}, options);
-    products.push_back(product<T>(grad_w_o, {{flat(grad).t(), flat(attended)}}));
-    products.push_back(product<T>(grad_b_o.unsqueeze(0), {{ones, flat(grad)}}));
-  }
-  for (int64_t b = 0; b < B; ++b)
-    products.push_back(product<T>(grad_x[b], {{grad_query[b], w_q}, {E, grad_projected[0][b]}, {F, grad_projected[1][b]}}));
-  Tensor grad_weights[2], grad_biases[2], grad_projections[2], from_bias[2];
+  Gradients grads = no_gradients(x);
+  const auto make = [&](int i, at::IntArrayRef sizes) {
+    if (needed[i]) grads[i] = empty_large(sizes, options);
+    return needed[i];
+  };
+  const Tensor ones = at::ones({1, 1}, options).expand({1, B * N});
+  std::vector<Product<T>> products;
+  if (make(W_Q, {A, D})) products.push_back(product<T>(grads[W_Q], {{flat(grad_query).t(), flat(x)}}));
+  if (make(B_Q, {A})) products.push_back(product<T>(grads[B_Q].unsqueeze(0), {{ones, flat(grad_query)}}));
+  if (make(W_O, {grad.size(2), A})) products.push_back(product<T>(grads[W_O], {{flat(grad).t(), flat(attended)}}));
+  if (make(B_O, {grad.size(2)})) products.push_back(product<T>(grads[B_O].unsqueeze(0), {{ones, flat(grad)}}));
+  if (make(X, {B, N, D}))
+    for (int64_t b = 0; b < B; ++b)
+      products.push_back(product<T>(grads[X][b], {{grad_query[b], w_q}, {E, grad_projected[0][b]}, {F, grad_projected[1][b]}}));
+  OptionalTensor from_bias[2];
   for (int part = 0; part < 2; ++part) {
     const OptionalTensor& bias = part ? b_v : b_k;
-    grad_weights[part] = at::empty({A, D}, options), grad_biases[part] = at::empty({A}, options);
-    grad_projections[part] = at::empty({N, k}, options);
-    from_bias[part] = bias.has_value() ? at::empty({k}, options) : none;
-    const Tensor total = (part ? F : E).sum(0);
-    run<T>({product<T>(grad_biases[part].unsqueeze(0), {{total.unsqueeze(0), sums[part]}})});
-    if (bias.has_value()) run<T>({product<T>(from_bias[part].unsqueeze(0), {{bias->unsqueeze(0), sums[part].t()}})});
-    products.push_back(product<T>(grad_weights[part], {{flat(grad_keys_values[part]).t(), flat(projected[part])}}));
+    if (make(B_K + 2 * part, {A})) {
+      const Tensor total = (part ? F : E).sum(0);
+      run<T>({product<T>(grads[B_K + 2 * part].unsqueeze(0), {{total.unsqueeze(0), sums[part]}})});
+    }
+    if (make(W_K + 2 * part, {A, D}))
+      products.push_back(product<T>(grads[W_K + 2 * part], {{flat(grad_keys_values[part]).t(), flat(projected[part])}}));
+    if (!make(OF_E + part, {N, k})) continue;
+    if (bias.has_value()) {
+      from_bias[part] = at::empty({k}, options);
+      run<T>({product<T>(from_bias[part]->unsqueeze(0), {{bias->unsqueeze(0), sums[part].t()}})});
+    }
     std::vector<std::pair<Tensor, Tensor>> factors;
     for (int64_t b = 0; b < B; ++b) factors.push_back({x[b], grad_projected[part][b].t()});
-    products.push_back(product<T>(grad_projections[part], factors, bias.has_value() ? OptionalTensor(from_bias[part]) : std::nullopt));
+    products.push_back(product<T>(grads[OF_E + part], factors, from_bias[part]));
   }
   run(products);
-  return {grad_x,         grad_w_q,       grad_b_q,       grad_weights[0],     grad_biases[0],      grad_weights[1],
-          grad_biases[1], grad_projections[0], grad_projections[1], grad_w_o, grad_b_o};
+  return grads;
 }
 
 Forward linear_attention_on_cpu(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k, const OptionalTensor& b_k,
@@ -226,17 +242,18 @@ Backward linear_attention_backward_on_cpu(const Tensor& grad, const Tensor& x, c
                                           const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E,
                                           const Tensor& F, int64_t num_heads, const OptionalTensor& w_o, const Tensor& attended,
                                           const Tensor& query, const Tensor& projected, const Tensor& keys_values,
-                                          const Tensor& log_sum_exp) {
+                                          const Tensor& log_sum_exp, Needed needed) {
   const Sizes size = check(x, w_q, std::nullopt, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, std::nullopt);
   check_kept(grad, size, x, w_o, attended, query, projected, keys_values, log_sum_exp);
-  Backward result;
+  if (!w_o.has_value()) needed[W_O] = needed[B_O] = false;
+  Gradients grads;
   in_compute_type(x, [&](auto zero) {
     using T = decltype(zero);
-    result = backward_cpu<T>(size, grad.contiguous(), x.contiguous(), w_q, w_k, contiguous(b_k), w_v, contiguous(b_v), E, F, w_o,
-                             attended.contiguous(), query.contiguous(), projected.contiguous(), keys_values.contiguous(),
-                             log_sum_exp.contiguous());
+    grads = backward_cpu<T>(size, needed, grad.contiguous(), x.contiguous(), w_q, w_k, contiguous(b_k), w_v, contiguous(b_v), E, F, w_o,
+                            attended.contiguous(), query.contiguous(), projected.contiguous(), keys_values.contiguous(),
+                            log_sum_exp.contiguous());
   });
-  return result;
+  return std::tuple_cat(grads);
 }
 
 TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
@@ -261,22 +278,43 @@ Tensor batched(const Tensor& A, const Tensor& B, at::ScalarType type) {
 #endif
 }
 
-// Rows first ... first + rows - 1 of [B, N, A] as [B H, rows, d].
-Tensor heads_of(const Tensor& t, const Sizes& size, int64_t first, int64_t rows) {
-  return t.view({t.size(0), t.size(1), size.H, size.d}).narrow(1, first, rows).transpose(1, 2).reshape({size.B * size.H, rows, size.d});
-}
-// and back: [B H, rows, d] into those rows of [B, N, A].
-void put_heads(const Tensor& t, const Sizes& size, int64_t first, const Tensor& heads) {
-  const int64_t rows = heads.size(1);
-  t.view({t.size(0), t.size(1), size.H, size.d}).narrow(1, first, rows).transpose(1, 2).copy_(heads.view({size.B, size.H, rows, size.d}));
-}
+// Rows first ... first + rows - 1 of the pictures b ... b + pictures - 1.
+struct Chunk {
+  int64_t b, pictures, first, rows;
+};
 
-// visit(ScoreRows) for every chunk.
+// visit(Chunk) for all of [B, N]: rows of one picture, or whole pictures where several fit.
 template <typename Visit>
 void for_chunks(const Sizes& size, const Visit& visit) {
-  const int64_t heads = size.B * size.H;
-  const int64_t most = std::max<int64_t>(128, SCORES_BYTES / static_cast<int64_t>(sizeof(float)) / std::max<int64_t>(1, heads * size.k));
-  for (int64_t first = 0; first < size.N; first += most) visit(ScoreRows{heads, std::min(most, size.N - first), size.k, size.N, first});
+  const int64_t most = SCORES_BYTES / static_cast<int64_t>(sizeof(float)) / (size.H * size.k);  // rows
+  const int64_t rows = std::max<int64_t>(128, most), pictures = std::max<int64_t>(1, most / std::max<int64_t>(1, size.N));
+  for (int64_t b = 0; b < size.B; b += pictures)
+    for (int64_t first = 0; first < size.N; first += rows)
+      visit(Chunk{b, std::min(pictures, size.B - b), first, std::min(rows, size.N - first)});
+}
+
+ScoreRows scores_of(const Sizes& size, const Chunk& at) { return {at.pictures * size.H, at.rows, size.k, size.N, at.first}; }
+
+// The chunk's part of [B, N, A] as [pictures, H, rows, d], a view.
+Tensor split(const Tensor& t, const Sizes& size, const Chunk& at) {
+  return t.narrow(0, at.b, at.pictures).narrow(1, at.first, at.rows).view({at.pictures, at.rows, size.H, size.d}).transpose(1, 2);
+}
+// As [pictures H, rows, d]: the heads of one picture are a view too, of several a copy. The products below take views as they are.
+Tensor heads_of(const Tensor& t, const Sizes& size, const Chunk& at) {
+  return split(t, size, at).reshape({at.pictures * size.H, at.rows, size.d});
+}
+// The keys (or values) [B, k, A] of the chunk's pictures.
+Tensor keys_of(const Tensor& keys, const Sizes& size, const Chunk& at) { return heads_of(keys, size, {at.b, at.pictures, 0, size.k}); }
+
+// A B, [pictures H, rows, d], into the chunk's part of t [B, N, A].
+void put_product(const Tensor& t, const Sizes& size, const Chunk& at, const Tensor& A, const Tensor& B) {
+  const Tensor part = split(t, size, at);
+  if (at.pictures == 1) {
+    Tensor target = part[0];
+    at::bmm_out(target, A, B);
+  } else {
+    part.copy_(at::bmm(A, B).view(part.sizes()));
+  }
 }
 
 at::ScalarType sum_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
@@ -284,17 +322,18 @@ at::ScalarType sum_type(const Tensor& t) { return t.scalar_type() == at::kDouble
 Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& keys, const Tensor& values, Tensor& log_sum_exp) {
   const OnDevice device(query);
   const Tensor attended = at::empty_like(query);
-  const Tensor K = heads_of(keys, size, 0, size.k).transpose(1, 2), V = heads_of(values, size, 0, size.k);
-  for_chunks(size, [&](const ScoreRows& at) {
-    const Tensor scores = batched(heads_of(query, size, at.first, at.rows), K, sum_type(query));
+  for_chunks(size, [&](const Chunk& at) {
+    const Tensor K = keys_of(keys, size, at), V = keys_of(values, size, at);
+    const Tensor scores = batched(heads_of(query, size, at), K.transpose(1, 2), sum_type(query));
     const Tensor P = query.scalar_type() == scores.scalar_type() ? scores : at::empty(scores.sizes(), query.options());
     in_compute_type(query, [&](auto zero) {
       using A = decltype(zero);
-      attention_softmax_cuda<A>(scores.const_data_ptr<A>(), at, A(1 / std::sqrt(double(size.d))), dtype_of(query), P.mutable_data_ptr(),
-                                log_sum_exp.defined() ? log_sum_exp.mutable_data_ptr<A>() : nullptr, device.stream());
+      attention_softmax_cuda<A>(scores.const_data_ptr<A>(), scores_of(size, at), A(1 / std::sqrt(double(size.d))), dtype_of(query),
+                                P.mutable_data_ptr(), log_sum_exp.defined() ? log_sum_exp[at.b].mutable_data_ptr<A>() : nullptr,
+                                device.stream());
     });
     MD_LAUNCH_CHECK();
-    put_heads(attended, size, at.first, at::bmm(P, V));
+    put_product(attended, size, at, P, V);
   });
   return attended;
 }
@@ -305,7 +344,6 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_on_cuda(const Sizes& size,
   const OnDevice device(query);
   const at::ScalarType type = sum_type(query);
   const at::TensorOptions sums = query.options().dtype(type);
-  const Tensor K = heads_of(keys_values[0], size, 0, size.k), V = heads_of(keys_values[1], size, 0, size.k).transpose(1, 2);
   const Tensor grad_query = at::empty_like(query), mean = at::empty({size.B, size.H, size.N}, sums);
   Tensor grad_keys = at::zeros({size.B * size.H, size.k, size.d}, sums), grad_values = at::zeros_like(grad_keys);
   in_compute_type(query, [&](auto zero) {
@@ -314,24 +352,26 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_on_cuda(const Sizes& size,
                            mean.mutable_data_ptr<A>(), device.stream());
   });
   MD_LAUNCH_CHECK();
-  for_chunks(size, [&](const ScoreRows& at) {
-    const Tensor queries = heads_of(query, size, at.first, at.rows), grads = heads_of(grad, size, at.first, at.rows);
-    const Tensor scores = batched(queries, K.transpose(1, 2), type), grad_P = batched(grads, V, type);
+  for_chunks(size, [&](const Chunk& at) {
+    const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
+    const Tensor queries = heads_of(query, size, at), grads = heads_of(grad, size, at);
+    const Tensor scores = batched(queries, K.transpose(1, 2), type), grad_P = batched(grads, V.transpose(1, 2), type);
     const Tensor P = at::empty(scores.sizes(), query.options()), grad_scores = at::empty_like(P);
     in_compute_type(query, [&](auto zero) {
       using A = decltype(zero);
-      attention_grad_scores_cuda<A>(scores.const_data_ptr<A>(), grad_P.const_data_ptr<A>(), log_sum_exp.const_data_ptr<A>(),
-                                    mean.const_data_ptr<A>(), at, A(1 / std::sqrt(double(size.d))), dtype_of(query), P.mutable_data_ptr(),
-                                    grad_scores.mutable_data_ptr(), device.stream());
+      attention_grad_scores_cuda<A>(scores.const_data_ptr<A>(), grad_P.const_data_ptr<A>(), log_sum_exp[at.b].const_data_ptr<A>(),
+                                    mean[at.b].const_data_ptr<A>(), scores_of(size, at), A(1 / std::sqrt(double(size.d))),
+                                    dtype_of(query), P.mutable_data_ptr(), grad_scores.mutable_data_ptr(), device.stream());
     });
     MD_LAUNCH_CHECK();
-    put_heads(grad_query, size, at.first, at::bmm(grad_scores, K));
-    grad_keys.add_(batched(grad_scores.transpose(1, 2), queries, type));
-    grad_values.add_(batched(P.transpose(1, 2), grads, type));
+    put_product(grad_query, size, at, grad_scores, K);
+    const int64_t head = at.b * size.H, heads = at.pictures * size.H;
+    grad_keys.narrow(0, head, heads).add_(batched(grad_scores.transpose(1, 2), queries, type));
+    grad_values.narrow(0, head, heads).add_(batched(P.transpose(1, 2), grads, type));
   });
   const auto joined = [&](const Tensor& t) {  // [B H, k, d] to [B, k, A]
     const Tensor result = at::empty({size.B, size.k, size.A}, query.options());
-    put_heads(result, size, 0, t);
+    split(result, size, {0, size.B, 0, size.k}).copy_(t.view({size.B, size.H, size.k, size.d}));
     return result;
   };
   return {grad_query, joined(grad_keys), joined(grad_values)};
@@ -363,7 +403,7 @@ Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, 
                                            const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E,
                                            const Tensor& F, int64_t num_heads, const OptionalTensor& w_o, const Tensor& attended,
                                            const Tensor& query, const Tensor& projected, const Tensor& keys_values,
-                                           const Tensor& log_sum_exp) {
+                                           const Tensor& log_sum_exp, Needed needed) {
   const Sizes size = check(x, w_q, std::nullopt, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, std::nullopt);
   check_kept(grad, size, x, w_o, attended, query, projected, keys_values, log_sum_exp);
   const auto [B, N, D, A, k, H, d] = size;
@@ -372,25 +412,27 @@ Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, 
   const auto [grad_query, grad_keys, grad_values] = attention_backward_on_cuda(size, grad_attended.contiguous(), attended.contiguous(),
                                                                                query.contiguous(), keys_values.contiguous(),
                                                                                log_sum_exp.contiguous());
-  Tensor grad_x = at::matmul(grad_query, w_q);
-  const Tensor positions = x.transpose(0, 1).reshape({N, B * D});  // one product over pictures and channels for dE, one for dF
-  Tensor grad_weights[2], grad_biases[2], grad_projections[2];
+  Gradients grads = no_gradients(x);
+  if (needed[X]) grads[X] = at::matmul(grad_query, w_q);
+  if (needed[W_Q]) grads[W_Q] = at::matmul(flat(grad_query).t(), flat(x));
+  if (needed[B_Q]) grads[B_Q] = grad_query.sum(at::IntArrayRef{0, 1});
+  if (needed[W_O] && w_o.has_value()) grads[W_O] = at::matmul(flat(grad).t(), flat(attended));
+  if (needed[B_O] && w_o.has_value()) grads[B_O] = grad.sum(at::IntArrayRef{0, 1});
+  Tensor positions;  // one product over pictures and channels for dE, one for dF
+  if (needed[OF_E] || needed[OF_F]) positions = x.transpose(0, 1).reshape({N, B * D});
   for (int part = 0; part < 2; ++part) {
     const Tensor &grad_part = part ? grad_values : grad_keys, &projection = part ? F : E, sum = grad_part.sum(0);  // [k, A]
     const OptionalTensor& bias = part ? b_v : b_k;
-    const Tensor grad_projected = at::matmul(grad_part, part ? w_v : w_k);                                           // [B, k, D]
-    grad_weights[part] = at::matmul(flat(grad_part).t(), flat(projected[part]));
-    grad_biases[part] = at::matmul(projection.sum(0), sum);
-    grad_x = at::baddbmm(grad_x, projection.expand({B, N, k}), grad_projected);
-    grad_projections[part] = at::matmul(positions, grad_projected.transpose(0, 1).reshape({k, B * D}).t());
-    if (bias.has_value()) grad_projections[part].add_(at::matmul(sum, *bias));
+    if (needed[W_K + 2 * part]) grads[W_K + 2 * part] = at::matmul(flat(grad_part).t(), flat(projected[part]));
+    if (needed[B_K + 2 * part]) grads[B_K + 2 * part] = at::matmul(projection.sum(0), sum);
+    if (!needed[X] && !needed[OF_E + part]) continue;
+    const Tensor grad_projected = at::matmul(grad_part, part ? w_v : w_k);  // [B, k, D]
+    if (needed[X]) grads[X] = at::baddbmm(grads[X], projection.expand({B, N, k}), grad_projected);
+    if (!needed[OF_E + part]) continue;
+    grads[OF_E + part] = at::matmul(positions, grad_projected.transpose(0, 1).reshape({k, B * D}).t());
+    if (bias.has_value()) grads[OF_E + part].add_(at::matmul(sum, *bias));
   }
-  const Tensor none = at::empty({0}, x.options());
-  const Tensor grad_w_q = at::matmul(flat(grad_query).t(), flat(x)), grad_b_q = grad_query.sum(at::IntArrayRef{0, 1});
-  const Tensor grad_w_o = w_o.has_value() ? at::matmul(flat(grad).t(), flat(attended)) : none;
-  const Tensor grad_b_o = w_o.has_value() ? grad.sum(at::IntArrayRef{0, 1}) : none.clone();
-  return {grad_x,          grad_w_q,       grad_b_q, grad_weights[0], grad_biases[0], grad_weights[1], grad_biases[1], grad_projections[0],
-          grad_projections[1], grad_w_o, grad_b_o};
+  return std::tuple_cat(grads);
 }
 
 MD_REGISTER(MINIDAMAGE_NAMESPACE, MINIDAMAGE_DEVICE_KEY, m) {

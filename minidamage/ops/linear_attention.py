@@ -18,6 +18,7 @@ from . import _extension
 from ._checks import require_tensors
 
 OPTIONAL = ("b_q", "b_k", "b_v", "w_o", "b_o")
+DIFFERENTIABLE = (*range(9), 10, 11)                                       # of the op's arguments: all but num_heads and keep
 
 
 def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None, b_o=None):
@@ -29,8 +30,9 @@ def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None,
         linear_attention(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias, E, F, 8, output.weight, output.bias)
     There is no dropout inside. float16 and bfloat16: softmax and sums in float32; on a CPU the whole is computed in float32, which autocast
     also returns; autocast on a GPU casts the inputs to its dtype.
-    Differentiable once with respect to every tensor. Deterministic: equal bytes in every run; on a CPU on any number of threads, on a GPU
-    as far as the framework's matrix products are. NaN and Inf in x spread over their picture, as the formula says, and reach no other.
+    Differentiable once with respect to every tensor; a gradient that none needs is not computed. Deterministic: equal bytes in every run; on
+    a CPU on any number of threads, on a GPU as far as the framework's matrix products are. NaN and Inf in x spread over their picture, as
+    the formula says, and reach no other.
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     tensors = {"x": x, "w_q": w_q, "b_q": b_q, "w_k": w_k, "b_k": b_k, "w_v": w_v, "b_v": b_v, "E": E, "F": F, "w_o": w_o, "b_o": b_o}
@@ -125,8 +127,8 @@ def linear_attention_reference(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads,
 
 
 def linear_attention_backward_reference(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, attended, query, projected, keys_values,
-                                        log_sum_exp):
-    """The gradients of x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, w_o, b_o; those of w_o and b_o empty without w_o."""
+                                        log_sum_exp, needed=(True,) * 11):
+    """The gradients of x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, w_o, b_o; empty where not `needed`, those of w_o and b_o without w_o too."""
     B, N, D = x.shape
     A, k = w_q.shape[0], E.shape[1]
     scale = 1 / math.sqrt(A // num_heads)
@@ -153,7 +155,8 @@ def linear_attention_backward_reference(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, 
     grad_w_q, grad_b_q = torch.einsum("bna,bnd->ad", grad_query, x), grad_query.sum((0, 1))
     grad_w_o = x.new_empty(0) if w_o is None else torch.einsum("bno,bna->oa", grad, attended)
     grad_b_o = x.new_empty(0) if w_o is None else grad.sum((0, 1))
-    return grad_x, grad_w_q, grad_b_q, grad_w_k, grad_b_k, grad_w_v, grad_b_v, grad_E, grad_F, grad_w_o, grad_b_o
+    grads = (grad_x, grad_w_q, grad_b_q, grad_w_k, grad_b_k, grad_w_v, grad_b_v, grad_E, grad_F, grad_w_o, grad_b_o)
+    return tuple(part if wanted else x.new_empty(0) for part, wanted in zip(grads, needed))
 
 
 # ---- schema, fake, autograd ----------------------------------------------------------------------------------------------------
@@ -163,7 +166,7 @@ _extension.define("linear_attention(Tensor x, Tensor w_q, Tensor? b_q, Tensor w_
                   linear_attention_reference)
 _extension.define("linear_attention_backward(Tensor grad, Tensor x, Tensor w_q, Tensor w_k, Tensor? b_k, Tensor w_v, Tensor? b_v, "
                   "Tensor E, Tensor F, int num_heads, Tensor? w_o, Tensor attended, Tensor query, Tensor projected, Tensor keys_values, "
-                  "Tensor log_sum_exp) -> "
+                  "Tensor log_sum_exp, bool[11] needed=True) -> "
                   "(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
                   linear_attention_backward_reference)
 
@@ -181,13 +184,11 @@ def _(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, b_o, keep):
 
 
 @torch.library.register_fake("minidamage::linear_attention_backward", lib=_extension.library())
-def _(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, attended, query, projected, keys_values, log_sum_exp):
-    A, D = w_q.shape
-    matrices = [x.new_empty((A, D)) for _ in range(3)]
-    biases = [x.new_empty(A) for _ in range(3)]
-    outer = [x.new_empty(0), x.new_empty(0)] if w_o is None else [x.new_empty(w_o.shape), x.new_empty(w_o.shape[0])]
-    parts = [part for pair in zip(matrices, biases) for part in pair]
-    return (x.new_empty(x.shape), *parts, x.new_empty(E.shape), x.new_empty(F.shape), *outer)
+def _(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, attended, query, projected, keys_values, log_sum_exp, needed=(True,) * 11):
+    layer = (w_q.shape, w_q.shape[:1])
+    outer = ((0,), (0,)) if w_o is None else (w_o.shape, w_o.shape[:1])
+    shapes = (x.shape, *layer, *layer, *layer, E.shape, F.shape, *outer)
+    return tuple(x.new_empty(shape if wanted else 0) for shape, wanted in zip(shapes, needed))
 
 
 def _setup_context(ctx, inputs, output):
@@ -195,7 +196,6 @@ def _setup_context(ctx, inputs, output):
     result, query, projected, keys_values, attended, log_sum_exp = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.has_bias = [bias is not None for bias in (b_q, b_k, b_v, b_o)]
     ctx.save_for_backward(x, w_q, w_k, b_k, w_v, b_v, E, F, w_o, result if w_o is None else attended, query, projected, keys_values,
                           log_sum_exp)
 
@@ -206,11 +206,10 @@ def _backward(ctx, grad, *_):
     if grad is None:
         return (None,) * 13
     x, w_q, w_k, b_k, w_v, b_v, E, F, w_o, *kept = ctx.saved_tensors
-    grads = torch.ops.minidamage.linear_attention_backward(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, ctx.num_heads, w_o, *kept)
-    grad_x, grad_w_q, grad_b_q, grad_w_k, grad_b_k, grad_w_v, grad_b_v, grad_E, grad_F, grad_w_o, grad_b_o = grads
-    has_b_q, has_b_k, has_b_v, has_b_o = ctx.has_bias
-    return (grad_x, grad_w_q, grad_b_q if has_b_q else None, grad_w_k, grad_b_k if has_b_k else None, grad_w_v,
-            grad_b_v if has_b_v else None, grad_E, grad_F, None, None if w_o is None else grad_w_o, grad_b_o if has_b_o else None, None)
+    needed = [ctx.needs_input_grad[i] for i in DIFFERENTIABLE]
+    grads = torch.ops.minidamage.linear_attention_backward(grad, x, w_q, w_k, b_k, w_v, b_v, E, F, ctx.num_heads, w_o, *kept, needed)
+    grads = [part if wanted else None for part, wanted in zip(grads, needed)]
+    return *grads[:9], None, *grads[9:], None
 
 
 def _no_second_derivative(ctx, *grads):
