@@ -163,9 +163,9 @@ Forward forward_cpu(const Sizes& size, const Tensor& x, const Tensor& w_q, const
 
 template <typename T>
 Gradients backward_cpu(const Sizes& size, const Needed& needed, const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
-                      const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F,
-                      const OptionalTensor& w_o, const Tensor& attended, const Tensor& query, const Tensor& projected,
-                      const Tensor& keys_values, const Tensor& log_sum_exp) {
+                       const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F,
+                       const OptionalTensor& w_o, const Tensor& attended, const Tensor& query, const Tensor& projected,
+                       const Tensor& keys_values, const Tensor& log_sum_exp) {
   const auto [B, N, D, A, k, H, d] = size;
   const at::TensorOptions options = x.options();
   Tensor grad_attended = grad;
