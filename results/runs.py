@@ -363,9 +363,9 @@ DAMAGENET = "DamageNet, the ablation in its section IV's text"
 TABLES = {
     "demo": Table("The drawn demo set", CAR_COLUMNS),
     "cars": Table("DamageNet's ablation on cars, reduced", CAR_COLUMNS, DAMAGENET, tested="segm/AP"),
-    "cars-coco": Table("The same with the COCO labels", CAR_COLUMNS, DAMAGENET, tested="segm/AP"),
+    "cars-coco": Table("DamageNet's ablation on cars, COCO labels, reduced", CAR_COLUMNS, DAMAGENET, tested="segm/AP"),
     "cars-full": Table("DamageNet's ablation on cars", CAR_COLUMNS, DAMAGENET, tested="segm/AP"),
-    "cars-coco-full": Table("The same with the COCO labels", CAR_COLUMNS, DAMAGENET, tested="segm/AP"),
+    "cars-coco-full": Table("DamageNet's ablation on cars, COCO labels", CAR_COLUMNS, DAMAGENET, tested="segm/AP"),
     "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True, tested="bbox/AP50"),
     "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True,
                         tested="bbox/AP50"),
@@ -390,7 +390,7 @@ TABLES = {
                              "ResNet-50 start from AugNet weights. The document trains at 240 px with batches of 16 and plain "
                              "cross-entropy. The printed rows are of its own car set's validation part."),
     "segmenters-full": Table("Seven small segmenters on cars", SEGMENTER_COLUMNS, "the project, section 6.1.1", SEGMENTER_PRINTED),
-    **{f"{kind}-{which}": Table(f"{name}{reduced}", CRACK_COLUMNS, "Context-CrackNet, Table 3; its ablation: Table 6",
+    **{f"{kind}-{which}": Table(f"Cracks: {name}{reduced}", CRACK_COLUMNS, "Context-CrackNet, Table 3; its ablation: Table 6",
                                 {CRACK_NAMES[model]: numbers for model, numbers in published.CRACKS.get(name, {}).items()},
                                 note=CRACK_NOTE + DEEPCRACK_NOTE * (which == "deepcrack"), tested="IoU")
        for which, (_, name) in CRACK_SETS.items()

@@ -145,8 +145,8 @@ def cell(values, percent):
 def learning_text():
     """A Markdown table of every kept run: how far training came. A training loss as high as validation's says that little was learned by
     heart, a metric that rose to the end that more steps would have helped."""
-    lines = [line("run", "epochs", "training loss, last epoch", "validation loss, last epoch", "chosen by", "half-way", "last epoch", "best"),
-             "|---|--:|--:|--:|---|--:|--:|--:|"]
+    lines = [line("run", "epochs", "training loss, last epoch", "validation loss, last epoch", "chosen by", "half-way", "last epoch",
+                  "best"), "|---|--:|--:|--:|---|--:|--:|--:|"]
     for run in RUNS:
         if not (HERE / run.name / "summary.json").exists():
             continue
@@ -286,14 +286,31 @@ def whole(value):
     return "" if value is None else f"{value:.0f}"
 
 
+OTHERS = {"complexity": ("What models cost", complexity_text), "learning": ("How far every run came", learning_text),
+          "speed": ("Speed", speed_text)}
+
+
+def index_text():
+    """A Markdown table of the tables: what stands in each, and how many of its runs are done."""
+    lines = [line("table", "what", "the paper's", "runs done"), "|---|---|---|--:|"]
+    for name, table in TABLES.items():
+        runs = [run for run in RUNS if run.table == name]
+        done = sum((HERE / run.name / "summary.json").exists() for run in runs)
+        waiting = "" if done == len(runs) or any(run.hardware == "cpu" for run in runs) else ", wait for a GPU"
+        lines.append(line(f"[{name}]({name}.md)", table.title, table.paper, f"{done} of {len(runs)}{waiting}"))
+    lines += [line(f"[{name}]({name}.md)", title, "", "") for name, (title, _) in OTHERS.items()]
+    return "\n".join([*lines, "", "Written by `python results/reproduce.py --table` from what the runs left in `<run>/`. How to make one: "
+                      "the project's README, Results."])
+
+
 def write_tables():
-    """results/<table>.md for every table, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
-    texts = {name: table_text(name) for name in TABLES}
-    texts |= {"complexity": complexity_text(), "learning": learning_text()}
-    for name, text in {**texts, "speed": speed_text()}.items():
-        (HERE / f"{name}.md").write_text(text + "\n")
+    """results/<table>.md for every table, results/README.md, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
+    texts = {name: (table.title + f" ({table.paper})" * bool(table.paper), table_text(name)) for name, table in TABLES.items()}
+    texts |= {name: (title, write()) for name, (title, write) in OTHERS.items()} | {"README": ("Results", index_text())}
+    for name, (title, text) in texts.items():
+        (HERE / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
     readme = (ROOT / "README.md").read_text()
-    for name, text in {**texts, "speed": speed_summary()}.items():
+    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary()}.items():
         begin, end = f"<!-- table: {name} -->", "<!-- end -->"
         if begin in readme:
             before, _, rest = readme.partition(begin)

@@ -223,11 +223,15 @@ def test_what_models_cost_stands_beside_the_papers(results, tmp_path, monkeypatc
 
 def test_tables_are_written_between_the_readme_s_marks(results, tmp_path, monkeypatch):
     tables = results["tables"]
-    monkeypatch.setattr(tables, "HERE", tmp_path)
+    monkeypatch.setattr(tables, "HERE", tmp_path / "results")
     monkeypatch.setattr(tables, "ROOT", tmp_path)
+    (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("before\n<!-- table: complexity -->\nold\n<!-- end -->\nafter\n")
     tables.write_tables()
     said = "not run: `python evaluate.py --complexity --out results/complexity`\n"
     assert (tmp_path / "README.md").read_text() == f"before\n<!-- table: complexity -->\n{said}<!-- end -->\nafter\n"
-    assert (tmp_path / "complexity.md").read_text() == said
+    assert (tmp_path / "results" / "complexity.md").read_text() == f"# What models cost\n\n{said}"
+    index = (tmp_path / "results" / "README.md").read_text()
+    assert "| [steel](steel.md) | DANet on NEU-DET, reduced | DANet, Table 3 | 0 of 2 |" in index
+    assert "| [voc-full](voc-full.md) | DANet on Pascal VOC 2007 | DANet, section IV.D | 0 of 2, wait for a GPU |" in index
     assert "<!-- table: complexity -->" in (RESULTS.parent / "README.md").read_text()
