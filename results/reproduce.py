@@ -11,6 +11,7 @@ pictures.json (what rows are tested against each other with), metrics.csv and cu
 budget, goes on where it was.
 """
 import argparse
+import csv
 import importlib.util
 import json
 import os
@@ -74,7 +75,7 @@ def perform(run, deadline=None):
     started = sorted(out.glob("*/last.pt"))
     if not started:
         script([*typed(run, "train"), *shlex.split(run.train.format(data=data)), "--out", str(out)], deadline)
-    elif epochs_done(started[-1].parent) < planned_epochs(started[-1].parent):
+    elif len(epochs_of(started[-1].parent)) < planned_epochs(started[-1].parent):
         script([*typed(run, "train"), "--resume", str(started[-1].parent)], deadline)
     folder = sorted(out.glob("*/last.pt"))[-1].parent
     kept = HERE / run.name
@@ -82,12 +83,12 @@ def perform(run, deadline=None):
     summary = {"name": run.name, "table": run.table, "train": typed_out(run),
                "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
-    pictures = {}
+    pictures, minutes = {}, sum(float(epoch["seconds"]) for epoch in epochs_of(folder)) / 60
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
         script([*typed(run, "evaluate"), "--checkpoint", str(folder / "best.pt"), "--out", str(target),
                 *shlex.split(arguments.format(run=folder))], deadline)
-        summary["rows"][row] = without_paths(json.loads((target / "results.json").read_text()), data)
+        summary["rows"][row] = {**without_paths(json.loads((target / "results.json").read_text()), data), "training_minutes": minutes}
         pictures[row] = json.loads((target / "pictures.json").read_text())
     for name in ("metrics.csv", "curves.png"):
         shutil.copyfile(folder / name, kept / name)
@@ -102,8 +103,12 @@ def write_whole(path, text):
     partial.replace(path)
 
 
-def epochs_done(folder):
-    return len((folder / "metrics.csv").read_text().splitlines()) - 1 if (folder / "metrics.csv").exists() else 0
+def epochs_of(folder):
+    """[{column: value}], a finished epoch each."""
+    if not (folder / "metrics.csv").exists():
+        return []
+    with open(folder / "metrics.csv", newline="") as stream:
+        return list(csv.DictReader(stream))
 
 
 def planned_epochs(folder):
@@ -141,7 +146,7 @@ def share_done(run):
     if is_done(run):
         return 1.0
     started = sorted((WORK / run.name).glob("*/last.pt"))
-    return epochs_done(started[-1].parent) / planned_epochs(started[-1].parent) if started else 0.0
+    return len(epochs_of(started[-1].parent)) / planned_epochs(started[-1].parent) if started else 0.0
 
 
 def missing_most(runs):

@@ -109,6 +109,7 @@ def steel_runs(prefix, schedule, hardware, phases, seeds, minutes):
 STEEL_COLUMNS = {**{name: f"per_class/{name}/bbox/AP50" for name in published.DANET_CLASSES}, "mean AP50": "stats/bbox/AP50",
                  "AP50, VOC all points": "voc/bbox/all-point/mean", "AP .5:.95": "stats/bbox/AP",
                  "mean AP50, 95 % over pictures": "intervals/bbox/AP50"}
+TWIN_COLUMNS = {**STEEL_COLUMNS, "training, minutes": "training_minutes"}
 STEEL_PRINTED = {PHASES[phase]: numbers for phase, numbers in published.DANET.items()}
 
 # The text's Pascal VOC row: "a subset of 2000 images", year and split not stated. Here VOC2007's own lists (its trainval and its test
@@ -369,7 +370,7 @@ TABLES = {
     "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True, tested="bbox/AP50"),
     "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True,
                         tested="bbox/AP50"),
-    "steel-twins": Table("Ours and torchvision's Faster R-CNN by one script, NEU-DET, reduced", STEEL_COLUMNS, percent=True,
+    "steel-twins": Table("Ours and torchvision's Faster R-CNN by one script, NEU-DET, reduced", TWIN_COLUMNS, percent=True,
                          tested="bbox/AP50",
                          note="A ResNet-18 body without its last stage's weights, narrow heads, 192 px, 3 epochs, float32; start weights "
                               "and the order of pictures are the same seed by seed, what is sampled is not."),

@@ -76,7 +76,7 @@ def our_row(row, runs, table, made_with):
     found = kept(row, runs)
     cells = ["not run", *[""] * (len(table.columns) - 1)]
     if found:
-        cells = [cell([look_up(summary["rows"][row], path) for _, summary in found], table.percent) for path in table.columns.values()]
+        cells = [cell([look_up(summary["rows"][row], path) for _, summary in found], form_of(path, table)) for path in table.columns.values()]
     for run, summary in found:
         numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
         commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
@@ -130,12 +130,18 @@ def pictures_of(run):
     return json.loads(path.read_text()) if path.exists() else {}
 
 
-def cell(values, percent):
-    """A number over its seeds; of one seed, an interval (low, high) too."""
+def form_of(path, table):
+    """How a column's numbers are written."""
+    if path == "training_minutes":
+        return "{:.1f}".format
+    return (lambda value: f"{100 * value:.2f}") if table.percent else "{:.3f}".format
+
+
+def cell(values, text):
+    """A number over its seeds; of one seed, an interval (low, high) too. text: writes one number."""
     values = [value for value in values if value is not None]
     if not values:
         return "-"
-    text = (lambda value: f"{100 * value:.2f}") if percent else (lambda value: f"{value:.3f}")
     if isinstance(values[0], list):
         return " to ".join(map(text, values[0])) if len(values) == 1 else ""
     mean = text(statistics.mean(values))
