@@ -76,7 +76,8 @@ def our_row(row, runs, table, made_with):
     found = kept(row, runs)
     cells = ["not run", *[""] * (len(table.columns) - 1)]
     if found:
-        cells = [cell([look_up(summary["rows"][row], path) for _, summary in found], form_of(path, table)) for path in table.columns.values()]
+        numbers = [summary["rows"][row] for _, summary in found]
+        cells = [cell([look_up(each, path) for each in numbers], form_of(path, table)) for path in table.columns.values()]
     for run, summary in found:
         numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
         commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
