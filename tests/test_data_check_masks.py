@@ -115,13 +115,15 @@ def test_thin_lines_that_training_at_a_small_size_loses_are_said(tmp_path):
     assert not any("places with damage" in t for t in findings(wide, size=96))
 
 
-def test_what_one_pixel_is_worth_is_said(tmp_path):
+def test_what_a_pixel_of_an_outline_is_worth_is_said(tmp_path):
     for name, rows, columns in (("a", slice(3, 5), slice(3, 5)), ("b", slice(0, 8), slice(2, 3))):     # a square of 2 x 2, a line through
         values = np.zeros((8, 8), np.uint8)
         values[rows, columns] = 255
         picture(tmp_path / f"images/{name}.jpg", 8, 8, seed=ord(name))
         mask(tmp_path / f"masks/{name}.png", values)
-    # moved four ways, intersection / union: the square 2 / 6 each; the line 7 / 8 along itself (one pixel leaves), 0 / 16 across
-    beside, wider = (4 * 2 + 2 * 7) / (4 * 6 + 2 * 8 + 2 * 16), (4 + 8) / (12 + 24)
-    assert f"an IoU of {beside:.3f} with themselves, a pixel wider on all sides {wider:.3f};" in only(findings(tmp_path), "one pixel").text
-    assert not any("one pixel" in t for t in findings(tmp_path, quick=True))
+    # moved four ways, intersection / union: the square 2 / 6 by one pixel, 0 / 8 by two; the line along itself, where what leaves is gone,
+    # 7 / 8 and 6 / 8, across 0 / 16
+    one, two, wider = (4 * 2 + 2 * 7) / (4 * 6 + 2 * 8 + 2 * 16), 2 * 6 / (4 * 8 + 2 * 8 + 2 * 16), (4 + 8) / (12 + 24)
+    note = only(findings(tmp_path), "outlines").text
+    assert f"an IoU of {one:.3f} with themselves, by two {two:.3f}, a pixel wider on all sides {wider:.3f};" in note
+    assert not any("outlines" in t for t in findings(tmp_path, quick=True))

@@ -107,17 +107,18 @@ def _thin(records, size):
 
 
 def _exactness(records):
-    """What one pixel of an outline is worth: how the truth would score a pixel beside itself, or a pixel wider on all sides. Pooled."""
-    beside, wider = np.zeros(2, np.int64), np.zeros(2, np.int64)                          # intersection, union
+    """What a pixel of an outline is worth: how the truth would score one or two pixels beside itself, or one wider on all sides. Pooled."""
+    one, two, wider = np.zeros((3, 2), np.int64)                                          # intersection, union
     for record in (r for r in records if r.present):
         damage = record.label_map.read()
         damage = (damage > 0) & (damage != IGNORE)
-        framed = np.pad(damage, 1)                                                        # nothing comes in at the other side
-        moved = [np.roll(framed, step, axis)[1:-1, 1:-1] for axis in (0, 1) for step in (-1, 1)]
-        for each in moved:
-            beside += np.count_nonzero(damage & each), np.count_nonzero(damage | each)
-        wider += np.count_nonzero(damage), np.count_nonzero(np.logical_or.reduce([damage, *moved]))
+        framed = np.pad(damage, 2)                                                        # nothing comes in at the other side
+        moved = lambda pixels: [np.roll(framed, step, axis)[2:-2, 2:-2] for axis in (0, 1) for step in (-pixels, pixels)]
+        for sums, pixels in ((one, 1), (two, 2)):
+            for each in moved(pixels):
+                sums += np.count_nonzero(damage & each), np.count_nonzero(damage | each)
+        wider += np.count_nonzero(damage), np.count_nonzero(np.logical_or.reduce([damage, *moved(1)]))
     if not wider[0]:
         return []
-    return [("note", f"one pixel: the masks moved by it have an IoU of {beside[0] / beside[1]:.3f} with themselves, a pixel wider on all "
-             f"sides {wider[0] / wider[1]:.3f}; a model near these is exact to a pixel", ())]
+    return [("note", f"outlines: the masks moved by one pixel have an IoU of {one[0] / one[1]:.3f} with themselves, by two "
+             f"{two[0] / two[1]:.3f}, a pixel wider on all sides {wider[0] / wider[1]:.3f}; a score near one of these is that exact", ())]
