@@ -66,6 +66,7 @@ case "${1:-}" in
     for stage in tests sanitize benchmark-ops benchmark-models "budget ${2:-8}"; do
       echo "== gpu.sh $stage" && bash results/gpu.sh $stage || failed+=("${stage%% *}")
     done
+    python results/reproduce.py --table
     [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; } ;;
   *)
     sed -n '2,12p' "$0"; exit 2 ;;

@@ -12,6 +12,7 @@ budget, goes on where it was.
 """
 import argparse
 import csv
+import glob
 import importlib.util
 import json
 import os
@@ -25,7 +26,7 @@ import time
 from importlib import metadata
 
 from runs import RUNS, TABLES
-from tables import write_tables
+from tables import DRAWS, write_tables
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -83,12 +84,12 @@ def perform(run, deadline=None):
     summary = {"name": run.name, "table": run.table, "train": typed_out(run),
                "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
                "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
-    pictures, minutes = {}, sum(float(epoch["seconds"]) for epoch in epochs_of(folder)) / 60
+    pictures = {}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
-        script([*typed(run, "evaluate"), "--checkpoint", str(folder / "best.pt"), "--out", str(target),
+        script([*typed(run, "evaluate"), "--checkpoint", str(folder / "best.pt"), "--out", str(target), "--draws", str(DRAWS),
                 *shlex.split(arguments.format(run=folder))], deadline)
-        summary["rows"][row] = {**without_paths(json.loads((target / "results.json").read_text()), data), "training_minutes": minutes}
+        summary["rows"][row] = without_paths(json.loads((target / "results.json").read_text()), data)
         pictures[row] = json.loads((target / "pictures.json").read_text())
     for name in ("metrics.csv", "curves.png"):
         shutil.copyfile(folder / name, kept / name)
@@ -133,12 +134,15 @@ def is_done(run):
 
 
 def lacks(run):
-    """What is not there of a run's data set (or MINIDAMAGE_DATA) and peer; else "": a run of the list may wait."""
+    """What is not there of a run's data set (or MINIDAMAGE_DATA), start weights and peer; else "": a run of the list may wait."""
     if run.peer and importlib.util.find_spec(run.peer) is None:
         return f"the package {run.peer}"
     words = shlex.split(run.train.format(data=os.environ.get("MINIDAMAGE_DATA", "$MINIDAMAGE_DATA")))
-    path = words[words.index("--data") + 1] if "--data" in words else ""
-    return path if path and not os.path.exists(path.partition(":")[0]) else ""
+    paths = [path.partition(":")[0] for flag, path in zip(words, words[1:]) if flag in ("--data", "--pretrained")]
+    missing = [path for path in paths if not os.path.exists(path)]
+    packed = missing and glob.glob(f"{glob.escape(missing[0].removesuffix('.pth'))}_int8.pth")
+    unpack = f" (in {os.path.dirname(missing[0])}: python unpack.py {os.path.basename(missing[0])})" if packed else ""
+    return missing[0] + unpack if missing else ""
 
 
 def share_done(run):
@@ -179,8 +183,10 @@ def spend(minutes, runs):
 
 def show_list(words=()):
     """The runs by table; with words, those whose name has one of them, and how each is typed."""
-    table = None
-    for run in [run for run in RUNS if not words or any(word in run.name for word in words)]:
+    table, shown = None, [run for run in RUNS if not words or any(word in run.name for word in words)]
+    if not shown:
+        sys.exit(f"reproduce.py: no run has {' or '.join(map(repr, words))} in its name; the tables: {', '.join(TABLES)}")
+    for run in shown:
         if run.table != table:
             table = run.table
             print(f"\n{table}: {TABLES[table].title}" + f" ({TABLES[table].paper})" * bool(TABLES[table].paper))
@@ -211,6 +217,9 @@ def main():
     chosen = [by_name[name] for name in args.run or []]
     if args.resume:
         chosen += [run for run in RUNS if 0 < share_done(run) < 1 and run not in chosen]
+    for run in args.run and chosen or []:
+        if lacks(run):
+            sys.exit(f"reproduce.py: {run.name} waits for {lacks(run)}")
     if args.budget is not None:
         spend(args.budget, chosen or [run for run in RUNS if run.hardware == args.hardware])
     else:
@@ -223,4 +232,7 @@ def main():
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except BrokenPipeError:                                           # --list | head
+        sys.stderr.close()

@@ -18,7 +18,7 @@ sys.path.insert(0, str(ROOT))
 
 from minidamage.evaluation import comparison                                                             # noqa: E402
 
-DRAWS = 2000                            # of a segmenter's pictures; a detector's are those of its evaluation
+DRAWS = 2000                            # bootstrap draws of the test pictures, here and in reproduce.py's evaluations
 
 
 def look_up(numbers, path):
@@ -63,8 +63,9 @@ def table_text(name):
             lines.append(line(f"{row}, paper", "", *cells, *[""] * (len(table.columns) - len(cells)), ""))
         lines.append(our_row(row, runs, table, made_with))
     tested = tests_of(rows, table) if table.tested else []
-    return "\n".join([*lines, *tested, "", "A row again: `python results/reproduce.py --run RUN`.", *(f"{each}." for each in made_with),
-                      *([table.note] if table.note else [])]).strip()
+    ways = [f"{way}." if len(made_with) == 1 else f"{way}: {', '.join(runs)}." for way, runs in made_with.items()]
+    return "\n\n".join(["\n".join(lines), *(["\n".join(tested)] if tested else []), *([table.note] if table.note else []),
+                        "\n".join(["A row again: `python results/reproduce.py --run RUN`.", *ways])])
 
 
 def line(*cells):
@@ -72,7 +73,7 @@ def line(*cells):
 
 
 def our_row(row, runs, table, made_with):
-    """One line of ours over its seeds; made_with receives what the numbers were made with."""
+    """One line of ours over its seeds; made_with, {what numbers were made with: {run}}, receives its runs."""
     found = kept(row, runs)
     cells = ["not run", *[""] * (len(table.columns) - 1)]
     if found:
@@ -82,8 +83,9 @@ def our_row(row, runs, table, made_with):
         numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
         commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
         where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
-        made_with[f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}"
-                  f"{', ' * bool(run.peer)}{summary.get('peer', '')}; commit {commits}"] = None
+        made_with.setdefault(
+            f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}"
+            f"{', ' * bool(run.peer)}{summary.get('peer', '')}; commit {commits}", {})[run.name] = None
     seeds = ", ".join(str(summary["run"]["seed"]) for _, summary in found)
     return line(label_of(row, runs), seeds, *cells, f"`{in_braces([run.name for run in runs])}`")
 
@@ -105,25 +107,25 @@ def kept(row, runs):
 
 
 def tests_of(rows, table):
-    """The lines of a second table: the first row minus each other one on the same pictures, each the mean over its seeds; [] where what
-    that takes was not kept. rows: {row: runs}."""
+    """The lines of a second table: the first row minus each of its rivals on the same pictures, each the mean over its seeds; [] where what
+    that takes was not kept of every seed. rows: {row: runs}."""
+    first, *others = [row for row in rows if not table.rivals or row in table.rivals]
     evaluations = {}
-    for row, runs in rows.items():
-        own = [comparison.from_results(run.name, summary["rows"][row], pictures[row])
-               for run, summary in kept(row, runs) if row in (pictures := pictures_of(run))]
-        if own:
-            evaluations[row] = comparison.join_seeds(own)[0]
-    first = next(iter(rows))
+    for row in (first, *others):
+        found = [(run, summary["rows"][row], pictures_of(run).get(row)) for run, summary in kept(row, rows[row])]
+        if found and all(pictures for *_, pictures in found):
+            evaluations[row] = comparison.join_seeds([comparison.from_results(run.name, *each) for run, *each in found])[0]
     if first not in evaluations:
         return []
-    found = comparison.paired_tests(evaluations.pop(first), evaluations, table.tested, DRAWS)
-    if not found:
+    tested = comparison.paired_tests(evaluations.pop(first), evaluations, table.tested, DRAWS)
+    if not tested:
         return []
     name = table.tested.replace("bbox/", "box ").replace("segm/", "mask ")
     text = (lambda value: f"{100 * value:+.2f}") if table.percent else (lambda value: f"{value:+.3f}")
-    return ["", f"| {first} minus | {name} | 95 % interval over pictures | p | p, Holm |", "|---|--:|--:|--:|--:|",
+    return [f"| {first} minus | {name} | 95 % interval over pictures | p | p, Holm |", "|---|--:|--:|--:|--:|",
             *(f"| {label_of(row, rows[row])} | {text(drawn.value)} | {text(drawn.low)} to {text(drawn.high)} | {p:.4f} | {adjusted:.4f} |"
-              for row, drawn, p, adjusted in found)]
+              for row, drawn, p, adjusted in tested),
+            "\nInterval and p are over the test pictures: what another seed would change is not in them."]
 
 
 def pictures_of(run):
@@ -133,8 +135,8 @@ def pictures_of(run):
 
 def form_of(path, table):
     """How a column's numbers are written."""
-    if path == "training_minutes":
-        return "{:.1f}".format
+    if path == "epoch":
+        return "{:.0f}".format
     return (lambda value: f"{100 * value:.2f}") if table.percent else "{:.3f}".format
 
 
@@ -149,13 +151,33 @@ def cell(values, text):
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
 
 
+def ranks_text():
+    """The short crack runs in brief, best on DeepCrack first: IoU on both sets with its interval over the pictures, beside the paper's."""
+    rows = dict.fromkeys(row for run in RUNS if run.table.startswith("cracks-quick-") for row in run.rows)
+    numbers = {(run.table, row): summary["rows"][row] for row in rows for run, summary in kept(row, RUNS)
+               if run.table.startswith("cracks-quick-")}
+    sets, path = ("CFD", "DeepCrack"), TABLES["cracks-quick-cfd"].columns["IoU"]
+
+    def cells(row, name):
+        ours = numbers.get((f"cracks-quick-{name.lower()}", row))
+        paper = TABLES[f"cracks-quick-{name.lower()}"].printed.get(row)
+        if ours is None:
+            return [f"{paper[0]:.4f}" if paper else "", "not run", ""]
+        low, high = look_up(ours, path.replace("stats/", "intervals/"))
+        return [f"{paper[0]:.4f}" if paper else "", f"{look_up(ours, path):.3f}", f"{low:.3f} to {high:.3f}"]
+
+    worth = lambda row: -(look_up(numbers.get(("cracks-quick-deepcrack", row), {}), path) or 0)
+    headings = [heading for name in sets for heading in (f"{name}, paper", f"{name}, IoU", "95 % over pictures")]
+    return "\n".join([line("row", *headings), f"|---|{'--:|' * len(headings)}",
+                      *(line(row, *cells(row, "CFD"), *cells(row, "DeepCrack")) for row in sorted(rows, key=worth))])
+
+
 def learning_text():
-    """A Markdown table of every kept run: how far training came. A training loss as high as validation's says that little was learned by
-    heart, a metric that rose to the end that more steps would have helped."""
+    """A Markdown table of every kept run: how far training came."""
     lines = [line("run", "epochs", "training loss, last epoch", "validation loss, last epoch", "chosen by", "half-way", "last epoch",
                   "best"), "|---|--:|--:|--:|---|--:|--:|--:|"]
     for run in RUNS:
-        if not (HERE / run.name / "summary.json").exists():
+        if not (HERE / run.name / "summary.json").exists() or run.table.startswith("coco-tiny"):    # learned by heart: nothing to validate
             continue
         select_by = json.loads((HERE / run.name / "summary.json").read_text())["run"]["recipe"]["select_by"]
         with open(HERE / run.name / "metrics.csv", newline="") as stream:
@@ -165,7 +187,8 @@ def learning_text():
         losses = (f"{float(epochs[-1][f'{part}/loss']):.3f}" for part in ("train", "val"))
         shown = (f"{value:.3f}" for value in (values[len(values) // 2 - 1], values[-1], best))
         lines.append(line(f"`{run.name}`", str(len(epochs)), *losses, f"validation {select_by}", *shown))
-    return "\n".join(lines)
+    return "\n".join([*lines, "", "A training loss as high as validation's says that next to nothing was learned by heart yet. (Training "
+                      "pictures are augmented, which alone raises their loss.)"])
 
 
 BENCHMARKS = ("ops", "boxes", "models", "segmenters", "val2017", "eval", "data")
@@ -189,8 +212,9 @@ SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,2
 
 
 def benchmarks():
-    """The kept measurements, in the order of BENCHMARKS."""
-    return [json.loads(path.read_text()) for part in BENCHMARKS if (path := HERE / f"benchmark-{part}.json").exists()]
+    """The kept measurements, in the order of BENCHMARKS, then those on a GPU."""
+    files = [HERE / f"benchmark-{part}.json" for part in BENCHMARKS] + sorted(HERE.glob("benchmark-gpu-*.json"))
+    return [json.loads(path.read_text()) for path in files if path.exists()]
 
 
 def speed_summary():
@@ -206,21 +230,20 @@ def speed_summary():
 
 
 def speed_text():
-    """A Markdown table of results/benchmark-*.json (python benchmark.py --json): ours, the others, and the ratios in paired runs."""
-    measured = benchmarks()
-    lines = ["| what | ours, ms | beside it: ms, times ours (smallest to largest of the pairs) | share of the roofline "
-             "| MB, ours / others |",
-             "|---|--:|---|--:|--:|"]
-    for row in [row for run in measured for row in run["rows"]]:
-        lines.append(f"| {row['name']} | {row['ours']:.4g} | {beside(row)} | {share(row)} | {memory(row)} |")
-    for run in measured:
+    """Markdown tables of results/benchmark-*.json (python benchmark.py --json), one a run: ours, the others, and the ratios in pairs."""
+    parts = []
+    for run in benchmarks():
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
         rates = f"copy bandwidth {run['copy_GB/s']:.0f} GB/s" + (
             f", products {run['product_GFLOP/s']:.0f} GFLOP/s" if "product_GFLOP/s" in run else "")
-        lines.append(f"\n`{run['command']}`, {hardware['gpu'] or hardware['cpu']}, {hardware['threads']} threads, {rates}, "
-                     + ", ".join(f"{name} {version}" for name, version in versions.items())
-                     + f", commit {short(run['commit'] or 'unknown')}.")
-    return "\n".join(lines)
+        where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
+        made = ", ".join(f"{name} {version}" for name, version in versions.items())
+        lines = [f"`{run['command']}`, {where}, {rates}, {made}, commit {short(run['commit'] or 'unknown')}.", "",
+                 line("what", "ours, ms", "beside it: ms, times ours (smallest to largest of the pairs)", "share of the roofline",
+                      "MB, ours / others"), "|---|--:|---|--:|--:|"]
+        lines += [line(row["name"], f"{row['ours']:.4g}", beside(row), share(row), memory(row)) for row in run["rows"]]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def others_of(row):
@@ -303,8 +326,8 @@ def index_text():
     for name, table in TABLES.items():
         runs = [run for run in RUNS if run.table == name]
         done = sum((HERE / run.name / "summary.json").exists() for run in runs)
-        waiting = "" if done == len(runs) or any(run.hardware == "cpu" for run in runs) else ", wait for a GPU"
-        lines.append(line(f"[{name}]({name}.md)", table.title, table.paper, f"{done} of {len(runs)}{waiting}"))
+        waits = "" if done == len(runs) or any(run.hardware == "cpu" for run in runs) else f", wait for a GPU{table.waits}"
+        lines.append(line(f"[{name}]({name}.md)", table.title, table.paper, f"{done} of {len(runs)}{waits}"))
     lines += [line(f"[{name}]({name}.md)", title, "", "") for name, (title, _) in OTHERS.items()]
     return "\n".join([*lines, "", "Written by `python results/reproduce.py --table` from what the runs left in `<run>/`. How to make one: "
                       "the project's README, Results."])
@@ -317,7 +340,7 @@ def write_tables():
     for name, (title, text) in texts.items():
         (HERE / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
     readme = (ROOT / "README.md").read_text()
-    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary()}.items():
+    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "cracks-quick": ranks_text()}.items():
         begin, end = f"<!-- table: {name} -->", "<!-- end -->"
         if begin in readme:
             before, _, rest = readme.partition(begin)

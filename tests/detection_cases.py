@@ -74,8 +74,8 @@ def overfit(model, images, targets, steps=90, lr=2e-3):
 
 
 def overfit_until(reached, model, images, targets, steps=90, lr=2e-3, rounds=4):
-    """Trains in rounds of `steps` until reached(), four rounds at most: that it learns is asked, not the luck of one round, which is another
-    one on every processor. Returns (first total loss, mean of the last five of the last round, what reached() said last)."""
+    """Trains in rounds of `steps` until reached(), four rounds at most: that it learns is asked, not the luck of one round, which is
+    another one on every processor. Returns (first total loss, mean of the last five of the last round, what reached() said last)."""
     first, last = overfit(model, images, targets, steps, lr)
     for _ in range(rounds - 1):
         if reached():

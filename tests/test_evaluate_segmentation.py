@@ -250,7 +250,7 @@ TABLE_3 = {"context_cracknet": (.5668, .6733, .5375, .7401, .6627, .5699, .4743,
            "unet": (.1562, .6397, .4857, .7061, .6323, .5390, .3837, .6456, .6577, .7464)}
 
 
-def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, seed=0):
+def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, seed=0, **trained_by):
     """An evaluation folder as evaluate.py writes it, with the counts [TP, FP, FN, TN] of each picture."""
     os.makedirs(folder)
     tp, fp, fn, tn = np.sum(counts, 0)
@@ -258,7 +258,8 @@ def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, s
     stats |= {"pixel/IoU": tp / (tp + fp + fn), "pixel/Dice": 2 * tp / (2 * tp + fp + fn), "pixel/precision": tp / (tp + fp),
               "pixel/recall": tp / (tp + fn)}
     points = {point: {"stats": stats} for point in ("at 0.5", f"at {chosen:g} (chosen on validation)")}
-    content = {"model": model, "seed": seed, "trained_with": list(trained_with), "task": "segmentation", "data": f"/d/{data}", "part": "test",
+    content = {"model": model, "seed": seed, "trained_with": list(trained_with), "trained_by": trained_by, "task": "segmentation",
+               "data": f"/d/{data}", "part": "test",
                "sizes": {"native": {"pixels": f"native ({side}x{side})", "points": points}}}
     (folder / "results.json").write_text(json.dumps(content))
     counts = {"native": {point: np.asarray(counts).tolist() for point in points}}
@@ -317,7 +318,8 @@ def test_seeds_are_one_model_whose_metric_is_their_mean(tmp_path, capsys):
     for _ in range(60):
         pictures = draw.integers(0, 12, 12)
         pooled = lambda model, seed: counts[model, seed][pictures].sum(0)
-        means = [np.mean([tp / (tp + fp + fn) for seed in range(3) for tp, fp, fn, _ in [pooled(model, seed)]]) for model in ("pan", "unet")]
+        means = [np.mean([tp / (tp + fp + fn) for seed in range(3) for tp, fp, fn, _ in [pooled(model, seed)]])
+                 for model in ("pan", "unet")]
         drawn.append(means[0] - means[1])
     row = dict(zip(paired["columns"], paired["rows"][0]))
     assert row["difference"] == pytest.approx(np.mean(ious["pan"]) - np.mean(ious["unet"]))
@@ -328,9 +330,15 @@ def test_seeds_are_one_model_whose_metric_is_their_mean(tmp_path, capsys):
     assert sorted(dict(zip(paired["columns"], each))["p, Holm"] for each in paired["rows"]) == pytest.approx(
         [min(1, 2 * p_values[0]), max(min(1, 2 * p_values[0]), p_values[1])])
     capsys.readouterr()
-    other = stored(tmp_path / "other", "pan", "cfd", counts["pan", 0][:5], seed=7)
-    assert evaluate.main(["--compare", runs[0], other]) == 2
-    assert "scored on different pictures: expected one split; train them with the same --split-seed" in capsys.readouterr().err
+    others = {"scored on different pictures: expected one split; train them with the same --split-seed": dict(seed=7),
+              "and differ in more than their seed: --lr None and 0.1; name one of them": dict(seed=7, lr=0.1),
+              "an older evaluation does not say of which seed": dict(seed=None)}
+    for i, (message, different) in enumerate(others.items()):
+        other = stored(tmp_path / f"other{i}", "pan", "cfd", counts["pan", 0][:5], **different)
+        assert evaluate.main(["--compare", runs[0], other]) == 2
+        assert message in capsys.readouterr().err
+    os.remove(os.path.join(runs[1], "pictures.json"))                                   # evaluated before detectors had one: no pairing
+    assert evaluate.main(["--compare", *runs]) == 0 and "paired" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_compared_is_said(tmp_path, capsys):

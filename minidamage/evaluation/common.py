@@ -12,6 +12,10 @@ from minidamage.metrics import tables
 from minidamage.visualize.report import Picture, Table, write_report
 
 
+# Arguments of train.py that do not shape what is learned, or are told elsewhere: runs that differ in these alone are seeds of one model.
+NOT_TRAINING = ("model", "data", "images", "set", "seed", "out", "device", "workers", "timeout", "keep_epochs", "compile")
+
+
 @dataclasses.dataclass
 class Job:
     """What evaluate.py settled: a model, the pictures to score it on, and the command line's flags."""
@@ -45,8 +49,9 @@ class Job:
     def about(self):
         """What was scored, with what: the head of results.json."""
         run = self.checkpoint.get("run", {})
+        typed = {flag: value for flag, value in run.get("args", {}).items() if flag not in NOT_TRAINING}
         return {"command": run_folder.command_line(), "task": self.model.task, "checkpoint": self.path, "model": self.checkpoint["model"],
-                "trained_with": list(run.get("args", {}).get("set") or []), "seed": run.get("seed"),
+                "trained_with": list(run.get("args", {}).get("set") or []), "trained_by": typed, "seed": run.get("seed"),
                 "epoch": self.checkpoint.get("train", {}).get("epoch"),
                 "data": os.path.abspath(self.dataset.path), "part": self.part, "occlusion": self.args.occlude or 0, "set": self.args.set,
                 "pictures": len(self.records), **run_folder.environment(self.device)}

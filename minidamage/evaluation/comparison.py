@@ -39,14 +39,16 @@ class Evaluation:
     """One results.json, or several that differ in the seed alone.
 
     model: its name, and once `name_apart` has seen all of them what it was trained otherwise; settings: what --set changed in its
-    training; data: the set's name and part; stats: {metric: number}, the mean over S seeds, and spread: {metric: their sample standard
-    deviation}; of the N pictures, where they are known: files, their names, and counts: int64 [N, S, 4] (segmentation) or
-    draws: {metric: [S, B]}, what it is in B bootstrap draws (detection)."""
+    training; trained_by: its other arguments (None: an older evaluation, which did not keep them); data: the set's name and part; stats:
+    {metric: number}, the mean over S seeds, and spread: {metric: their sample standard deviation}; of the N pictures, where they are
+    known: files, their names, and counts: int64 [N, S, 4] (segmentation) or draws: {metric: [S, B]}, what it is in B bootstrap draws
+    (detection)."""
 
     paths: list
     task: str
     model: str
     settings: list
+    trained_by: dict | None
     seeds: list
     data: str
     scored: str
@@ -120,8 +122,8 @@ def from_results(path, content, pictures, size="model", at="chosen"):
     part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
     part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
     data, files = os.path.splitext(os.path.basename(content["data"]))[0] + part, pictures and pictures["files"]
-    known = {"paths": [path], "model": content["model"], "settings": list(content.get("trained_with", [])), "seeds": [content.get("seed")],
-             "data": data, "files": files}
+    known = {"paths": [path], "model": content["model"], "settings": list(content.get("trained_with", [])),
+             "trained_by": content.get("trained_by"), "seeds": [content.get("seed")], "data": data, "files": files}
     if content.get("task") != "segmentation":
         draws = pictures and {name: np.array([row], np.float64) for name, row in pictures["draws"].items()}           # null: NaN
         return Evaluation(task="detection", scored="", stats=numbers_of(content["stats"]), draws=draws, **known)
@@ -175,8 +177,8 @@ def check(evaluations):
 
 
 def join_seeds(evaluations):
-    """The Evaluations of one model on one data set made one, in the order of their first. Raises ValueError for seeds that were scored on
-    different pictures."""
+    """The Evaluations of one model on one data set made one, in the order of their first. Raises ValueError for runs that differ in more
+    than their seed, and for seeds that were scored on different pictures."""
     groups = collections.defaultdict(list)
     for e in evaluations:
         groups[e.model, e.data].append(e)
@@ -184,21 +186,34 @@ def join_seeds(evaluations):
 
 
 def joined(group):
-    first = group[0]
+    first, paired = group[0], all(e.files is not None for e in group)
     for e in group[1:]:
-        if e.files != first.files:
-            raise ValueError(f"--compare: {e.path} and {first.path} are seeds of one model ({e.model}, {e.data}), scored on different "
-                             "pictures: expected one split; train them with the same --split-seed, and evaluate both again")
+        check_seeds(first, e)
     names = [name for name in first.stats if all(name in e.stats for e in group)]
     pairs = {name: mean_std([e.stats[name] for e in group]) for name in names}
-    counts = np.concatenate([e.counts for e in group], axis=1) if first.files and first.counts is not None else None
-    draws = first.draws and {name: np.concatenate([e.draws[name] for e in group]) for name in first.draws
+    counts = np.concatenate([e.counts for e in group], axis=1) if paired and first.counts is not None else None
+    draws = paired and first.draws and {name: np.concatenate([e.draws[name] for e in group]) for name in first.draws
                              if all(len(e.draws.get(name, [()])[0]) == first.draws[name].shape[1] for e in group)}
     return dataclasses.replace(
         first, paths=[e.path for e in group], seeds=[seed for e in group for seed in e.seeds],
         scored=" / ".join(dict.fromkeys(e.scored for e in group)),
         stats={name: mean for name, (mean, _) in pairs.items()}, spread={name: std for name, (_, std) in pairs.items()},
-        counts=counts, draws=draws)
+        counts=counts, draws=draws or None, files=first.files if paired else None)
+
+
+def check_seeds(first, other):
+    """Raises ValueError unless the two are trainings that differ in their seed alone, scored on the same pictures."""
+    both = f"--compare: {other.path} and {first.path} are one model ({other.model}) on the same data ({other.data})"
+    if None in (*first.seeds, *other.seeds):
+        raise ValueError(f"{both}, and an older evaluation does not say of which seed; evaluate it again, or name one of them")
+    ours, theirs = first.trained_by or {}, other.trained_by or {}
+    differing = [f"--{name.replace('_', '-')} {ours.get(name)} and {theirs.get(name)}" for name in {**ours, **theirs}
+                 if ours.get(name) != theirs.get(name)]
+    if differing:
+        raise ValueError(f"{both}, and differ in more than their seed: {'; '.join(differing)}; name one of them")
+    if None not in (first.files, other.files) and first.files != other.files:
+        raise ValueError(f"{both}, scored on different pictures: expected one split; train them with the same --split-seed, and evaluate "
+                         "both again")
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -278,7 +293,7 @@ def paired_difference(a, b, metric, draws):
     """The Interval of Evaluation a's metric minus b's, the same pictures drawn for both; over the means of their seeds. draws: how many
     (of a detector: what was drawn when it was evaluated, and draws is not looked at). None where that is not known of the same pictures."""
     name = metric.removeprefix("pixel/")
-    if a.files is None or a.files != b.files:
+    if a.files is None or a.files != b.files or a.data != b.data:                         # data: not the same, with damage covered in one
         return None
     if a.counts is not None and b.counts is not None and name in NAMES:
         pooled = lambda drawn: float(quotients(drawn.sum(0))[name].mean())                                            # [S, 4] -> [S]

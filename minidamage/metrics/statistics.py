@@ -60,8 +60,9 @@ def percentiles(value, drawn, level=0.95):
 
 
 def chance(interval):
-    """Two-sided p of "there is no difference", from the bootstrap draws of one: twice the share of draws on the other side of 0, the data
-    as it is counted as one draw more (Davison, Hinkley 1997, section 4.2), so that B draws give no p below 2 / (B + 1). NaN without draws.
+    """Two-sided p of "there is no difference", from the bootstrap draws of one: twice the share of draws on the other side of 0, with one
+    draw more on that side, so that B draws give no p below 2 / (B + 1). It is about other pictures, not about another training. NaN
+    without draws.
     """
     drawn = interval.samples[~np.isnan(interval.samples)]
     if len(drawn) == 0:
