@@ -132,7 +132,7 @@ template <typename T>
 void softmax_focal_backward_cpu(const FocalLoss<T>& focal, const T* logits, const int64_t* labels, int64_t C, int64_t ignore_index,
                                 const T* grad_output, T scale, T* grad_logits, int64_t begin, int64_t end);
 
-// ---- CUDA, cuda/focal_loss.cu; arrays of dtype, sums between threads in double ------------------------------------------------------------
+// ---- CUDA, cuda/focal_loss.cu; arrays of dtype, sums between threads in double ----------------------------------------------------------
 constexpr int64_t FOCAL_PARTIALS = 1024;  // blocks of a reduction, at most
 // reduction none: output [count]. mean, sum: output [1]; partials [FOCAL_PARTIALS] is working memory. Equal bytes in every run.
 template <typename A>

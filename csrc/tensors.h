@@ -46,8 +46,8 @@ struct OnDevice {  // stands for the device guard and the current stream
 #include <c10/cuda/CUDAStream.h>
 #define MINIDAMAGE_NAMESPACE minidamage
 #define MINIDAMAGE_DEVICE_KEY CUDA
-// The tensor's device, and the stream that PyTorch works on there. No autocast meanwhile: dtypes were settled in Python, and a backward pass
-// that runs inside autocast must not have its products rounded.
+// The tensor's device, and the stream that PyTorch works on there. No autocast meanwhile: dtypes were settled in Python, and a backward
+// pass that runs inside autocast must not have its products rounded.
 struct OnDevice {
   explicit OnDevice(const at::Tensor& tensor) : guard(tensor.device()) {}
   void* stream() const { return c10::cuda::getCurrentCUDAStream().stream(); }
