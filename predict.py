@@ -380,7 +380,8 @@ def map_in_words(content, probabilities):
     pieces = content["pieces"]
     if not pieces:
         highest = float(probabilities[0].max() if len(probabilities) == 1 else probabilities[1:].max())
-        return f"nothing found (highest probability {highest:.2f})"
+        large = f" of {content['min_area']} px or more (--min-area)" if content["min_area"] > 1 else ""
+        return f"nothing{large} found (highest probability {highest:.2f})"
     unit = "mm" if content["mm_per_px"] else "px"
     length = sum(total[f"length_{unit}"] for total in content["totals"].values())
     width = max(total[f"max_width_{unit}"] for total in content["totals"].values())

@@ -12,6 +12,7 @@ budget, goes on where it was.
 """
 import argparse
 import csv
+import difflib
 import glob
 import importlib.util
 import json
@@ -133,6 +134,11 @@ def is_done(run):
     return (HERE / run.name / "summary.json").exists()
 
 
+def has_all_rows(run):
+    """Whether a kept run was scored for every row of the list, which may have grown since."""
+    return set(run.rows) <= set(json.loads((HERE / run.name / "summary.json").read_text())["rows"])
+
+
 def lacks(run):
     """What is not there of a run's data set (or MINIDAMAGE_DATA), start weights and peer; else "": a run of the list may wait."""
     if run.peer and importlib.util.find_spec(run.peer) is None:
@@ -183,6 +189,8 @@ def spend(minutes, runs):
 
 def show_list(words=()):
     """The runs by table; with words, those whose name has one of them, and how each is typed."""
+    print("done: kept, part: kept without some of its rows, 40%: begun, -: its data, start weights or peer is not there; cpu, gpu: what it "
+          "was meant for")
     table, shown = None, [run for run in RUNS if not words or any(word in run.name for word in words)]
     if not shown:
         sys.exit(f"reproduce.py: no run has {' or '.join(map(repr, words))} in its name; the tables: {', '.join(TABLES)}")
@@ -191,7 +199,7 @@ def show_list(words=()):
             table = run.table
             print(f"\n{table}: {TABLES[table].title}" + f" ({TABLES[table].paper})" * bool(TABLES[table].paper))
         share, (cpu, gpu) = share_done(run), run.minutes
-        state = "done" if share == 1 else f"{share:.0%}" if share else ""
+        state = ("done" if has_all_rows(run) else "part") if share == 1 else f"{share:.0%}" if share else ""
         state = state or "-" * bool(lacks(run))
         expected = ", ".join(f"{minutes} min on {where}" for minutes, where in ((cpu, "two CPU cores"), (gpu, "a GPU")) if minutes)
         print(f"{state:5s} {run.hardware}  {run.name:38s} {', '.join(run.rows)}" + f"   ({expected})" * bool(expected))
@@ -213,7 +221,8 @@ def main():
     by_name = {run.name: run for run in RUNS}
     for name in args.run or []:
         if name not in by_name:
-            sys.exit(f"reproduce.py: no run {name!r}; expected one of {', '.join(by_name)}")
+            near = difflib.get_close_matches(name, by_name, 3)
+            sys.exit(f"reproduce.py: no run {name!r}; {f'did you mean {chr(32).join(near)}?' if near else '--list shows all of them'}")
     chosen = [by_name[name] for name in args.run or []]
     if args.resume:
         chosen += [run for run in RUNS if 0 < share_done(run) < 1 and run not in chosen]

@@ -110,7 +110,7 @@ def test_the_command(tmp_path):
     done = run(clean_set(tmp_path), "--quick")
     assert done.returncode == 0 and "scratch" in done.stdout and "check: nothing" in done.stdout, done.stderr
     done = run(tmp_path / "nothing")
-    assert done.returncode == 2 and done.stderr.startswith("error: ") and "no such file" in done.stderr
+    assert done.returncode == 2 and done.stderr.startswith("python -m minidamage.data: ") and "no such file" in done.stderr
 
 
 def test_classes_of_vehide_that_are_absent_have_english_names(tmp_path):

@@ -250,7 +250,7 @@ TABLE_3 = {"context_cracknet": (.5668, .6733, .5375, .7401, .6627, .5699, .4743,
            "unet": (.1562, .6397, .4857, .7061, .6323, .5390, .3837, .6456, .6577, .7464)}
 
 
-def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, seed=0, **trained_by):
+def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, seed=0, old=False, **trained_by):
     """An evaluation folder as evaluate.py writes it, with the counts [TP, FP, FN, TN] of each picture."""
     os.makedirs(folder)
     tp, fp, fn, tn = np.sum(counts, 0)
@@ -258,8 +258,8 @@ def stored(folder, model, data, counts, trained_with=(), side=448, chosen=0.4, s
     stats |= {"pixel/IoU": tp / (tp + fp + fn), "pixel/Dice": 2 * tp / (2 * tp + fp + fn), "pixel/precision": tp / (tp + fp),
               "pixel/recall": tp / (tp + fn)}
     points = {point: {"stats": stats} for point in ("at 0.5", f"at {chosen:g} (chosen on validation)")}
-    content = {"model": model, "seed": seed, "trained_with": list(trained_with), "trained_by": trained_by, "task": "segmentation",
-               "data": f"/d/{data}", "part": "test",
+    content = {"model": model, "seed": seed, "trained_with": list(trained_with), "trained_by": None if old else trained_by,
+               "task": "segmentation", "data": f"/d/{data}", "part": "test",
                "sizes": {"native": {"pixels": f"native ({side}x{side})", "points": points}}}
     (folder / "results.json").write_text(json.dumps(content))
     counts = {"native": {point: np.asarray(counts).tolist() for point in points}}
@@ -331,12 +331,14 @@ def test_seeds_are_one_model_whose_metric_is_their_mean(tmp_path, capsys):
         [min(1, 2 * p_values[0]), max(min(1, 2 * p_values[0]), p_values[1])])
     capsys.readouterr()
     others = {"scored on different pictures: expected one split; train them with the same --split-seed": dict(seed=7),
-              "and differ in more than their seed: --lr None and 0.1; name one of them": dict(seed=7, lr=0.1),
-              "an older evaluation does not say of which seed": dict(seed=None)}
+              "an older evaluation does not say how it was trained and from which seed": dict(seed=7, old=True)}
     for i, (message, different) in enumerate(others.items()):
         other = stored(tmp_path / f"other{i}", "pan", "cfd", counts["pan", 0][:5], **different)
         assert evaluate.main(["--compare", runs[0], other]) == 2
         assert message in capsys.readouterr().err
+    other = stored(tmp_path / "faster", "pan", "cfd", counts["pan", 0], seed=7, lr=0.1, pretrained="/w/resnet50.pth")
+    assert evaluate.main(["--compare", runs[0], other]) == 0                            # not a seed: another training
+    assert "pan - pan lr=0.1 pretrained=resnet50.pth" in capsys.readouterr().out
     os.remove(os.path.join(runs[1], "pictures.json"))                                   # evaluated before detectors had one: no pairing
     assert evaluate.main(["--compare", *runs]) == 0 and "paired" not in capsys.readouterr().out
 

@@ -51,7 +51,7 @@ def command(cracks, tmp_path):
 
 
 def test_a_run_leaves_everything(command, tmp_path, capsys):
-    assert train.main(command("--epochs", 3, "--keep-epochs", "--set", "lr=0.01")) == 0
+    assert train.main(command("--epochs", 3, "--keep-epochs")) == 0
     folder, printed = only_run(tmp_path), capsys.readouterr().out
     assert os.path.basename(folder) == "context_cracknet-cracks-001" and f"python evaluate.py --test-epochs {folder}\n" in printed
     assert sorted(os.listdir(folder)) == sorted([*FILES, "epoch-001.pt", "epoch-002.pt", "epoch-003.pt"])
@@ -60,15 +60,15 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert {"train/loss_bce", "train/loss_dice", "val/loss_dice", "val/pixel/IoU", "val/pixel/image/IoU"} <= rows[0].keys()
     assert float(rows[0]["val/loss"]) == pytest.approx(float(rows[0]["val/loss_bce"]) + float(rows[0]["val/loss_dice"]), rel=1e-4)
     config = json.load(open(os.path.join(folder, "config.json"), encoding="utf-8"))
-    assert config["run"]["recipe"]["select_by"] == "pixel/IoU" and config["run"]["recipe"]["schedule"] == "plateau"
+    assert config["run"]["recipe"]["select_by"] == "loss" and config["run"]["recipe"]["schedule"] == "plateau"
 
     model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
     assert checkpoint["train"]["tuned"] and checkpoint["class_names"] == ["crack"] and model.config.image_size == 64
     threshold = checkpoint["thresholds"]["crack"]
     assert 0 < threshold < 1 and f"pixel threshold {threshold}, chosen on the validation part" in printed
-    best = max(range(3), key=lambda k: float(rows[k]["val/pixel/IoU"]))
+    best = min(range(3), key=lambda k: float(rows[k]["val/loss"]))
     assert checkpoint["metrics"]["pixel/IoU"] == pytest.approx(float(rows[best]["val/pixel/IoU"]), rel=1e-4)
-    assert f"best pixel/IoU {float(rows[best]['val/pixel/IoU']):.3f} at 0.5 in epoch {best + 1}; pixel/IoU 0." in printed
+    assert f"best loss {float(rows[best]['val/loss']):.3f} in epoch {best + 1}; pixel/IoU 0." in printed
     assert f" at {threshold:g}, which best.pt uses: " in printed and "WARNING: 1 picture chooses best.pt" in printed
     assert "it differs from the paper's: body=resnet18 " in printed and "warm-up:" not in printed
     for k in range(3):

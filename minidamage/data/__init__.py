@@ -7,6 +7,7 @@ dataset, split.
     train = SegmentationDataset(parts["train"], recipe, seed=0, train=True, image_size=448)            # a label for every pixel
 """
 import collections
+import glob
 import itertools
 import os
 import re
@@ -20,7 +21,7 @@ from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import EXTENSIONS, is_picture_name, read_image
 from minidamage.data.record import Dataset, Record, class_counts, number_of, problem_kinds, summary
 
-MOST_FOLDERS = 1000                            # that are looked through for an error message
+MOST_FOLDERS, MOST_NEAR = 1000, 20             # that are looked through for an error message; and tried as a data set
 OF_ONE_PICTURE = (".xml", ".txt", ".mat", ".seg", *EXTENSIONS)        # files that annotate, or are, a picture: never a whole set
 
 __all__ = ["load_dataset", "read_image", "label_map", "DetectionDataset", "SegmentationDataset", "collate", "limit", "Dataset", "Record",
@@ -92,6 +93,10 @@ def _no_layout(path):
         return (f"{path}: expected a data set, got the file of one picture; give the folder that holds all pictures and annotations"
                 + f", such as {near}" * bool(near and not is_picture_name(path)))
     known = "; ".join(name for name, _ in LAYOUTS)
+    folders = sorted(glob.glob(os.path.join(glob.escape(path), "*", "")))[:MOST_NEAR]
+    near = [folder for folder in folders if any(layout.recognise(folder) for _, layout in LAYOUTS)]
+    if near:
+        return f"{path}: no known annotation layout found{_what_is_there(path)}; did you mean {' or '.join(near)}?"
     return (f"{path}: no known annotation layout found{_what_is_there(path)}. Known: {known}. Give the folder that holds the annotation "
             "file, or the file itself (of formats with a file a picture, the folder)")
 

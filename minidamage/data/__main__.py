@@ -23,7 +23,7 @@ def main(arguments=None):
     try:
         dataset = load_dataset(args.path, **reading(args))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"python -m minidamage.data: {error}", file=sys.stderr)
         return 2
     findings = check(dataset, quick=args.quick, size=args.size)
     print(report(findings, args.examples))

@@ -16,6 +16,7 @@ from minidamage.data.record import Dataset
 TRUTHS = (("groundtruth", ".mat", (2, 4)), ("seg", ".seg", (1, 3)))                  # folder, ending, the values that are crack
 IMAGE_FOLDERS = ("image", "images", "img")
 REGIONS = 4
+WRONG_TRUTH = "042"                                                                  # seen by looking at it: the crack lies elsewhere
 
 
 def recognise(path):
@@ -44,6 +45,9 @@ def read(path, images=None, **_):
     alone = set(truths[0].values()) - set(of_name.values())
     problems += [f"{os.path.basename(file)}: ground truth without a picture; left out" for file in sorted(alone)]
     crack, flooded = _shares(records, stats, of_name)
+    wrong = [r for r in records if os.path.splitext(os.path.basename(r.file))[0].lower() == WRONG_TRUTH]
+    if wrong:
+        notes.append(f"the truth of {os.path.basename(wrong[0].file)} belongs to another picture, as the set is published; it is kept")
     from_mat = any(r.label_map.file.lower().endswith(".mat") for r in records)
     notes.append(f"regions {'2 and 4' if from_mat else '1 and 3'} are crack ({crack:.2%} of all pixels); what cracks enclose "
                  f"({flooded:.2%}) is road")

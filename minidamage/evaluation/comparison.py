@@ -31,6 +31,8 @@ from minidamage.visualize.report import Picture, Table, write_report
 COLUMNS = {"segmentation": ("IoU", "Dice", "recall", "precision"),                        # the order of the paper's Table 3
            "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
 DRAWN = {"segmentation": ("IoU", "Dice", "recall"), "detection": ("segm/AP", "bbox/AP")}
+CHOSEN = " (chosen on validation)"
+MOST = 0.9                                                    # of the pixels: what calls more of them damage has learned nothing
 ROW, BAR = 1200, 24                                           # pixels: width of a row of bars, and of a bar with its share of the gaps
 
 
@@ -84,7 +86,7 @@ def compare(runs, metric, size, at, draws, out):
     sets = list(dict.fromkeys(e.data for e in evaluations))
     if max(map(len, by_model.values())) > 1:
         shown.append(spread_table(by_model, columns))
-    notes += [*not_shared(by_model), *other_pixels(evaluations), *other_thresholds(evaluations)]
+    notes += [*blind(evaluations), *not_shared(by_model), *other_pixels(evaluations), *other_thresholds(evaluations)]
     paired = paired_table(by_model, metric, draws) if draws else None
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
@@ -155,10 +157,18 @@ def results_file(path):
 
 
 def name_apart(evaluations):
-    """Adds the settings that not all were trained with to each model's name; [a sentence] on those that all share, [] without any."""
+    """Adds the settings that not all were trained with to each model's name, and the other arguments in which models of one name on one
+    data set differ; [a sentence] on the settings that all share, [] without any."""
     shared = [s for s in evaluations[0].settings if len(evaluations) > 1 and all(s in e.settings for e in evaluations)]
     for e in evaluations:
         e.model = " ".join([e.model, *(s for s in e.settings if s not in shared)])
+    for group in grouped(evaluations):
+        known = [e.trained_by for e in group if e.trained_by is not None]
+        differing = [name for name in {name: None for each in known for name in each}
+                     if len(known) == len(group) and any(each.get(name) != known[0].get(name) for each in known)]
+        for e in group:
+            own = [name for name in differing if name in e.trained_by]
+            e.model = " ".join([e.model, *(f"{name}={os.path.basename(str(e.trained_by[name]))}" for name in own)])
     return [f"all were trained with {' '.join(shared)}"] if shared else []
 
 
@@ -177,12 +187,17 @@ def check(evaluations):
 
 
 def join_seeds(evaluations):
-    """The Evaluations of one model on one data set made one, in the order of their first. Raises ValueError for runs that differ in more
-    than their seed, and for seeds that were scored on different pictures."""
+    """The Evaluations of one model on one data set made one, in the order of their first. Raises ValueError for those that do not say that
+    they differ in the seed alone, and for seeds that were scored on different pictures."""
+    return [joined(group) if len(group) > 1 else group[0] for group in grouped(evaluations)]
+
+
+def grouped(evaluations):
+    """[those of one model on one data set], in the order of their first."""
     groups = collections.defaultdict(list)
     for e in evaluations:
         groups[e.model, e.data].append(e)
-    return [joined(group) if len(group) > 1 else group[0] for group in groups.values()]
+    return list(groups.values())
 
 
 def joined(group):
@@ -196,21 +211,25 @@ def joined(group):
                              if all(len(e.draws.get(name, [()])[0]) == first.draws[name].shape[1] for e in group)}
     return dataclasses.replace(
         first, paths=[e.path for e in group], seeds=[seed for e in group for seed in e.seeds],
-        scored=" / ".join(dict.fromkeys(e.scored for e in group)),
+        scored=scored_alike(group),
         stats={name: mean for name, (mean, _) in pairs.items()}, spread={name: std for name, (_, std) in pairs.items()},
         counts=counts, draws=draws or None, files=first.files if paired else None)
 
 
+def scored_alike(group):
+    """"448x448, at 0.3, 0.4 (chosen on validation)": how several seeds were scored."""
+    parts = [e.scored.removesuffix(CHOSEN).partition(", ") for e in group]
+    chosen = CHOSEN * all(e.scored.endswith(CHOSEN) for e in group)
+    sizes, points = (", ".join(sorted({part[i] for part in parts})) for i in (0, 2))
+    return f"{sizes}, {points}{chosen}" if points else sizes
+
+
 def check_seeds(first, other):
-    """Raises ValueError unless the two are trainings that differ in their seed alone, scored on the same pictures."""
+    """Raises ValueError unless the two are known to be trainings that differ in their seed alone, scored on the same pictures."""
     both = f"--compare: {other.path} and {first.path} are one model ({other.model}) on the same data ({other.data})"
-    if None in (*first.seeds, *other.seeds):
-        raise ValueError(f"{both}, and an older evaluation does not say of which seed; evaluate it again, or name one of them")
-    ours, theirs = first.trained_by or {}, other.trained_by or {}
-    differing = [f"--{name.replace('_', '-')} {ours.get(name)} and {theirs.get(name)}" for name in {**ours, **theirs}
-                 if ours.get(name) != theirs.get(name)]
-    if differing:
-        raise ValueError(f"{both}, and differ in more than their seed: {'; '.join(differing)}; name one of them")
+    if None in (first.trained_by, other.trained_by):
+        raise ValueError(f"{both}, and an older evaluation does not say how it was trained and from which seed; evaluate it again, or name "
+                         "one of them")
     if None not in (first.files, other.files) and first.files != other.files:
         raise ValueError(f"{both}, scored on different pictures: expected one split; train them with the same --split-seed, and evaluate "
                          "both again")
@@ -254,6 +273,19 @@ def other_pixels(evaluations):
     listed = lambda found: "; ".join(f"{size} ({', '.join(models)})" for size, models in found.items())
     return [f"{data}: scored at {listed(found)}, which are other pixels; "
             "--size native scores all at the pictures' own" for data, found in sizes.items() if len(found) > 1]
+
+
+def blind(evaluations):
+    """[a sentence] for each model that calls all or nothing damage."""
+    found = []
+    for e in evaluations:
+        if e.counts is not None:
+            tp, fp, fn, tn = e.counts.sum((0, 1)).tolist()
+            share = (tp + fp) / max(1, tp + fp + fn + tn)
+            if share > MOST or tp + fp == 0:
+                found.append(f"{e.model} on {e.data} calls {share:.1%} of the pixels damage: it has not learned enough yet, whatever its "
+                             "rank")
+    return found
 
 
 def other_thresholds(evaluations):

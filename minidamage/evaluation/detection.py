@@ -9,8 +9,8 @@ from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
 from minidamage.data.record import number_of
 from minidamage.evaluation.ceiling import mask_ceiling
-from minidamage.evaluation.common import (change_finish, cost_text, print_sections, relative_files, summary, unreadable_note, without_nan,
-                                          write_page, writing)
+from minidamage.evaluation.common import (change_finish, cost_text, relative_files, summary, unreadable_note, without_nan, write_page,
+                                          writing)
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
@@ -75,7 +75,7 @@ def score(job):
     about, folder = job.about(), job.folder
     files = {samples.image_id(i): r.file for i, r in enumerate(records)}
     draws = {name: [round(value, 6) for value in interval.samples.tolist()] for name, interval in intervals.items()}
-    with writing(folder):
+    with writing(folder, shown):
         run_folder.write_json(os.path.join(folder, "results.json"), without_nan({**about, **numbers}))
         of_pictures = without_nan({"files": relative_files(job), "draws": draws})
         run_folder.write_json(os.path.join(folder, "pictures.json"), of_pictures, indent=None)
@@ -125,7 +125,7 @@ def confident(detection, thresholds, names):
 # ---------------------------------------------------------------------------------------------------------- what comes out
 
 def show(result, pixels, thresholds, metrics, intervals, notes, occlude=None):
-    """Prints all tables and returns them for the report: [(heading, [table or text])]."""
+    """All tables, to print and for the report: [(heading, [table or text])]."""
     alarms = result.false_alarms(thresholds)
     alarm_text = (f"{alarms['with findings']:.1%} of the {alarms['pictures']} pictures without damage have a finding, "
                   f"{alarms['findings']:.2f} findings a picture") if alarms["pictures"] else "no undamaged picture in this part"
@@ -144,7 +144,6 @@ def show(result, pixels, thresholds, metrics, intervals, notes, occlude=None):
     shown.append(("Speed and memory", [cost_text(metrics)]))
     if notes:
         shown.append(("Notes", notes))
-    print_sections(shown)
     return shown
 
 

@@ -17,8 +17,8 @@ from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
 from minidamage.data.record import number_of
-from minidamage.evaluation.common import (change_finish, cost_text, print_sections, relative_files, summary, unreadable_note, without_nan,
-                                          write_page, writing)
+from minidamage.evaluation.common import (change_finish, cost_text, relative_files, summary, unreadable_note, without_nan, write_page,
+                                          writing)
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
@@ -195,7 +195,7 @@ def intervals_of(result, draws):
 # ---------------------------------------------------------------------------------------------------------- what comes out
 
 def finish(job, sizes, points, metrics, unreadable):
-    """Prints the tables; writes results.json, pictures.json, report.html and the worst predictions."""
+    """Writes results.json, pictures.json, report.html and the worst predictions; prints the tables."""
     for scores in sizes.values():
         scores.evaluate(job.args.draws)
     in_use = list(points)[-1]
@@ -204,13 +204,12 @@ def finish(job, sizes, points, metrics, unreadable):
                      job.args.occlude),
              ("Accuracy", tables.segmentation_tables(sizes)), ("Thin damage", tables.crack_tables(sizes)),
              ("Speed and memory", [cost_text(metrics)]), *([("Notes", notes)] if notes else [])]
-    print_sections(shown)
     about, folder = job.about(), job.folder
     numbers = {**about, "in_use": in_use, "sizes": {name: scores.numbers() for name, scores in sizes.items()},
                **{name.replace(" ", "_"): value for name, value in metrics.items()}, "notes": notes, "unreadable": unreadable}
     counts = {name: {point: result.counts[:, 0].tolist() for point, result in scores.pixel.items()} for name, scores in sizes.items()}
     maps = {"maps": [f"maps/{name}.png" for name in names_of_maps(job.records)]} if job.args.save_maps else {}
-    with writing(folder):
+    with writing(folder, shown):
         run_folder.write_json(os.path.join(folder, "results.json"), without_nan(numbers))
         run_folder.write_json(os.path.join(folder, "pictures.json"), {"columns": ["TP", "FP", "FN", "TN"], "files": relative_files(job),
                                                                       **maps, "counts": counts}, indent=None)
