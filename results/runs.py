@@ -369,6 +369,24 @@ TWINS = (Twin(("cracks-quick", "cracks-full"), "unet", "smp-unet", {"--model une
 RUNS += [made for twin in TWINS for run in RUNS if (made := twin.of(run))]
 
 
+# What a reader wants to know first: (what, the paper's number, our run and its row, where the number lies, whether it is in percent, our
+# schedule, the paper's).
+CRACK_SCHEDULE = "448 px, up to 1,000 epochs of batch 32, a body from ImageNet"
+GLANCE = (
+    ("DamageNet, cars: box AP50 (the paper: \"box mAP\" on other pictures)", published.DAMAGENET["box mAP"], "cars-damagenet", "DamageNet",
+     "stats/bbox/AP50", True, "320 px, 14 epochs, ResNet-18", "1024 px, 280 epochs, ResNet-50, seven times the pictures"),
+    ("DANet, steel: AP50", published.DANET[5][-1], "steel-phase5", PHASES[5], "stats/bbox/AP50", True, "192 px, 5 epochs",
+     "30 epochs, a body from COCO"),
+    *((f"{CRACK_NAMES[model]}, {name}: IoU", published.CRACKS[name][model][0], run, CRACK_NAMES[model], AT + "IoU", False, ours,
+       CRACK_SCHEDULE)
+      for model, name, run, ours in (
+          ("context_cracknet", "DeepCrack", "cracks-deepcrack-context-cracknet", "224 px, 8 epochs of batch 4"),
+          ("unet", "DeepCrack", "cracks-deepcrack-unet", "224 px, 8 epochs of batch 4"),
+          ("context_cracknet", "CFD", "cracks-quick-cfd-context-cracknet", "224 px, 7 epochs of batch 4"),
+          ("unet", "CFD", "cracks-cfd-unet", "256 px, 30 epochs of batch 4"))),
+    ("FCN-ResNet50, cars: any damage, IoU (the document: other pictures)", published.SEGMENTERS["fcn_resnet50"][1],
+     "segmenters-fcn-resnet50", "FCN-ResNet50", ANY_DAMAGE + "IoU", False, "120 px, 162 steps", "240 px, 5 epochs of batch 16"))
+
 DAMAGENET = "DamageNet, the ablation in its section IV's text"
 # What each table says again: where data, start weights and schedule are not the paper's.
 listed = lambda numbers: ", ".join(f"{what} {number}" for what, number in numbers.items())

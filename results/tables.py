@@ -10,7 +10,7 @@ import pathlib
 import statistics
 import sys
 
-from runs import CRACK_NAMES, RUNS, SMALL_SEGMENTERS, TABLES
+from runs import CRACK_NAMES, GLANCE, RUNS, SMALL_SEGMENTERS, TABLES
 
 HERE = pathlib.Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -149,6 +149,20 @@ def cell(values, text):
         return " to ".join(map(text, values[0])) if len(values) == 1 else ""
     mean = text(statistics.mean(values))
     return mean if len(values) == 1 else f"{mean} ({text(min(values))} to {text(max(values))})"
+
+
+def glance_text():
+    """The first table of the README: what each paper's main number is here."""
+    lines = [line("what", "the paper", "ours, reduced", "95 % over pictures", "our schedule", "the paper's"), "|---|--:|--:|--:|---|---|"]
+    for what, paper, name, row, path, percent, ours, theirs in GLANCE:
+        found = kept(row, [run for run in RUNS if run.name == name])
+        cells = ["not run", ""]
+        if found:
+            numbers = found[0][1]["rows"][row]
+            form = (lambda value: f"{100 * value:.1f} %") if percent else "{:.3f}".format
+            cells = [cell([look_up(numbers, where)], form) for where in (path, path.replace("stats/", "intervals/"))]
+        lines.append(line(what, f"{paper:.1f} %" if percent else f"{paper:.3f}", *cells, ours, theirs))
+    return "\n".join(lines)
 
 
 def ranks_text():
@@ -340,7 +354,8 @@ def write_tables():
     for name, (title, text) in texts.items():
         (HERE / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
     readme = (ROOT / "README.md").read_text()
-    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "cracks-quick": ranks_text()}.items():
+    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "cracks-quick": ranks_text(),
+                       "glance": glance_text()}.items():
         begin, end = f"<!-- table: {name} -->", "<!-- end -->"
         if begin in readme:
             before, _, rest = readme.partition(begin)
