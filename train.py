@@ -24,6 +24,7 @@ from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
 from minidamage.command_line import Parser
 from minidamage.data import collate
 from minidamage.data.flags import add_reading_flags
+from minidamage.data.record import number_of
 from minidamage.layers.segmenter import label_map_of
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.segmentation import PixelEvaluator
@@ -35,6 +36,7 @@ from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+FEW_STEPS = 20                                                        # of a whole run: below, a network learns next to nothing
 FEW_PICTURES = 5                                                      # of the validation part: below, chance chooses
 PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
 HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "pixel/IoU", "pixel/Dice")              # of an epoch's line
@@ -532,7 +534,10 @@ def introduce(run):
           "(train: what trains, val: what chooses, test: kept for evaluate.py)")
     if chooses < FEW_PICTURES:
         print(f"WARNING: {chooses} picture{'s choose' if chooses > 1 else ' chooses'} best.pt and its thresholds: expected 10 or more, or "
-              "chance chooses; more data, or another share of it (--split 70/15/15)")
+              f"chance chooses; {'a larger --limit' if run.args.limit < 1 else 'more data, or another share of it (--split 70/15/15)'}")
+    if steps < FEW_STEPS:
+        print(f"WARNING: {number_of(steps, 'step')} in all, {len(run.train_set)} pictures in batches of {run.recipe.batch_size}: next to "
+              "nothing is learned in so few; more --epochs, or a smaller --batch-size")
     whose = " of the demo set" if run.args.data == "demo" else ""
     print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
     print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in in_use(run.recipe).items())}")

@@ -70,6 +70,7 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert checkpoint["metrics"]["pixel/IoU"] == pytest.approx(float(rows[best]["val/pixel/IoU"]), rel=1e-4)
     assert f"best loss {float(rows[best]['val/loss']):.3f} in epoch {best + 1}; pixel/IoU 0." in printed
     assert f" at {threshold:g}, which best.pt uses: " in printed and "WARNING: 1 picture chooses best.pt" in printed
+    assert "WARNING: 9 steps in all, 9 pictures in batches of 3: next to nothing is learned in so few; more --epochs" in printed
     assert "it differs from the paper's: body=resnet18 " in printed and "warm-up:" not in printed
     for k in range(3):
         kept, state = load_checkpoint(os.path.join(folder, f"epoch-{k + 1:03d}.pt"))
