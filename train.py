@@ -337,7 +337,7 @@ def tune_threshold(run, stop):
             print(f"stopped before the pixel threshold was chosen: {stopped.format(0.5)}")
             return ""
         if distributed.is_main():
-            words = take_pixel_threshold(checkpoint, result)
+            words = take_pixel_threshold(checkpoint, result, [record.file for record in run.val_set.records])
         keep(run, "val_predictions.png", lambda path: draw_at_threshold(path, run, model, checkpoint))
     keep(run, "best.pt", lambda path: save_checkpoint(path, checkpoint))
     return words

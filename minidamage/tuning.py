@@ -11,6 +11,7 @@ from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.thresholds import ThresholdSweep
 
 MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part
+FAR = 0.2                                                             # that one picture moves the threshold: it was that picture's choice
 NEARLY_ALL = 0.95                                                     # of the pixels: found everywhere is not found at all
 
 
@@ -79,8 +80,9 @@ def score_pixel_thresholds(model, batches, stop):
     return ThresholdSweep.joined(distributed.gather_to_main(sweep) or [ThresholdSweep()]).evaluate()
 
 
-def take_pixel_threshold(checkpoint, result):
-    """Writes the best threshold into a checkpoint dict, as thresholds {class name: probability}; nothing where F1 is 0 or NaN.
+def take_pixel_threshold(checkpoint, result, files=()):
+    """Writes the best threshold into a checkpoint dict, as thresholds {class name: probability}; nothing where F1 is 0 or NaN. files: the
+    pictures' names, to name the one that the choice hangs on.
 
     metrics keep what was measured at 0.5, epoch by epoch. Returns "pixel/IoU 0.594 at 0.47", or "" where nothing was written.
     """
@@ -91,6 +93,11 @@ def take_pixel_threshold(checkpoint, result):
     checkpoint["thresholds"] = {checkpoint["class_names"][0]: best["threshold"]}
     print(f"pixel threshold {best['threshold']}, chosen on the validation part: IoU {best['IoU']:.4f}, against "
           f"{checkpoint['metrics']['pixel/IoU']:.4f} at 0.5 (kept as thresholds in best.pt)")
+    without = result.best_without()
+    k = int(abs(without - best["threshold"]).argmax())
+    if 1 < len(without) == len(files) and abs(without[k] - best["threshold"]) > FAR:
+        print(f"WARNING: the threshold hangs on one picture: without {files[k]} it would be {without[k]:g}; look at it, and choose on more "
+              "pictures if you can")
     tp, fp, fn, tn = result.counts.sum(0)[round(100 * best["threshold"]) - 1].tolist()        # as in ThresholdSweep
     found, true = (tp + fp) / (tp + fp + fn + tn), (tp + fn) / (tp + fp + fn + tn)
     if found > NEARLY_ALL and true < NEARLY_ALL / 2:

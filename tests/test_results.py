@@ -122,7 +122,8 @@ def test_the_first_row_is_tested_against_each_other_one(results, tmp_path, monke
         row, folder = tables.CRACK_NAMES[model], tmp_path / results["runs"].seeded(f"cracks-full-cfd-{model.replace('_', '-')}", seed)
         folder.mkdir()
         numbers = {"pictures": 2, "part": "test", "task": "segmentation", "model": model, "seed": seed, "data": "cfd", "in_use": "at 0.3",
-                   "trained_by": {}, "sizes": {"model": {"pixels": "448x448", "points": {"at 0.3": {"stats": {**stats, "pixel/IoU": iou}}}}}}
+                   "trained_by": {},
+                   "sizes": {"model": {"pixels": "448x448", "points": {"at 0.3": {"stats": {**stats, "pixel/IoU": iou}}}}}}
         run = {"seed": seed, "commits": ["0123456"], "hardware": hardware, "versions": {"torch": "2"}}
         (folder / "summary.json").write_text(json.dumps({"run": run, "rows": {row: numbers}}))
         pictures = {"files": ["a.png", "b.png"], "counts": {"model": {"at 0.3": of_pictures}}}

@@ -573,7 +573,8 @@ def words_of(act, capsys, *more, **changes):
         model=argparse.Namespace(config=config, parameters=lambda: [], task="detection"), train_set=[None] * 10,
         val_set=argparse.Namespace(records=[argparse.Namespace(file="a.jpg")]), recipe=Recipe(epochs=3, batch_size=2, select_by="segm/AP"),
         identity={"run": record, "split": {"train": range(10), "val": range(1)}},
-        args=argparse.Namespace(model="danet", amp="off", data="cars", limit=1.0, keep_epochs=False, set=[f"{k}={v}" for k, v in changes.items()]))
+        args=argparse.Namespace(model="danet", amp="off", data="cars", limit=1.0, keep_epochs=False,
+                                set=[f"{k}={v}" for k, v in changes.items()]))
     act(run, *more)
     return capsys.readouterr().out
 

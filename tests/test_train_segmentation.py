@@ -200,6 +200,23 @@ def test_pixel_threshold_by_hand(capsys):
     assert "the model has not learned: at this threshold 100% of the pixels are positive, 7.5% are damage" in capsys.readouterr().out
 
 
+def test_a_threshold_that_hangs_on_one_picture_says_so(capsys):
+    sweep = ThresholdSweep()
+    for _ in range(2):                                                                  # good from 0.3 on: below, four false pixels
+        sweep.add(torch.tensor([[0.45] * 4 + [0.25] * 4]), torch.tensor([[1] * 4 + [0] * 4]))
+    calm = sweep.evaluate()
+    sweep.add(torch.full((1, 90), 0.85), torch.tensor([[0] * 90]))                      # a wall, all of it above what the cracks have
+    sweep.add(torch.tensor([[0.95] * 9]), torch.tensor([[1] * 9]))
+    result = sweep.evaluate()
+    assert result.best()["threshold"] == 0.85 and calm.best()["threshold"] == 0.44      # nearest 0.5 among equals: 0.25 to 0.44
+    assert result.best_without().tolist() == [0.85, 0.85, 0.44, 0.44]                   # without c.png nothing is above 0.85
+    checkpoint = {"class_names": ["crack"], "thresholds": {}, "metrics": {"pixel/IoU": 0.0}}
+    tuning.take_pixel_threshold(checkpoint, result, ["a.png", "b.png", "wall.png", "c.png"])
+    assert "WARNING: the threshold hangs on one picture: without wall.png it would be 0.44; look at it" in capsys.readouterr().out
+    tuning.take_pixel_threshold(checkpoint, calm, ["a.png", "b.png"])
+    assert "hangs on" not in capsys.readouterr().out
+
+
 def test_the_pictures_are_drawn_again_at_the_threshold_of_best_pt(command, tmp_path, monkeypatch):
     drawn, draw = [], train.draw_predictions
     monkeypatch.setattr(train, "draw_predictions", lambda path, shown, *more: (drawn.append((shown, more[-1])), draw(path, shown, *more)))

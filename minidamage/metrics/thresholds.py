@@ -79,6 +79,11 @@ class SweepResult:
         k = int(_argbest(np.nan_to_num(self.pooled["F1"], nan=-1.0)[None])[0])
         return {"threshold": float(THRESHOLDS[k]), **{name: float(self.pooled[name][k]) for name in ("F1", "IoU", "precision", "recall")}}
 
+    def best_without(self):
+        """[N]: the threshold of `best()` if each picture in turn were not there: how far the choice hangs on one of them."""
+        others = quotients(self.counts.sum(0) - self.counts)["F1"]                        # [N, 99]
+        return THRESHOLDS[_argbest(np.nan_to_num(others, nan=-1.0))]
+
     def curve(self):
         """(recall [99], precision [99]) of the pooled counts, by falling threshold."""
         return self.pooled["recall"][::-1], self.pooled["precision"][::-1]

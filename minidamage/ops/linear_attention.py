@@ -30,9 +30,9 @@ def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None,
         linear_attention(x, query.weight, query.bias, key.weight, key.bias, value.weight, value.bias, E, F, 8, output.weight, output.bias)
     There is no dropout inside. float16 and bfloat16: softmax and sums in float32; on a CPU the whole is computed in float32, which autocast
     also returns; autocast on a GPU casts the inputs to its dtype.
-    Differentiable once with respect to every tensor; a gradient that none needs is not computed. Deterministic: equal bytes in every run;
-    on a CPU on any number of threads, on a GPU as far as the framework's matrix products are. NaN and Inf in x spread over their picture, as
-    the formula says, and reach no other.
+    Differentiable once with respect to every tensor; a gradient that none needs is not computed. Deterministic: equal bytes in every
+    run; on a CPU on any number of threads, on a GPU as far as the framework's matrix products are. NaN and Inf in x spread over their
+    picture, as the formula says, and reach no other.
     Raises ValueError for wrong shapes, dtypes or devices.
     """
     tensors = {"x": x, "w_q": w_q, "b_q": b_q, "w_k": w_k, "b_k": b_k, "w_v": w_v, "b_v": b_v, "E": E, "F": F, "w_o": w_o, "b_o": b_o}
