@@ -226,7 +226,7 @@ def main():
     chosen = [by_name[name] for name in args.run or []]
     if args.resume:
         chosen += [run for run in RUNS if 0 < share_done(run) < 1 and run not in chosen]
-    for run in args.run and chosen or []:
+    for run in chosen:
         if lacks(run):
             sys.exit(f"reproduce.py: {run.name} waits for {lacks(run)}")
     if args.budget is not None:
