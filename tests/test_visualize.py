@@ -92,6 +92,9 @@ def test_a_label_map_tints_each_class_and_greys_what_is_not_judged():
     assert dent[2] > dent[0] + 40 and scratch[0] > scratch[2] + 40 and len(set(grey.tolist())) == 1 and grey[0] < 200
     assert (drawn[20, 40] == overlay.NAMED_COLOURS["dent"]).all() and (drawn[300, 300] == 200).all()
     assert (image == 200).all()
+    tags = drawn[:42, 399]                                            # the first corner free of labels is the upper right one
+    assert [tuple(tags[y]) for y in (7, 21, 35)] == [overlay.NAMED_COLOURS["dent"], overlay.NAMED_COLOURS["scratch"], overlay.NOT_JUDGED]
+    assert (drawn[:, 399][42:199] == 200).all()
     assert overlay.draw_label_map(image[:100, :100], label_map[:100, :100], ["dent"], enlarge=True).shape == (600, 600, 3)
     with pytest.raises(ValueError, match=r"expected a label map of the picture's size \[400, 400\], got \[40, 400\]"):
         overlay.draw_label_map(image, label_map[:40], ["dent", "scratch"])

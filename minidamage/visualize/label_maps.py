@@ -9,7 +9,7 @@ from PIL import Image
 
 from minidamage.skeleton import squared_distances
 from minidamage.visualize.overlay import (NOT_JUDGED, class_colours, enlarged, enlargement, grid, line_width, paint_mask, repeated,
-                                          to_picture, write_beside)
+                                          to_picture, with_legend, write_beside)
 from minidamage.visualize.stages import heat
 
 # Right, too much, missed: green, red and blue differ in lightness too, so that colour-blind readers tell them apart.
@@ -76,7 +76,7 @@ def draw_cracks(image, label_map, class_names):
             wide = (squared_distances(mask) <= halo * halo) & (label_map == 0)
             canvas[wide] = (canvas[wide] * 0.35 + np.array(colour) * 0.65).astype(np.uint8)
         paint_mask(canvas, repeated(mask, factor), colour, max(1, line_width(*canvas.shape[:2]) // 2))
-    return canvas
+    return with_legend(canvas, repeated(label_map, factor), class_names)
 
 
 def draw_attention(image, maps, label_map=None, class_names=(), cell=480):

@@ -66,7 +66,7 @@ def draw_label_map(image, label_map, class_names, enlarge=False):
     """Returns a copy of the photograph with each class's pixels tinted and outlined, in the colours that its objects would have.
 
     image: as in `draw_detections`. label_map: [H, W] integers (array or CPU tensor), 0 background, 1..K, 255 not judged (grey).
-    Raises ValueError where the sizes differ.
+    Of several classes, tags in a corner name those on the picture. Raises ValueError where the sizes differ.
     """
     image, label_map = to_picture(image), np.asarray(label_map)
     if label_map.shape != image.shape[:2]:
@@ -77,7 +77,7 @@ def draw_label_map(image, label_map, class_names, enlarge=False):
     for label in np.unique(label_map[label_map > 0]).tolist():
         colour = NOT_JUDGED if label == 255 else colours[_class_name(label, class_names)]
         paint_mask(canvas, repeated(label_map == label, factor), colour, line)
-    return canvas
+    return with_legend(canvas, repeated(label_map, factor), class_names)
 
 
 def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge):
@@ -341,6 +341,27 @@ def with_label(image, text):
     text, (width, height) = _fitted(draw, text, font, picture.width)
     _draw_tag(draw, (0, 0, width, height), text, font, LABEL)
     return np.asarray(picture)
+
+
+def with_legend(image, label_map, class_names):
+    """Returns the picture with a tag for each class on it, in the corner where they hide fewest of its pixels; of one class, none.
+
+    image: uint8 [H, W, 3]. label_map: [H, W] integers, 0 background, 1..K, 255 not judged.
+    """
+    names = {label: "not judged" if label == 255 else _class_name(label, class_names) for label in np.unique(label_map).tolist() if label}
+    if len(class_names) < 2 or not names:
+        return image
+    picture, colours = Image.fromarray(image), class_colours(class_names)
+    W, H = picture.size
+    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size(H, W))
+    tags = [(*_fitted(draw, name, font, W), colours.get(name, NOT_JUDGED)) for name in names.values()]
+    width, height = max(size[0] for _, size, _ in tags), sum(size[1] for _, size, _ in tags)
+    corners = [(top, left) for top in (0, max(H - height, 0)) for left in (0, max(W - width, 0))]
+    top, left = min(corners, key=lambda corner: np.count_nonzero(label_map[corner[0]:corner[0] + height, corner[1]:corner[1] + width]))
+    for text, size, colour in tags:
+        _draw_tag(draw, (left, top, left + width, top + size[1]), text, font, colour)
+        top += size[1]
+    return np.array(picture)
 
 
 def _draw_tag(draw, spot, text, font, colour):
