@@ -18,6 +18,7 @@ import importlib.util
 import json
 import os
 import pathlib
+import re
 import shlex
 import shutil
 import signal
@@ -188,23 +189,40 @@ def spend(minutes, runs):
 
 
 def show_list(words=()):
-    """The runs by table; with words, those whose name has one of them, and how each is typed."""
-    print("done: kept, part: kept without some of its rows, 40%: begun, -: its data, start weights or peer is not there; cpu, gpu: what it "
-          "was meant for")
-    table, shown = None, [run for run in RUNS if not words or any(word in run.name for word in words)]
+    """The rows by table, those of several seeds by their first one; with words, every run whose name has one of them, and its command."""
+    print("done: kept (2/3: of its seeds NAME, NAME-seed1, NAME-seed2), part: kept without some of its rows, 40%: begun, -: its data, start "
+          "weights or peer is not there; cpu, gpu: what it was meant for")
+    shown = [run for run in RUNS if not words or any(word in run.name for word in words)]
     if not shown:
         sys.exit(f"reproduce.py: no run has {' or '.join(map(repr, words))} in its name; the tables: {', '.join(TABLES)}")
+    seeds = {}
     for run in shown:
-        if run.table != table:
-            table = run.table
+        seeds.setdefault(run.name if words else first_seed(run.name), []).append(run)
+    for table in TABLES:
+        rows = {name: runs for name, runs in seeds.items() if runs[0].table == table}
+        if rows:
             print(f"\n{table}: {TABLES[table].title}" + f" ({TABLES[table].paper})" * bool(TABLES[table].paper))
-        share, (cpu, gpu) = share_done(run), run.minutes
-        state = ("done" if has_all_rows(run) else "part") if share == 1 else f"{share:.0%}" if share else ""
-        state = state or "-" * bool(lacks(run))
-        expected = ", ".join(f"{minutes} min on {where}" for minutes, where in ((cpu, "two CPU cores"), (gpu, "a GPU")) if minutes)
-        print(f"{state:5s} {run.hardware}  {run.name:38s} {', '.join(run.rows)}" + f"   ({expected})" * bool(expected))
-        if words:
-            print(f"           {typed_out(run)}")
+        for name, runs in rows.items():
+            cpu, gpu = runs[0].minutes
+            expected = ", ".join(f"{minutes} min on {where}" for minutes, where in ((cpu, "two CPU cores"), (gpu, "a GPU")) if minutes)
+            each = " each" * (len(runs) > 1)
+            print(f"{state(runs):5s} {runs[0].hardware}  {name:38s} {', '.join(runs[0].rows)}" + f"   ({expected}{each})" * bool(expected))
+            if words:
+                print(f"           {typed_out(runs[0])}")
+
+
+def first_seed(name):
+    return re.sub(r"-seed\d+$", "", name)
+
+
+def state(runs):
+    """In a word or a number, how far the seeds of a row are."""
+    shares = [share_done(run) for run in runs]
+    if min(shares) == 1:
+        return "done" if all(map(has_all_rows, runs)) else "part"
+    if 1 in shares:
+        return f"{shares.count(1)}/{len(runs)}"
+    return f"{max(shares):.0%}" if max(shares) else "-" * bool(lacks(runs[0]))
 
 
 def main():
