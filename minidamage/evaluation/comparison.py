@@ -11,6 +11,7 @@ Runs that differ in nothing but their seed are one model: its numbers, in every 
 """
 import collections
 import dataclasses
+import difflib
 import glob
 import json
 import os
@@ -76,7 +77,9 @@ def compare(runs, metric, size, at, draws, out):
     metric = metric or columns[0] if task == "segmentation" else metric or ("segm/AP" if "segm/AP" in columns else columns[0])
     for e in evaluations:
         if metric not in e.stats:
-            raise ValueError(f"--metric {metric}: {e.path} has {', '.join(sorted(e.stats))}")
+            near = difflib.get_close_matches(metric, e.stats, 3, cutoff=0.5)
+            raise ValueError(f"--metric {metric}: no number of that name in {e.path}; "
+                             + (f"did you mean {' or '.join(near)}? " if near else "") + f"It has {', '.join(sorted(e.stats))}")
     if metric not in columns:
         columns.append(metric)
     shown = [all_table(evaluations, columns)]
