@@ -4,7 +4,8 @@
 //   encode   t_x = w_x (x - x_a) / w_a,  t_w = w_w log(w / w_a)      (x, y) the centre, (w, h) the size, a: of the proposal;
 //   decode   x = d_x / w_x w_a + x_a,    w = w_a e^min(d_w / w_w, clip)              the same for y and h
 //
-// The order of operations is the reference's; only e^x and log x round otherwise than the framework's (exp_log.h).
+// The order of operations is the reference's, and so is the rounding on both machines; only e^x and log x round otherwise than the
+// framework's (exp_log.h).
 #pragma once
 
 #include "exp_log.h"
@@ -59,7 +60,7 @@ template <typename A>
 MD_HD void decode_axis(A shift, A growth, A clip, A low, A high, A& decoded_low, A& decoded_high) {
   A centre, size;
   centre_and_size(low, high, centre, size);
-  const A x = shift * size + centre, half = A(0.5) * exp_of(growth > clip ? clip : growth) * size;
+  const A x = mul_rn(shift, size) + centre, half = mul_rn(A(0.5) * exp_of(growth > clip ? clip : growth), size);
   decoded_low = x - half;
   decoded_high = x + half;
 }

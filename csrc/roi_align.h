@@ -59,8 +59,8 @@ template <typename A>
 MD_HD RoiAxis<A> roi_axis(A low, A high, A spatial_scale, int64_t bins, int64_t sampling_ratio, bool aligned) {
   RoiAxis<A> axis;
   const A offset = aligned ? A(0.5) : A(0);
-  axis.start = low * spatial_scale - offset;
-  A size = (high * spatial_scale - offset) - axis.start;
+  axis.start = mul_rn(low, spatial_scale) - offset;  // rounded as on the CPU: a bin of exactly 1 must not become a little more
+  A size = (mul_rn(high, spatial_scale) - offset) - axis.start;
   if (!aligned && size < A(1)) size = A(1);  // the old form: a malformed box is one pixel
   axis.bin = size / A(bins);
   axis.grid = sampling_ratio > 0 ? A(sampling_ratio) : A(ceil(axis.bin));
@@ -92,7 +92,7 @@ MD_HD void roi_axes(const RoiAlign<A>& problem, int64_t r, int64_t level, RoiAxi
 
 template <typename A>
 MD_HD A sample_position(const RoiAxis<A>& axis, int64_t p, int64_t i) {
-  return axis.start + A(p) * axis.bin + (A(i) + A(0.5)) * axis.bin / axis.grid;
+  return axis.start + mul_rn(A(p), axis.bin) + (A(i) + A(0.5)) * axis.bin / axis.grid;
 }
 
 // The samples [first, last) of bin p that can lie inside the level. A box much larger than the picture has most of its samples

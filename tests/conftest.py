@@ -12,6 +12,7 @@ _compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("c++") 
 if os.environ.get("CI") or _compiler:
     os.environ.setdefault("MINIDAMAGE_KERNELS", "require")
 os.environ.setdefault("OMP_NUM_THREADS", "1")     # tiny tensors: more threads cost more than they bring, here and in what tests start
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")                  # cuBLAS asks for it in deterministic mode, once, at its start
 HERE = pathlib.Path(__file__).parent
 sys.path.insert(0, str(HERE))                                                # tests import oracle.py by name
 

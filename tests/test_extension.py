@@ -232,6 +232,7 @@ def fake_nvcc(folder, version="13.0"):
     (folder / "bin").mkdir(exist_ok=True)
     nvcc = folder / "bin" / "nvcc"
     nvcc.write_text(f"#!/bin/sh\ncase \"$*\" in *--version*) echo 'Cuda compilation tools, release {version}, V1';;\n"
+                    "*--list-gpu-arch*) echo compute_80; echo compute_90;;\n"
                     "*) echo '#$ INCLUDES=\"-I/opt/cuda/include\"' >&2; echo '#$ LIBRARIES=  \"-L/opt/a\" \"-L/opt/b\"' >&2;; esac\n")
     nvcc.chmod(0o755)
 
@@ -285,16 +286,57 @@ def test_references_on_another_device_are_announced_once(monkeypatch):
         _extension._announce_reference("cuda", "require")
 
 
+def test_what_ails_the_cuda_half_leaves_the_kernels_of_the_cpu(monkeypatch, tmp_path):
+    monkeypatch.setattr(_extension, "_reasons", {})
+    toolkit = {"nvcc": str(tmp_path / "bin" / "nvcc"), "include": "/opt/cuda/include", "libraries": [], "version": "13.0"}
+    fake_nvcc(tmp_path)
+    monkeypatch.setattr(_toolchain, "cuda_toolkit", lambda: toolkit)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    built = _extension.build_ops()
+    assert built[1] == ("cpu",) and "expected numbers such as" in _extension.reason("cuda")
+    broken = tmp_path / "broken.so"
+    broken.write_bytes(b"no library")
+    monkeypatch.setattr(_extension, "build_ops", lambda: (broken, ("cpu", "cuda")))
+    assert _extension._load_ops() == ("cpu",) and "do not load" in _extension.reason("cuda")
+
+
+def test_a_forked_process_leaves_its_parents_gpu_alone(no_memory, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "_is_in_bad_fork", lambda: True)
+    with pytest.raises(_toolchain.BuildError, match="forked from one that uses the GPU"):
+        _toolchain.cuda_toolkit()
+
+
+def test_the_host_compiler_behind_a_launcher(monkeypatch, tmp_path):
+    for name in ("ccache", "g++-x"):
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setenv("CXX", "ccache g++-x -m64")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "9.0")
+    command = _toolchain.nvcc_command({"nvcc": "nvcc"})
+    assert command[command.index("-ccbin") + 1] == "g++-x"
+
+
+def test_a_card_too_old_for_nvcc_is_left_out_beside_another(monkeypatch, tmp_path):
+    fake_nvcc(tmp_path)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((6, 1), (9, 0))[index])
+    assert _toolchain.arch_flags(str(tmp_path / "bin" / "nvcc")) == ["-gencode", "arch=compute_90,code=sm_90"]
+
+
 def test_arch_list(monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0a+PTX")
-    assert _toolchain.arch_flags() == ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a",
+    assert _toolchain.arch_flags("nvcc") == ["-gencode", "arch=compute_80,code=sm_80", "-gencode", "arch=compute_90a,code=sm_90a",
                                        "-gencode", "arch=compute_90a,code=compute_90a"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(_toolchain.BuildError, match="expected numbers such as"):
-        _toolchain.arch_flags()
+        _toolchain.arch_flags("nvcc")
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert "arch=compute_90,code=compute_90" in _toolchain.arch_flags()         # no GPU, no list: no IndexError
+    assert "arch=compute_90,code=compute_90" in _toolchain.arch_flags("nvcc")         # no GPU, no list: no IndexError
 
 
 def test_key_follows_what_decides_the_product(monkeypatch, tmp_path):

@@ -124,7 +124,7 @@ def print_machine():
             ("processor", " ".join(_toolchain.native_flags()) or "generic code"),
             ("OpenMP", answer(lambda: (_toolchain.openmp_flags()[1] or ["none: kernels run on one thread"])[0])),
             ("nvcc", answer(lambda: "{nvcc}, CUDA {version}".format(**_toolchain.find_nvcc()))),
-            ("GPU code for", answer(lambda: " ".join(_toolchain.arch_flags()[1::2]))),
+            ("GPU code for", answer(lambda: " ".join(_toolchain.arch_flags(_toolchain.find_nvcc()["nvcc"])[1::2]))),
             ("sources", _extension.CSRC), ("cache folder", answer(_extension.build_folder))]
     for name, value in rows:
         print(f"{name:16}{value}")

@@ -167,7 +167,14 @@ def _once(part, loader):
 
 def _load_ops():
     path, devices = build_ops()
-    torch.ops.load_library(str(path))
+    try:
+        torch.ops.load_library(str(path))
+    except OSError as error:
+        if "cuda" not in devices:
+            raise
+        _reasons["cuda"] = f"they were built, but do not load: {error}"
+        path, devices = _build_ops(None)
+        torch.ops.load_library(str(path))
     return devices
 
 
@@ -183,14 +190,19 @@ def _load_evaluation():
 
 
 def build_ops():
-    """Returns (path of the torch library, the devices that it serves)."""
-    compiler, native = tools.cxx(), tools.native_flags()
-    cuda = None
+    """Returns (path of the torch library, the devices that it serves). What ails the CUDA half leaves the CPU's kernels alone."""
     try:
-        cuda = tools.cuda_toolkit()
+        built = _build_ops(tools.cuda_toolkit())
         _reasons.pop("cuda", None)
+        return built
     except BuildError as error:
         _reasons["cuda"] = str(error)
+    return _build_ops(None)
+
+
+def _build_ops(cuda):
+    """cuda: the toolkit, or None for the CPU alone."""
+    compiler, native = tools.cxx(), tools.native_flags()
     include = ["-I", str(CSRC)] + (["-I" + str(cuda["include"]), "-DMINIDAMAGE_CUDA"] if cuda else [])
     bindings = [*compiler, *tools.OPTIMISE, *tools.torch_flags(), *tools.openmp_flags()[0], *include]
     objects = [(source, bindings) for source in sorted((CSRC / "bindings").glob("*.cpp"))]     # first: they take longest

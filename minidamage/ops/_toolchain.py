@@ -90,6 +90,8 @@ def cuda_toolkit():
     if not torch.version.cuda:
         raise BuildError(f"torch {torch.__version__} was built without CUDA" +
                          (" (ROCm is not supported)" if torch.version.hip else ""))
+    if torch.cuda._is_in_bad_fork():
+        raise BuildError("this process was forked from one that uses the GPU; start it with multiprocessing's \"spawn\"")
     if not torch.cuda.is_available() and not os.environ.get("TORCH_CUDA_ARCH_LIST"):
         raise BuildError("torch sees no GPU; to build for a GPU elsewhere, set TORCH_CUDA_ARCH_LIST, for example \"8.0;9.0\"")
     toolkit = find_nvcc()
@@ -118,17 +120,21 @@ def find_nvcc():
 
 def nvcc_command(toolkit):
     """nvcc with the flags of every .cu file; $CXX is its host compiler too (nvcc refuses a default g++ newer than it knows)."""
-    host = ["-ccbin", cxx()[0]] if os.environ.get("CXX") else []
-    return [toolkit["nvcc"], *host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden", *arch_flags()]
+    host = ["-ccbin", [word for word in cxx() if not word.startswith("-")][-1]] if os.environ.get("CXX") else []   # of "ccache g++": g++
+    return [toolkit["nvcc"], *host, "-std=c++17", "-O3", "-Xcompiler", "-fPIC", "-Xcompiler", "-fvisibility=hidden",
+            *arch_flags(toolkit["nvcc"])]
 
 
-def arch_flags():
+def arch_flags(nvcc):
     """-gencode flags: TORCH_CUDA_ARCH_LIST ("8.0;9.0+PTX"), else the GPUs that are here, else 8.0 and 9.0 with PTX for newer ones."""
     text = os.environ.get("TORCH_CUDA_ARCH_LIST", "")
     if text:
         archs = re.split(r"[;,\s]+", text.strip())
     elif torch.cuda.is_available():
         archs = sorted({"%d.%d" % torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+        if len(archs) > 1:                                                   # an old card beside the one that is meant
+            known = subprocess.run([nvcc, "--list-gpu-arch"], capture_output=True, text=True, stdin=subprocess.DEVNULL).stdout.split()
+            archs = [arch for arch in archs if f"compute_{arch.replace('.', '')}" in known] or archs
     else:
         archs = ["8.0", "9.0+PTX"]
     flags = []
