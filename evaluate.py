@@ -43,7 +43,7 @@ def main(argv=None):
         distributed.end()
         return code
     except (ValueError, OSError) as error:
-        if distributed.first_to_say(str(error)):
+        if distributed.first_to_say(str(error), seconds=5):
             print(f"evaluate.py: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
     except RuntimeError as error:

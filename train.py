@@ -582,7 +582,7 @@ def main(argv=None):
             run = set_up(given)
         claim = run_folder.claim(run.folder) if distributed.is_main() else contextlib.nullcontext()
     except (ValueError, OSError) as error:
-        if distributed.first_to_say(str(error)):
+        if distributed.first_to_say(str(error), seconds=5):
             print(f"train.py: {error}", file=sys.stderr)
         return 2
     except RuntimeError as error:

@@ -18,6 +18,7 @@ import contextlib
 import datetime
 import math
 import os
+import time
 import warnings
 
 import numpy as np
@@ -103,12 +104,19 @@ def is_lost(error):
         isinstance(error, dist.DistError) or any(sign in str(error) for sign in LOST))
 
 
-def first_to_say(text):
-    """Whether no other process has said this before: all meet the same mistake, and one message is enough."""
+def first_to_say(text, seconds=0.0):
+    """Whether no other process has said this before: all meet the same mistake, and one message is enough.
+
+    seconds: how long process 0, in which the others may ask, waits for them to have asked: before it ends.
+    """
     if world() == 1:
         return True
     try:
-        return dist.distributed_c10d._get_default_store().add(f"said {text}", 1) == 1
+        store = dist.distributed_c10d._get_default_store()
+        first, end = store.add(f"said {text}", 1) == 1, time.monotonic() + seconds
+        while is_main() and time.monotonic() < end and store.add(f"said {text}", 0) < world():
+            time.sleep(0.05)
+        return first
     except RuntimeError:                                              # the store went with its process
         return True
 
