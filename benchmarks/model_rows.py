@@ -42,7 +42,7 @@ class ModelCase:
 
 def benchmark_models(table):
     args = table.args
-    sizes = ((512, False), (1024, False), (512, True)) + (((1024, True),) if args.device == "cuda" else ())
+    sizes = ((1024, False), (1024, True)) if args.device == "cuda" else ((512, False), (1024, False), (512, True))
     detectors = [("maskrcnn_resnet50_fpn", (), ["torchvision"], sizes), ("fasterrcnn_resnet50_fpn", (), ["torchvision"], sizes)]
     detectors += [("damagenet", (("context_groups", groups),), ["plain"], sizes) for groups in (1, 32, 256)]
     detectors += [("danet", (("phase", phase),), ["plain"], ((256, True), (256, False))) for phase in (2, 3, 4, 5)]

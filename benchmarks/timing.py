@@ -1,5 +1,6 @@
 """How a row of the benchmark is measured: callables in turn, the roofline of the same run, peak memory in a process of its own."""
 import dataclasses
+import gc
 import importlib
 import json
 import statistics
@@ -14,6 +15,7 @@ from minidamage.run_folder import environment
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PEERS = ("torchvision", "segmentation_models_pytorch", "pycocotools", "faster_coco_eval")
+TURN = 0.005                                                            # seconds: on a GPU, of one side's calls in a row
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -25,30 +27,35 @@ def peer(name):
         return None
 
 
-def seconds(function, device):
-    """Wall time of one call; on a GPU with the queue drained before and after."""
+def seconds(function, device, calls=1):
+    """Wall time of one call, of so many in a row; on a GPU with the queue drained before and after them."""
     if device == "cuda":
         torch.cuda.synchronize()
     start = time.perf_counter()
-    function()
+    for _ in range(calls):
+        function()
     if device == "cuda":
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return (time.perf_counter() - start) / calls
 
 
 def paired(ours, others, device, budget=6.0, least=5, most=60):
-    """Runs ours and every other in turn until the budget (seconds) is spent.
+    """Runs ours and every other in turn until the budget (seconds) is spent; on a GPU, a turn of short calls is several in a row, as a
+    training queues them, so that what is timed is the work and not the wait for its end.
 
     Returns {"ours": ms, name: {"ms", "ratio", "ratio_min", "ratio_max"}, "pairs": n}; a ratio is other / ours: 2 is twice as fast as it.
     """
     everyone = {"ours": ours, **others}
     once = sum(seconds(function, device) for function in everyone.values())     # warm-up: build, allocator, threads
     least = 3 if once > budget else least                               # slow peers: COCO evaluation in Python takes half a minute
+    turn = {name: 1 for name in everyone}
+    if device == "cuda":
+        turn = {name: min(100, 1 + int(TURN / seconds(function, device))) for name, function in everyone.items()}
     times = {name: [] for name in everyone}
     start = time.perf_counter()
     while len(times["ours"]) < least or (time.perf_counter() - start < budget and len(times["ours"]) < most):
         for name, function in everyone.items():
-            times[name].append(seconds(function, device))
+            times[name].append(seconds(function, device, turn[name]))
     result = {"ours": 1e3 * statistics.median(times["ours"]), "pairs": len(times["ours"])}
     for name in others:
         ratios = [b / a for a, b in zip(times["ours"], times[name])]
@@ -162,31 +169,49 @@ class Table:
 
 
 def peak_memory(call, device, extra=False):
-    """MB of two calls of what `call` builds ("benchmarks.op_rows:deform_call(1, 2)"), in a process of its own.
+    """MB of two calls of what `call` builds ("benchmarks.op_rows:deform_call(1, 2)").
 
-    The resident set on a CPU (imports included), the allocator's figure on a GPU. extra: what one call takes above what lay there
-    before it, its inputs and warm-up included. VmHWM and not getrusage: Linux hands a parent's largest resident set on to its children.
+    On a GPU the allocator's figure, above what lay there before it was built; on a CPU the resident set of a process of its own (imports
+    included). extra: what one call takes above what lay there before it, its inputs and warm-up included.
     """
     module, _, expression = call.partition(":")
+    if device == "cuda":
+        return gpu_memory(eval(f"lambda rows: rows.{expression}"), importlib.import_module(module), extra)
+    return resident_memory(module, expression, extra)
+
+
+def gpu_memory(build, module, extra):
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call = build(module)
+    call()                                                              # extra: kernels built and loaded, workspaces allocated
+    if extra:
+        getattr(call, "clear", lambda: None)()                          # the gradients are results: they count
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def resident_memory(module, expression, extra):
+    """VmHWM and not getrusage: Linux hands a parent's largest resident set on to its children."""
     code = f"""
 import ctypes, re, torch, {module} as rows
 torch.set_num_threads({torch.get_num_threads()})
-call, cuda, extra = rows.{expression}, {device == "cuda"}, {extra}
+call, extra = rows.{expression}, {extra}
 def status(key):
     return int(re.search(key + r":\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1e3
 before = 0
+call()                                                                  # extra: kernels built and loaded, threads started
 if extra:
-    call()                                                              # kernels built and loaded, threads started
     getattr(call, "clear", lambda: None)()                              # the gradients are results: they count
-    if cuda:
-        torch.cuda.synchronize(); torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated() / 1e6
-    else:
-        ctypes.CDLL(None).malloc_trim(0)                                # what the allocator keeps for later is not in use
-        open("/proc/self/clear_refs", "w").write("5"); before = status("VmRSS")
-else:
-    call()
+    ctypes.CDLL(None).malloc_trim(0)                                    # what the allocator keeps for later is not in use
+    open("/proc/self/clear_refs", "w").write("5"); before = status("VmRSS")
 call()
-print((torch.cuda.max_memory_allocated() / 1e6 if cuda else status("VmHWM")) - before)
+print(status("VmHWM") - before)
 """
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

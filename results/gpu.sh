@@ -3,7 +3,7 @@
 # and for the peers torchvision. MINIDAMAGE_DATA names the folder of the data sets; OUT (default: results/) is where numbers go.
 #
 #   bash results/gpu.sh tests              the doctor, then the whole suite with the CUDA kernels
-#   bash results/gpu.sh sanitize           compute-sanitizer over the tests of all ops: memcheck, racecheck and initcheck side by side
+#   bash results/gpu.sh sanitize           compute-sanitizer over the GPU tests of all ops: memcheck, racecheck and initcheck
 #   bash results/gpu.sh benchmark-ops      every op beside torchvision, float32 and bfloat16
 #   bash results/gpu.sh benchmark-models   whole models beside torchvision and segmentation_models_pytorch, float32 and bfloat16
 #   bash results/gpu.sh benchmark          both of them, one after the other
@@ -15,41 +15,42 @@ cd "$(dirname "$0")/.."
 export MINIDAMAGE_KERNELS=require OUT="${OUT:-results}" CUBLAS_WORKSPACE_CONFIG=:4096:8  # the last: deterministic mode asks for it
 export PATH="$PATH:${CUDA_HOME:-/usr/local/cuda}/bin"
 mkdir -p "$OUT"
+longest="sanitizers emulated train distributed export masks models nvcc evaluate mask_rcnn hostile_arguments no_waiting"
 within="timeout --signal=INT --kill-after=10"  # what a cut run has written by then stays
 
 unpack_weights() {
   [ -f "$MINIDAMAGE_DATA/weights/resnet50_augnet.pth" ] || (cd "$MINIDAMAGE_DATA/weights" && python unpack.py resnet50_augnet.pth)
 }
 
-test_file() {
-  python -m pytest -q -p no:cacheprovider "$1" > "$OUT/gpu-tests/$(basename "$1" .py).txt" 2>&1 || { echo "failed: $1"; return 1; }
+# pytest LOG [TOOL] ARGUMENTS...: one process; a name is said where it fails, its output lies in LOG.
+one_pytest() {
+  local log="$1"; shift
+  "$@" > "$log" 2>&1 || { echo "failed: $log"; tail -n 3 "$log"; return 1; }
 }
-export -f test_file
+export -f one_pytest
 
 case "${1:-}" in
   tests)
-    python -m minidamage.ops | tee "$OUT/gpu-doctor.txt"
-    python -c "from minidamage.ops import _extension; _extension.build_emulated(); _extension.load_evaluation()"  # once, not in every process
-    mkdir -p "$OUT/gpu-tests"  # a process a file, eight at a time: in one process the suite takes longer than ten minutes
-    ls tests/test_*.py | $within 540 xargs -P 8 -I{} bash -c 'test_file {}' && echo "no test failed" ;;
-  sanitize)
-    python -c "from minidamage.ops import _extension; _extension.load(); _extension.build_emulated()"  # not under the sanitizer
-    pids=()
-    for tool in memcheck racecheck initcheck; do  # our kernels alone: the framework's are not ours to check
-      $within 560 compute-sanitizer --tool "$tool" --kernel-name kns=minidamage --error-exitcode 9 \
-        python -m pytest -q -p no:cacheprovider tests/test_nms.py tests/test_roi_align.py tests/test_roi_pool.py \
-        tests/test_deform_conv2d.py tests/test_paste_masks.py tests/test_linear_attention.py tests/test_focal_loss.py tests/test_box_coding.py \
-        > "$OUT/gpu-$tool.txt" 2>&1 &
-      pids+=($!)
+    for build in load build_emulated load_evaluation; do                 # once, side by side, not in every process
+      python -c "from minidamage.ops import _extension; _extension.$build()" &
     done
-    failed=0
-    for pid in "${pids[@]}"; do wait "$pid" || failed=1; done
-    tail -n 4 "$OUT"/gpu-{memcheck,racecheck,initcheck}.txt
-    exit $failed ;;
+    wait
+    python -m minidamage.ops | tee "$OUT/gpu-doctor.txt"
+    mkdir -p "$OUT/gpu-tests"  # a process a file, ten at a time, the longest first: in one process the suite takes longer than ten minutes
+    { for name in $longest; do echo "tests/test_$name.py"; done; ls tests/test_*.py; } | awk '!seen[$0]++' \
+      | $within 540 xargs -P 10 -I{} bash -c 'one_pytest "$OUT/gpu-tests/$(basename {} .py).txt" python -m pytest -q -p no:cacheprovider {}' \
+      && echo "no test failed" ;;
+  sanitize)  # our kernels alone: the framework's are not ours to check
+    python -c "from minidamage.ops import _extension; _extension.load()" # not under the sanitizer
+    mkdir -p "$OUT/gpu-sanitize"
+    for op in roi_align deform_conv2d linear_attention roi_pool focal_loss box_coding nms paste_masks; do
+      for tool in racecheck memcheck initcheck; do echo "$tool $op"; done
+    done | $within 560 xargs -P 6 -L 1 bash -c 'one_pytest "$OUT/gpu-sanitize/$1-$0.txt" compute-sanitizer --tool $0 --kernel-name \
+      kns=minidamage --error-exitcode 9 python -m pytest -q -p no:cacheprovider -k cuda tests/test_$1.py' && echo "no tool complained" ;;
   benchmark-ops | benchmark-models)
     what="${1#benchmark-}"
     for dtype in float32 bfloat16; do
-      $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --json "$OUT/benchmark-gpu-$what-$dtype.json"
+      $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --budget 1 --json "$OUT/benchmark-gpu-$what-$dtype.json"
     done ;;
   benchmark)
     bash results/gpu.sh benchmark-ops
