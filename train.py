@@ -135,9 +135,14 @@ def pictures_of(run, done):
 
 
 def loader(run, dataset, batches):
-    """A DataLoader over lists of indices. Its own generator: torch's global one belongs to the model, for exact resumes."""
-    return torch.utils.data.DataLoader(dataset, batch_sampler=batches, collate_fn=collate, num_workers=run.args.workers,
-                                       worker_init_fn=ignore_signals, pin_memory=run.device.type == "cuda", generator=torch.Generator())
+    """A DataLoader over lists of indices, one a dataset: its workers live as long as the run, for starting them takes longer than a small
+    epoch. Its own generator: torch's global one belongs to the model, for exact resumes."""
+    if dataset not in run.loaders:
+        run.loaders[dataset] = torch.utils.data.DataLoader(
+            dataset, batch_sampler=[], collate_fn=collate, num_workers=run.args.workers, worker_init_fn=ignore_signals,
+            pin_memory=run.device.type == "cuda", generator=torch.Generator(), persistent_workers=run.args.workers > 0)
+    run.loaders[dataset].batch_sampler[:] = batches
+    return run.loaders[dataset]
 
 
 def read_losses(losses, stop):

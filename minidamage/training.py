@@ -76,6 +76,7 @@ class Run:
     ema: "Ema | None" = None
     state: State = dataclasses.field(default_factory=State)
     unsaved: set = dataclasses.field(default_factory=set)             # files whose last write met a full disk
+    loaders: dict = dataclasses.field(default_factory=dict)           # dataset -> its DataLoader, once it was asked for
 
     def path(self, file):
         """Path of a file in the run folder."""

@@ -117,7 +117,7 @@ def roi_axis(low, high, spatial_scale, bins, sampling_ratio, aligned):
     size = (high * spatial_scale - offset) - start
     if not aligned:
         size = size.clamp(min=1)
-    bin = size / bins
+    bin = size / torch.full_like(size, bins)                      # a GPU multiplies by the reciprocal of a Python number
     grid = torch.full_like(bin, sampling_ratio) if sampling_ratio > 0 else bin.ceil()
     return start, bin, grid
 

@@ -67,7 +67,7 @@ def pool_axis(low, high, spatial_scale, bins, extent):
     sane = (first.abs() < FARTHEST) & (last.abs() < FARTHEST)                                  # False for NaN
     first, last = (torch.where(sane, position, 0).long() for position in (first, last))
     size = (last - first + 1).clamp(min=1)
-    bin = (size.to(low.dtype) / bins)[:, None]                                                # [R, 1]
+    bin = (size / torch.full_like(low, bins))[:, None]            # [R, 1]; a GPU multiplies by the reciprocal of a Python number
     p = torch.arange(bins, device=low.device, dtype=low.dtype)
     begin, end = (p * bin).floor().long() + first[:, None], ((p + 1) * bin).ceil().long() + first[:, None]
     return torch.where(sane[:, None], begin.clamp(0, extent), 0), torch.where(sane[:, None], end.clamp(0, extent), 0)
