@@ -74,7 +74,7 @@ def backward_arguments(args):
     """A gradient and all that linear_attention_backward takes."""
     x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, b_o = args
     output, query, projected, keys_values, attended, log_sum_exp = linear_attention_reference(*args, True)
-    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(output.dtype)
+    grad = torch.randn(output.shape, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(output)
     return (grad, x, w_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, output if w_o is None else attended, query, projected, keys_values,
             log_sum_exp)
 
