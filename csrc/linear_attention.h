@@ -84,4 +84,22 @@ template <typename A>
 void attention_grad_scores_cuda(const A* scores, const A* grad_P, const A* log_sum_exp, const A* mean, const ScoreRows& at, A scale,
                                 DType dtype, void* P, void* grad_scores, void* stream);
 
+// The whole core in one launch, on tensor cores: float16 and bfloat16. Arrays of dtype, layout as above.
+struct FusedAttention {
+  int64_t B, N, k, H, d;
+  DType dtype;
+  const void *query, *keys, *values;
+  float scale() const { return static_cast<float>(1 / std::sqrt(static_cast<double>(d))); }
+};
+// Whether these shapes and pointers, on the current device, have a fused form; gradients are of the query's alignment.
+bool attention_fuses(const FusedAttention& problem);
+// Writes output [B, N, H, d] and, unless null, log_sum_exp [B, H, N].
+void attention_fused_cuda(const FusedAttention& problem, void* output, float* log_sum_exp, void* stream);
+// Into how many segments the backward splits the rows, from the shapes alone: the sums depend on it.
+int64_t attention_fused_segments(const FusedAttention& problem);
+// log_sum_exp, mean [B, H, N]; writes grad_query [B, N, H, d] and grad_keys_values [2, B, k, H, d]. parts [2, segments, B, k, H, d]:
+// overwritten. grad_output is aligned to 32 bytes.
+void attention_fused_backward_cuda(const FusedAttention& problem, const float* log_sum_exp, const float* mean, const void* grad_output,
+                                   void* grad_query, float* parts, void* grad_keys_values, void* stream);
+
 }  // namespace minidamage

@@ -10,7 +10,6 @@
 #include <ATen/ops/matmul.h>
 #include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <array>
 #include <cmath>
@@ -329,11 +328,23 @@ void add_product(const Tensor& sums, const Tensor& A, const Tensor& B) {
 
 at::ScalarType sum_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& keys, const Tensor& values, Tensor& log_sum_exp) {
+FusedAttention fused(const Sizes& size, const Tensor& query, const Tensor& keys_values) {
+  const char* keys = static_cast<const char*>(keys_values.const_data_ptr());
+  return {size.B, size.N, size.k, size.H, size.d, dtype_of(query), query.const_data_ptr(), keys, keys + keys_values.nbytes() / 2};
+}
+
+Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& keys_values, Tensor& log_sum_exp) {
   const OnDevice device(query);
   const Tensor attended = at::empty_like(query);
+  const FusedAttention whole = fused(size, query, keys_values);
+  if (attention_fuses(whole)) {
+    attention_fused_cuda(whole, attended.mutable_data_ptr(), log_sum_exp.defined() ? log_sum_exp.mutable_data_ptr<float>() : nullptr,
+                         device.stream());
+    MD_LAUNCH_CHECK();
+    return attended;
+  }
   for_chunks(size, [&](const Chunk& at) {
-    const Tensor K = keys_of(keys, size, at), V = keys_of(values, size, at);
+    const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
     const Tensor scores = batched(heads_of(query, size, at), K.transpose(1, 2), sum_type(query));
     const Tensor P = query.scalar_type() == scores.scalar_type() ? scores : at::empty(scores.sizes(), query.options());
     in_compute_type(query, [&](auto zero) {
@@ -355,13 +366,23 @@ std::tuple<Tensor, Tensor> attention_backward_on_cuda(const Sizes& size, const T
   const at::ScalarType type = sum_type(query);
   const at::TensorOptions sums = query.options().dtype(type);
   const Tensor grad_query = at::empty_like(query), mean = at::empty({size.B, size.H, size.N}, sums);
-  const Tensor grad_keys_values = at::zeros({2, size.B * size.H, size.k, size.d}, sums);
   in_compute_type(query, [&](auto zero) {
     using A = decltype(zero);
     attention_mean_cuda<A>(size.B, size.N, size.H, size.d, dtype_of(query), attended.const_data_ptr(), grad.const_data_ptr(),
                            mean.mutable_data_ptr<A>(), device.stream());
   });
   MD_LAUNCH_CHECK();
+  const FusedAttention whole = fused(size, query, keys_values);
+  if (attention_fuses(whole) && reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 32 == 0) {
+    const Tensor grad_keys_values = at::empty_like(keys_values);
+    const Tensor parts = at::empty({2, attention_fused_segments(whole), size.B, size.k, size.A}, sums);
+    attention_fused_backward_cuda(whole, log_sum_exp.const_data_ptr<float>(), mean.const_data_ptr<float>(), grad.const_data_ptr(),
+                                  grad_query.mutable_data_ptr(), parts.mutable_data_ptr<float>(), grad_keys_values.mutable_data_ptr(),
+                                  device.stream());
+    MD_LAUNCH_CHECK();
+    return {grad_query, grad_keys_values};
+  }
+  const Tensor grad_keys_values = at::zeros({2, size.B * size.H, size.k, size.d}, sums);
   for_chunks(size, [&](const Chunk& at) {
     const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
     const Tensor queries = heads_of(query, size, at), grads = heads_of(grad, size, at);
@@ -401,7 +422,7 @@ Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const Optio
     if (bias.has_value()) keys_values[part].addcmul_(projection.sum(0).unsqueeze(1), *bias);
   }
   Tensor log_sum_exp = keep ? at::empty({size.B, size.H, size.N}, x.options().dtype(sum_type(x))) : Tensor();
-  const Tensor attended = attention_on_cuda(size, query, keys_values[0], keys_values[1], log_sum_exp);
+  const Tensor attended = attention_on_cuda(size, query, keys_values, log_sum_exp);
   const Tensor output = w_o.has_value() ? at::linear(attended, *w_o, b_o) : attended;
   const auto none = [&] { return at::empty({0}, x.options()); };
   if (!keep) return {output, none(), none(), none(), none(), none()};
