@@ -264,7 +264,7 @@ TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
 #endif
 
 #if defined(MINIDAMAGE_DEVICE_KEY)
-// ---- CUDA: batched products by the framework ------------------------------------------------------------------------------------
+// ---- CUDA: the core in one launch where attention_fuses(), else in chunks of batched products by the framework -------------------
 
 // Scores in flight, float32: with P beside them they stay in a second-level cache of 40 to 50 MB.
 constexpr int64_t SCORES_BYTES = 16 << 20;
@@ -415,11 +415,17 @@ Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const Optio
   const Tensor keys_values = at::empty({2, size.B, size.k, size.A}, x.options());
   for (int part = 0; part < 2; ++part) {
     const Tensor& projection = part ? F : E;
-    const OptionalTensor& bias = part ? b_v : b_k;
     Tensor summary = projected[part], rows = flat(keys_values[part]);  // products go straight into their place
     at::bmm_out(summary, projection.t().expand({size.B, size.k, size.N}), x);
     at::mm_out(rows, flat(summary), (part ? w_v : w_k).t());
-    if (bias.has_value()) keys_values[part].addcmul_(projection.sum(0).unsqueeze(1), *bias);
+  }
+  if ((b_k.has_value() || b_v.has_value()) && size.B > 0) {
+    const Tensor of_keys = E.contiguous(), of_values = F.contiguous();
+    const OptionalTensor biases[2] = {contiguous(b_k), contiguous(b_v)};
+    const auto pointer = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; };
+    attention_add_bias_cuda(size.B, size.N, size.k, size.A, dtype_of(x), of_keys.const_data_ptr(), of_values.const_data_ptr(),
+                            pointer(biases[0]), pointer(biases[1]), keys_values.mutable_data_ptr(), device.stream());
+    MD_LAUNCH_CHECK();
   }
   Tensor log_sum_exp = keep ? at::empty({size.B, size.H, size.N}, x.options().dtype(sum_type(x))) : Tensor();
   const Tensor attended = attention_on_cuda(size, query, keys_values, log_sum_exp);

@@ -4,20 +4,35 @@
 // and k = 256 that is 51 million scores, 205 MB in float32, written, read, written as P and read again: 0.6 GB beside the 13 MB of Q and of
 // O in bfloat16. Arithmetic: 4 N k A flops forward, 10 N k A backward, all of it in matrix products, which tensor cores do in
 // microseconds: what lies between them is a matter of bytes.
-// What is done about it:
+// Two answers; attention_fuses() chooses, from the shapes and the card.
+//
+// Fused: float16 and bfloat16, d of 16, 32 or 64, k a multiple of 16 up to 512. One launch forward, four backward, on tensor cores
+// (mma.h: tiles of 16 x 16, float32 sums), and the scores never leave their multiprocessor:
+//  1. Forward, one warp owns 16 rows of a head. It reads Q, K, V where they lie, rows H d apart (hence d in sixteens: every tile begins on
+//     32 bytes), keeps its 16 x k scores in shared memory, at most 33 KB, so the softmax is one over whole rows, without running maxima.
+//  2. P takes the place of the scores that it comes from, in half the bytes; O is summed over the keys in registers and rounded once.
+//  3. The last tile of a head is moved back to end at row N. Rows that two warps then hold are written by the first alone, and count
+//     once in the gradients of K and V.
+//  4. Backward from the log-sum-exp: for dQ a warp owns 16 rows and walks over the keys, for dK and dV it owns 16 keys and walks over a
+//     segment of the rows. S and dP are computed in both, 14 N k A flops in place of 10: the price of no atomics. Segments come from the
+//     shapes alone, and attention_add_segments() adds their float32 sums in order.
+//
+// In chunks: everything else. The products are the framework's, and the kernels here what lies between them:
 //  1. Rows are taken in chunks whose scores fill at most SCORES_BYTES (bindings/linear_attention.cpp), less than the second-level cache:
 //     the products and the kernels here hand S and P to each other there, and memory sees Q and O alone. That bounds what is allocated too.
 //     A chunk is of one picture where that fills it: the products then read Q, K and V and write O where they lie, no head is copied.
 //  2. One warp owns a row and holds it in registers, k up to 512: S is read once, P written once, 6 bytes a score in half precision.
 //     Neighbouring lanes have neighbouring scores, so each access of a warp is 128 consecutive bytes. Maximum and sum are shuffles.
-//  3. Scores stay in float32 for every dtype but float64: in bfloat16 a score of 10 would be off by 0.02, and its exponential by 2 %. P,
-//     of size 1, is rounded to the dtype for the tensor cores.
-//  4. Backward keeps the log-sum-exp of a row, 4 bytes, in place of 2 k bytes of P; one kernel makes P and dS from S and dP at once.
-//  5. Where a row stands takes a division or two, of 32 bits where the count of rows allows it (common.h), beside as little work as one
+//  3. Where a row stands takes a division or two, of 32 bits where the count of rows allows it (common.h), beside as little work as one
 //     number a lane (attention_mean at d = 32). In nvcc 13's output for sm_90, bfloat16, attention_mean has 389 instructions in place of
 //     551, attention_grad_scores 284 of 401, attention_softmax at k = 256 500 of 622.
+// Both: scores stay in float32 for every dtype but float64: in bfloat16 a score of 10 would be off by 0.02, and its exponential by 2 %. P,
+// of size 1, is rounded to the dtype for the tensor cores. Backward keeps the log-sum-exp of a row, 4 bytes, in place of 2 k bytes of P.
+//
 // No atomics: every number has one owner, and two runs give equal bytes where the framework's products do.
-// Gain of each step: not measured on a GPU yet.
+// Before the fused form, on an H200 (torch 2.11, 2 pictures, 8 heads, d = 32, bfloat16, forward): N = 784, k = 64 took 0.66 ms, all of it
+// launches, and the stock chain of layers 0.28; N = 12,544, k = 256 took 1.6 ms in 14 chunks, stock 0.29. Gain of the fused form and of
+// each step: not measured on a GPU yet.
 #include "../linear_attention.h"
 
 #include <type_traits>
@@ -135,6 +150,38 @@ __global__ void attention_grad_scores(const accumulate_t<T>* __restrict__ scores
       P[e] = from_accumulate<T>(p);
       grad_scores[e] = from_accumulate<T>(p * (grad_P[e] - centre) * scale);
     }
+  }
+}
+
+// ---- the biases of keys and values ------------------------------------------------------------------------------------------------
+
+constexpr int BIAS_COLUMNS = 16, BIAS_ROWS = 64;
+
+// keys_values [2, B, k, A] += (E^T 1) b_k^T and (F^T 1) b_v^T; E, F [N, k], b_k, b_v [A] or null. Block: 16 columns of E or of F, whose
+// sums its threads share, the rows of thread (c, r): r, r + 64, ...
+template <typename T>
+__global__ void attention_add_bias(int64_t B, int64_t N, int64_t k, int64_t A, const T* __restrict__ E, const T* __restrict__ F,
+                                   const T* __restrict__ b_k, const T* __restrict__ b_v, T* __restrict__ keys_values) {
+  const T *projection = blockIdx.y ? F : E, *bias = blockIdx.y ? b_v : b_k;
+  if (!bias) return;
+  __shared__ accumulate_t<T> sums[BIAS_ROWS][BIAS_COLUMNS];
+  const int64_t first = static_cast<int64_t>(blockIdx.x) * BIAS_COLUMNS, column = first + threadIdx.x;
+  accumulate_t<T> sum = 0;
+#pragma unroll 8
+  for (int64_t n = threadIdx.y; n < N; n += BIAS_ROWS)
+    if (column < k) sum += to_accumulate(projection[n * k + column]);
+  sums[threadIdx.y][threadIdx.x] = sum;
+  for (int half = BIAS_ROWS / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (threadIdx.y < half) sums[threadIdx.y][threadIdx.x] += sums[threadIdx.y + half][threadIdx.x];
+  }
+  __syncthreads();
+  const int thread = threadIdx.y * BIAS_COLUMNS + threadIdx.x, lane = thread % LANES;
+  const int64_t columns = k - first < BIAS_COLUMNS ? k - first : BIAS_COLUMNS;
+  for (int64_t r = thread / LANES; r < B * columns; r += BIAS_ROWS * BIAS_COLUMNS / LANES) {  // a warp a row of [B, columns, A]
+    const int64_t b = r / columns, c = r - b * columns;
+    T* row = keys_values + ((blockIdx.y * B + b) * k + first + c) * A;
+    for (int64_t a = lane; a < A; a += LANES) row[a] = from_accumulate<T>(to_accumulate(row[a]) + sums[0][c] * to_accumulate(bias[a]));
   }
 }
 
@@ -347,7 +394,7 @@ __global__ void attention_fused_grad_keys(int64_t B, int64_t N, int64_t k, int64
   T *P = reinterpret_cast<T*>(dP + TILE_NUMBERS), *dS = P + TILE * HALF_STRIDE;
   const int64_t A = H * D * TILE, tiles = ceil_div(N, TILE), blocks = k / TILE, per_segment = ceil_div(tiles, segments);
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * FUSED_WARPS + threadIdx.y; item < segments * B * H * blocks;
-       item += static_cast<int64_t>(gridDim.x) * FUSED_WARPS) {  // item = ((segment B + b) H + h) blocks + block: neighbours share their rows
+       item += static_cast<int64_t>(gridDim.x) * FUSED_WARPS) {  // ((segment B + b) H + h) blocks + block: neighbours share their rows
     const int64_t group = item / blocks, j = (item - group * blocks) * TILE, segment = group / (B * H), head = group - segment * (B * H);
     const int64_t b = head / H, channel = (head - b * H) * D * TILE, summary = (b * k + j) * A + channel;
     const int64_t end = (segment + 1) * per_segment < tiles ? (segment + 1) * per_segment : tiles;
@@ -481,6 +528,18 @@ void attention_grad_scores_cuda(const A* scores, const A* grad_P, const A* log_s
   });
 }
 
+void attention_add_bias_cuda(int64_t B, int64_t N, int64_t k, int64_t A, DType dtype, const void* E, const void* F, const void* b_k,
+                             const void* b_v, void* keys_values, void* stream) {
+  const auto run = [&](auto zero) {
+    using T = decltype(zero);
+    MD_LAUNCH(attention_add_bias<T>, dim3(static_cast<unsigned>(ceil_div(k, BIAS_COLUMNS)), 2), dim3(BIAS_COLUMNS, BIAS_ROWS), 0, stream,
+              B, N, k, A, static_cast<const T*>(E), static_cast<const T*>(F), static_cast<const T*>(b_k), static_cast<const T*>(b_v),
+              static_cast<T*>(keys_values));
+  };
+  if (dtype == DType::float64) with_storage<double>(dtype, run);
+  else with_storage<float>(dtype, run);
+}
+
 bool attention_fuses(const FusedAttention& problem) {
   const auto aligned = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 32 == 0; };
   return (problem.dtype == DType::float16 || problem.dtype == DType::bfloat16) && problem.N >= TILE && problem.k % TILE == 0 &&
@@ -490,7 +549,7 @@ bool attention_fuses(const FusedAttention& problem) {
 }
 
 void attention_fused_cuda(const FusedAttention& problem, void* output, float* log_sum_exp, void* stream) {
-  const int64_t bytes = TILE * score_stride(problem.k) * static_cast<int64_t>(sizeof(float));  // of a warp; a block has 48 KiB without asking
+  const int64_t bytes = TILE * score_stride(problem.k) * static_cast<int64_t>(sizeof(float));  // a warp's; a block has 48 KiB at most
   const int64_t fit = (48 << 10) / bytes, warps = fit < FUSED_WARPS ? fit : FUSED_WARPS;
   with_tiles(problem, [&](auto zero, auto D) {
     using T = decltype(zero);
