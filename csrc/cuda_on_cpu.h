@@ -510,8 +510,11 @@ inline void store_matrix_sync(float* to, const fragment<accumulator, 16, 16, 16,
                               int line = __builtin_LINE()) {
   check_tile(to, stride, "store_matrix_sync", line);
   ::cuda_on_cpu::wait_for_all(0xffffffffu, reinterpret_cast<uintptr_t>(to), "store_matrix_sync", line);
-  for (unsigned e = static_cast<unsigned>(::cuda_on_cpu::lane()); e < 256; e += 32)
-    to[layout == mem_row_major ? e / 16 * stride + e % 16 : e % 16 * stride + e / 16] = tile.x[e];
+  const unsigned lane = static_cast<unsigned>(::cuda_on_cpu::lane());
+  for (unsigned e = 0; e < 8; e++) {  // eight elements a lane, as on a GPU: pairs of every quarter of the tile
+    const unsigned i = lane / 4 + e / 4 * 8, j = lane % 4 * 2 + e / 2 % 2 * 8 + e % 2;
+    to[layout == mem_row_major ? i * stride + j : j * stride + i] = tile.x[16 * i + j];
+  }
 }
 template <typename T, typename LayoutA, typename LayoutB>
 void mma_sync(fragment<accumulator, 16, 16, 16, float>& D, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& A,

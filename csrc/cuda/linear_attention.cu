@@ -335,7 +335,7 @@ MD_DEVICE void gradient_tile(const Left<T> (&query)[D], const Left<T> (&grad)[D]
     const int e = threadIdx.x + i * LANES, r = e / TILE, at = r * HALF_STRIDE + e % TILE;
     const float p = r < skip ? 0.f : static_cast<float>(exp(S[e] * scale - log_sum_exp[r]));
     if (P) P[at] = from_accumulate<T>(p);
-    dS[at] = from_accumulate<T>(r < skip ? 0.f : p * (dP[e] - mean[r]) * scale);
+    dS[at] = from_accumulate<T>(p * (dP[e] - mean[r]) * scale);
   }
   __syncwarp();
 }
