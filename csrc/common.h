@@ -16,9 +16,9 @@
 // Starts a kernel: MD_LAUNCH(nms_mask<float>, blocks, threads, shared bytes, stream, arguments...)
 #define MD_LAUNCH(kernel, grid, block, shared_bytes, stream, ...) \
   kernel<<<grid, block, shared_bytes, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
-// Dynamic shared memory: MD_DYNAMIC_SHARED(float, partial_sums);
+// Dynamic shared memory: MD_DYNAMIC_SHARED(float, partial_sums); aligned for the matrix tiles of mma.h
 #define MD_DYNAMIC_SHARED(T, name)                                    \
-  extern __shared__ __align__(16) unsigned char md_dynamic_shared[]; \
+  extern __shared__ __align__(32) unsigned char md_dynamic_shared[]; \
   T* name = reinterpret_cast<T*>(md_dynamic_shared)
 #elif defined(MINIDAMAGE_EMULATED)
 #include "cuda_on_cpu.h"

@@ -18,6 +18,7 @@
 #include <functional>
 #include <memory>
 #include <mutex>
+#include <new>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -85,7 +86,7 @@ struct Engine {
   Fiber scheduler;
   bool backwards = false;
   size_t started = 0;                // threads of this block that have begun
-  std::unique_ptr<unsigned char[]> shared;
+  std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
   size_t shared_bytes = 0;
 
   Thread& at(size_t i) { return threads[backwards ? threads.size() - 1 - i : i]; }
@@ -272,7 +273,9 @@ inline void launch(const char* kernel, dim3 grid, dim3 block, size_t shared_byte
   if (shared_bytes > SHARED_LIMIT) throw std::runtime_error(name + "more than 48 KiB of dynamic shared memory");
   engine.kernel = kernel, engine.grid = grid, engine.block = block, engine.body = std::move(body), engine.error.clear();
   engine.threads.assign(count, Thread());
-  engine.shared.reset(new unsigned char[shared_bytes]);
+  void* shared = nullptr;
+  if (posix_memalign(&shared, 128, shared_bytes)) throw std::bad_alloc();
+  engine.shared.reset(static_cast<unsigned char*>(shared));
   engine.shared_bytes = shared_bytes;
   for (unsigned z = 0; z < grid.z; z++)
     for (unsigned y = 0; y < grid.y; y++)
@@ -460,3 +463,71 @@ inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 value) {
   *address = __float2bfloat16_rn(__bfloat162float(old) + __bfloat162float(value));
   return old;
 }
+
+// Matrix fragments (mma.h): every lane holds the whole tile of 16 x 16, as float32. All calls are collectives of the warp, and a store
+// writes of each lane its own elements alone, so that a missing __syncwarp shows. A pointer or a distance of rows that a GPU would not
+// take ends the launch.
+namespace nvcuda::wmma {
+
+struct matrix_a;
+struct matrix_b;
+struct accumulator;
+struct row_major;
+struct col_major;
+enum layout_t { mem_row_major, mem_col_major };
+
+template <typename Use, int M, int N, int K, typename T, typename Layout = void>
+struct fragment {
+  static_assert(M == 16 && N == 16 && K == 16, "tiles of 16 x 16 x 16");
+  float x[256];  // [16, 16], row by row
+};
+
+inline float number(float x) { return x; }
+inline float number(__half x) { return __half2float(x); }
+inline float number(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+template <typename T>
+void check_tile(const T* tile, unsigned stride, const char* call, int line) {
+  if (reinterpret_cast<uintptr_t>(tile) % 32 || stride * sizeof(T) % 16)
+    ::cuda_on_cpu::engine.fail(std::string(call) + " at line " + std::to_string(line) + ": rows " + std::to_string(stride) +
+                               " elements apart, or a tile off the 32 bytes that it must be aligned to");
+}
+
+template <typename Fragment>
+void fill_fragment(Fragment& tile, float value, int line = __builtin_LINE()) {
+  ::cuda_on_cpu::wait_for_all(0xffffffffu, 0, "fill_fragment", line);
+  std::fill(tile.x, tile.x + 256, value);
+}
+template <typename Use, typename T, typename Layout>
+void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& tile, const T* from, unsigned stride, int line = __builtin_LINE()) {
+  check_tile(from, stride, "load_matrix_sync", line);
+  ::cuda_on_cpu::wait_for_all(0xffffffffu, reinterpret_cast<uintptr_t>(from), "load_matrix_sync", line);
+  constexpr bool by_rows = std::is_same<Layout, row_major>::value;
+  for (unsigned i = 0; i < 16; i++)
+    for (unsigned j = 0; j < 16; j++) tile.x[16 * i + j] = number(by_rows ? from[i * stride + j] : from[j * stride + i]);
+}
+inline void store_matrix_sync(float* to, const fragment<accumulator, 16, 16, 16, float>& tile, unsigned stride, layout_t layout,
+                              int line = __builtin_LINE()) {
+  check_tile(to, stride, "store_matrix_sync", line);
+  ::cuda_on_cpu::wait_for_all(0xffffffffu, reinterpret_cast<uintptr_t>(to), "store_matrix_sync", line);
+  const unsigned lane = static_cast<unsigned>(::cuda_on_cpu::lane());
+  for (unsigned e = 0; e < 8; e++) {  // eight elements a lane, as on a GPU: pairs of every quarter of the tile
+    const unsigned i = lane / 4 + e / 4 * 8, j = lane % 4 * 2 + e / 2 % 2 * 8 + e % 2;
+    to[layout == mem_row_major ? i * stride + j : j * stride + i] = tile.x[16 * i + j];
+  }
+}
+template <typename T, typename LayoutA, typename LayoutB>
+void mma_sync(fragment<accumulator, 16, 16, 16, float>& D, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& A,
+              const fragment<matrix_b, 16, 16, 16, T, LayoutB>& B, const fragment<accumulator, 16, 16, 16, float>& C,
+              int line = __builtin_LINE()) {
+  ::cuda_on_cpu::wait_for_all(0xffffffffu, 0, "mma_sync", line);
+  for (int i = 0; i < 16; i++) {
+    float sums[16];
+    std::copy(C.x + 16 * i, C.x + 16 * i + 16, sums);
+    for (int c = 0; c < 16; c++)
+      for (int j = 0; j < 16; j++) sums[j] += A.x[16 * i + c] * B.x[16 * c + j];
+    std::copy(sums, sums + 16, D.x + 16 * i);
+  }
+}
+
+}  // namespace nvcuda::wmma

@@ -5,7 +5,7 @@
 // and backward, with P recomputed from S and the row's log-sum-exp L = log sum_j exp(S_j):
 //     P = exp(S - L),   dP = dO V^T,   dS = P (dP - mean),   mean = sum_j P_j dP_j = sum_c O_c dO_c,
 //     dQ = dS K / sqrt(d),   dK = dS^T Q / sqrt(d),   dV = P^T dO.
-// S and P of all N rows never exist at once.
+// S and P of all N rows never exist at once: a GPU holds those of a tile or of a chunk of rows.
 //
 // Layout: queries, outputs and their gradients [B, N, H, d], keys and values [B, k, H, d], log-sum-exp [B, H, N].
 #pragma once
@@ -62,7 +62,8 @@ void attention_backward_cpu(const Attention<T>& problem, int64_t segments, const
 
 // ---- CUDA, cuda/linear_attention.cu; dtype is that of P, dS, output and grad_output; A is float, or double for double -----------
 //
-// A chunk of scores, [heads, rows, k]: rows first ... first + rows - 1 of the N of every head of every picture.
+// Between the products of the chunked form. A chunk of scores, [heads, rows, k]: rows first ... first + rows - 1 of the N of every head
+// of every picture.
 struct ScoreRows {
   int64_t heads, rows, k, N, first;
   // Where row r of the chunk stands in [heads, N]. Index: the type of the division, which holds heads * rows.
@@ -83,5 +84,28 @@ void attention_mean_cuda(int64_t B, int64_t N, int64_t H, int64_t d, DType dtype
 template <typename A>
 void attention_grad_scores_cuda(const A* scores, const A* grad_P, const A* log_sum_exp, const A* mean, const ScoreRows& at, A scale,
                                 DType dtype, void* P, void* grad_scores, void* stream);
+
+// keys_values [2, B, k, A] += (E^T 1) b_k^T and (F^T 1) b_v^T, all of dtype: E, F [N, k], b_k, b_v [A] or null. One launch where the
+// framework takes four.
+void attention_add_bias_cuda(int64_t B, int64_t N, int64_t k, int64_t A, DType dtype, const void* E, const void* F, const void* b_k,
+                             const void* b_v, void* keys_values, void* stream);
+
+// The whole core in one launch, on tensor cores: float16 and bfloat16. Arrays of dtype, layout as above.
+struct FusedAttention {
+  int64_t B, N, k, H, d;
+  DType dtype;
+  const void *query, *keys, *values;
+  float scale() const { return static_cast<float>(1 / std::sqrt(static_cast<double>(d))); }
+};
+// Whether these shapes and pointers, on the current device, have a fused form; gradients are of the query's alignment.
+bool attention_fuses(const FusedAttention& problem);
+// Writes output [B, N, H, d] and, unless null, log_sum_exp [B, H, N].
+void attention_fused_cuda(const FusedAttention& problem, void* output, float* log_sum_exp, void* stream);
+// Into how many segments the backward splits the rows, from the shapes alone: the sums depend on it.
+int64_t attention_fused_segments(const FusedAttention& problem);
+// log_sum_exp, mean [B, H, N]; writes grad_query [B, N, H, d] and grad_keys_values [2, B, k, H, d]. parts [2, segments, B, k, H, d]:
+// overwritten. grad_output is aligned to 32 bytes.
+void attention_fused_backward_cuda(const FusedAttention& problem, const float* log_sum_exp, const float* mean, const void* grad_output,
+                                   void* grad_query, float* parts, void* grad_keys_values, void* stream);
 
 }  // namespace minidamage

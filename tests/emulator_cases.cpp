@@ -69,6 +69,41 @@ __global__ void early_exit(int* out) {
   if (threadIdx.x == 0) out[1] = out[0];
 }
 
+// C = A B^T of two tiles [16, 24], the last eight columns not part of them; `barrier` off: a lane reads what others have not written.
+__global__ void tile_product(const __half* A, const __half* B, float* out, bool barrier) {
+  namespace wmma = nvcuda::wmma;
+  alignas(32) __shared__ float C[16 * 20];
+  wmma::fragment<wmma::matrix_a, 16, 16, 16, __half, wmma::row_major> a;
+  wmma::fragment<wmma::matrix_b, 16, 16, 16, __half, wmma::col_major> b;
+  wmma::fragment<wmma::accumulator, 16, 16, 16, float> c;
+  wmma::fill_fragment(c, 1.f);
+  wmma::load_matrix_sync(a, A, 24);
+  wmma::load_matrix_sync(b, B, 24);
+  wmma::mma_sync(c, a, b, c);
+  wmma::store_matrix_sync(C, c, 20, wmma::mem_row_major);
+  if (barrier) __syncwarp();
+  for (int i = 0; i < 8; i++) out[8 * threadIdx.x + i] = C[threadIdx.x / 2 * 20 + threadIdx.x % 2 * 8 + i];
+}
+__global__ void tile_of_some_lanes(const __half* A) {
+  nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, __half, nvcuda::wmma::row_major> a;
+  if (threadIdx.x != 5) nvcuda::wmma::load_matrix_sync(a, A, 16);
+  else __syncwarp();
+}
+
+static void tiles(bool barrier, int offset) {
+  alignas(32) __half A[16 * 24 + 16], B[16 * 24];
+  for (int i = 0; i < 16 * 24; i++) A[i] = __float2half_rn(i % 24 < 16 ? i % 7 : 1000), B[i] = __float2half_rn(i % 24 < 16 ? i % 5 : 1000);
+  std::vector<float> out(256);
+  MD_LAUNCH(tile_product, 1, 32, 0, nullptr, A + offset, B, out.data(), barrier);
+  bool right = true;
+  for (int i = 0; i < 256; i++) {
+    int sum = 1;
+    for (int c = 0; c < 16; c++) sum += (i / 16 * 24 + c) % 7 * ((i % 16 * 24 + c) % 5);
+    right = right && out[i] == sum;
+  }
+  std::printf("%s\n", right ? "right" : "wrong");
+}
+
 static void halves() {
   double worst = 0;
   for (int bits = 0; bits < 65536; bits++) {  // every float16 survives a round trip
@@ -115,6 +150,12 @@ static void run(const char* name) {
   else if (is("foreign_mask")) MD_LAUNCH(foreign_mask, 1, 32, 0, nullptr);
   else if (is("dead_lane")) MD_LAUNCH(dead_lane, 1, 32, 0, nullptr);
   else if (is("too_many_threads")) MD_LAUNCH(foreign_mask, 1, 1025, 0, nullptr);
+  else if (is("tile_of_some_lanes")) {
+    alignas(32) __half A[256] = {};
+    MD_LAUNCH(tile_of_some_lanes, 1, 32, 0, nullptr, A);
+  } else if (is("tiles")) tiles(true, 0);
+  else if (is("tiles_no_barrier")) tiles(false, 0);
+  else if (is("tiles_off")) tiles(true, 8);
   else if (is("halves")) halves();
 }
 

@@ -257,6 +257,59 @@ void check_attention(int64_t B, int64_t N, int64_t k, int64_t H, int64_t d, int6
   expect_close(doubles<T>({ours}), doubles<T>({expected}), 1e-3, "linear_attention: CPU and CUDA kernels disagree");
 }
 
+// `values` rounded to T, in memory of exactly their size, aligned for tensor cores; `values` are rounded too.
+template <typename T>
+std::unique_ptr<T, decltype(&std::free)> aligned(std::vector<float>& values) {
+  void* memory = nullptr;
+  expect(!posix_memalign(&memory, 32, values.size() * sizeof(T)), "no memory");
+  T* array = static_cast<T*>(memory);
+  for (size_t i = 0; i < values.size(); i++) array[i] = from_accumulate<T>(values[i]), values[i] = to_accumulate(array[i]);
+  return {array, &std::free};
+}
+
+// The fused core on tensor cores and the CPU's, on the same rounded numbers; and the biases of keys and values.
+template <typename T>
+void check_fused_attention(int64_t B, int64_t N, int64_t k, int64_t H, int64_t d, double tolerance) {
+  const int64_t A = H * d, rows = B * N * A, summaries = B * k * A;
+  std::vector<float> query = numbers<float>(rows), keys = numbers<float>(summaries), values = numbers<float>(summaries);
+  std::vector<float> grad = numbers<float>(rows), output(rows), log_sum_exp(B * H * N), grad_query(rows), parts[2];
+  const auto q = aligned<T>(query), K = aligned<T>(keys), V = aligned<T>(values), g = aligned<T>(grad);
+  const Attention<float> problem = {B, N, k, H, d, 1 / std::sqrt(static_cast<float>(d)), query.data(), keys.data(), values.data()};
+  for (auto& part : parts) part.resize(summaries);
+  attention_cpu(problem, 1, output.data(), log_sum_exp.data(), 0, B * H);
+  attention_backward_cpu(problem, 1, output.data(), log_sum_exp.data(), grad.data(), grad_query.data(), parts[0].data(), parts[1].data(), 0,
+                         B * H);
+
+  const DType dtype = std::is_same<T, __half>::value ? DType::float16 : DType::bfloat16;
+  const FusedAttention fused = {B, N, k, H, d, dtype, q.get(), K.get(), V.get()};
+  expect(attention_fuses(fused), "linear_attention: no fused form");
+  const int64_t segments = attention_fused_segments(fused);
+  std::vector<float> unset(rows, 7.f), unset_too(2 * summaries, 7.f), lse(B * H * N), mean(B * H * N), sums(2 * segments * summaries);
+  const auto out = aligned<T>(unset), of_query = aligned<T>(unset), of_keys = aligned<T>(unset_too), partial = aligned<float>(sums);
+  attention_fused_cuda(fused, out.get(), lse.data(), nullptr);
+  attention_mean_cuda<float>(B, N, H, d, dtype, out.get(), g.get(), mean.data(), nullptr);
+  attention_fused_backward_cuda(fused, lse.data(), mean.data(), g.get(), of_query.get(), partial.get(), of_keys.get(), nullptr);
+  const auto floats = [](const auto& array, int64_t count) {
+    std::vector<float> result;
+    for (int64_t i = 0; i < count; i++) result.push_back(to_accumulate(array.get()[i]));
+    return result;
+  };
+  expect_close(doubles<float>({floats(out, rows), lse, floats(of_query, rows), floats(of_keys, 2 * summaries)}),
+               doubles<float>({output, log_sum_exp, grad_query, parts[0], parts[1]}), tolerance,
+               "linear_attention: CPU and fused CUDA kernels disagree");
+
+  std::vector<float> E = numbers<float>(N * k), bias = numbers<float>(A), before = floats(of_keys, 2 * summaries), after;
+  const auto projection = aligned<T>(E), b_v = aligned<T>(bias);
+  attention_add_bias_cuda(B, N, k, A, dtype, nullptr, projection.get(), nullptr, b_v.get(), of_keys.get(), nullptr);
+  for (int64_t e = 0; e < 2 * summaries; e++) {
+    float total = 0;
+    for (int64_t n = 0; n < N && e >= summaries; n++) total += E[n * k + e / A % k];
+    after.push_back(before[e] + total * bias[e % A]);
+  }
+  expect_close(doubles<float>({floats(of_keys, 2 * summaries)}), doubles<float>({after}), tolerance,
+               "linear_attention: biases of the values");
+}
+
 // Forward and backward of both machines; the products that a GPU leaves to the framework are loops here. One nasty offset in nine.
 template <typename T>
 void check_deform_conv2d(DeformConv2d<T> problem, bool masked) {
@@ -331,6 +384,9 @@ int main() {
     else check_attention<double>(size(2), N, size(80), size(3), size(40), size(4), i % 5 == 0);
   }
   check_attention<float>(1, 9, 600, 1, 3, 1, false);  // more keys than a lane's registers hold
+  check_fused_attention<__half>(2, 57, 48, 2, 16, 0.01);
+  check_fused_attention<__half>(1, 16, 512, 1, 32, 0.01);
+  check_fused_attention<__nv_bfloat16>(1, 150, 16, 1, 64, 0.1);
   check_transpose(2, 33, 70);
   check_transpose(3, 64, 1);
   check_transpose(1, 5, 32);

@@ -25,6 +25,10 @@ def test_shuffles_shared_memory_and_atomics(cases):
     assert (third, before, counts) == ("100", "11", "510")                   # lane 10's value, lane 11's, 5 threads / some / not every
 
 
+def test_tiles_are_multiplied(cases):
+    assert cases("tiles") == "right\n"
+
+
 def test_half_types_round_to_nearest_even(cases):
     first, second = cases("halves").splitlines()
     assert first.split() == ["0", "7bff", "7c00", "3c00", "0", "8001"]
@@ -39,6 +43,9 @@ def test_half_types_round_to_nearest_even(cases):
     ("foreign_mask", ["the calling lane is not in the mask"]),
     ("dead_lane", ["reads lane 3, which is not there"]),
     ("too_many_threads", ["a block of 1025 threads"]),
+    ("tiles_no_barrier", ["wrong"]),
+    ("tiles_off", ["load_matrix_sync at line", "rows 24 elements apart, or a tile off the 32 bytes"]),
+    ("tile_of_some_lanes", ["divergent barrier or deadlock", "load_matrix_sync", "__syncwarp"]),
 ])
 def test_bugs_are_caught(cases, case, words):
     answer = cases(case)

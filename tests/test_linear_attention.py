@@ -180,6 +180,78 @@ def test_half_precision(dtype, outer):
     assert on_cpu.dtype == dtype and torch.equal(on_cpu, ops.linear_attention(*map_tensors(lambda t: t.float(), args)).to(dtype))
 
 
+FUSED = [dict(B=2, N=57, heads=3, d=16, k=64), dict(B=1, N=16, heads=1, d=16, k=16), dict(B=1, N=100, heads=2, d=32, k=256),
+         dict(B=2, N=33, heads=1, d=16, k=512), dict(B=1, N=150, heads=2, d=32, k=48), dict(B=1, N=31, heads=2, d=64, k=32)]
+NOT_FUSED = [dict(k=20), dict(d=8), dict(d=48), dict(N=15), dict(k=528), dict(dtype=torch.float32), dict(dtype=torch.float64)]
+
+
+def batched_products(function, *args):
+    """How often the function asks the framework for a batched product, and what it returns."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        result = function(*args)
+    return sum(event.count for event in profile.key_averages() if event.key in ("aten::bmm", "aten::baddbmm_")), result
+
+
+def check_half(args, forward_products, backward_products):
+    """Emulated kernels against float64, forward and backward, twice; equal bytes, and so many batched products of the framework."""
+    kernels, dtype = _extension.load_emulated(), args[0].dtype
+    exact = map_tensors(lambda t: t.double(), args)
+    tolerance = 6 * max(torch.finfo(dtype).eps, 1e-6)
+    products, ours = batched_products(kernels.linear_attention, *args, True)
+    assert products == forward_products and ours[0].dtype == dtype
+    same(map_tensors(lambda t: t.double(), ours), linear_attention_reference(*exact, True), tolerance, "emulated and exact")
+    assert all(torch.equal(a, b) for a, b in zip(ours, kernels.linear_attention(*args, True)))
+    assert torch.equal(ours[0], kernels.linear_attention(*args, False)[0])
+    backward = backward_arguments(exact)
+    rounded = map_tensors(lambda t: t.to(dtype), backward[:-1]) + (backward[-1].to(ours[5].dtype),)
+    products, ours = batched_products(kernels.linear_attention_backward, *rounded)
+    assert products == backward_products and all(t.dtype == dtype for t in ours)
+    same(map_tensors(lambda t: t.double(), ours), linear_attention_backward_reference(*backward), 2 * tolerance,
+         "emulated gradients and exact")
+    assert all(torch.equal(a, b) for a, b in zip(ours, kernels.linear_attention_backward(*rounded)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("sizes", FUSED, ids=str)
+def test_fused_core(sizes, dtype):
+    """Tensor cores on the CPU: rows that fill no tile, several heads and pictures, rows in two segments; E^T X, F^T X and their
+    gradients are the only batched products left to the framework."""
+    check_half(problem(D=9, D_o=5, dtype=dtype, **sizes), 2, 2)
+    if sizes is FUSED[0]:
+        check_half(problem(D=9, dtype=dtype, outer=False, bias=False, **sizes), 2, 2)
+
+
+@pytest.mark.parametrize("sizes", NOT_FUSED, ids=str)
+def test_what_the_fused_core_cannot_takes_chunks(sizes):
+    """B = 1, one chunk: two products more forward, five backward."""
+    check_half(problem(**{**dict(B=1, N=40, D=9, heads=2, d=16, k=32, D_o=5, dtype=torch.bfloat16), **sizes}), 4, 7)
+
+
+def test_fused_core_reads_only_what_is_aligned():
+    """A query or a gradient that begins off the 32 bytes takes chunks."""
+    args = backward_arguments(problem(B=1, N=40, D=9, heads=2, d=16, k=32, dtype=torch.bfloat16, outer=False))
+    expected = _extension.load_emulated().linear_attention_backward(*args)
+    for position in (0, 12, 14):                                                      # grad, query, keys_values
+        moved = list(args)
+        moved[position] = torch.cat([args[position].new_zeros(3), args[position].flatten()])[3:].view(args[position].shape)
+        products, ours = batched_products(_extension.load_emulated().linear_attention_backward, *moved)
+        assert products == 7
+        same(ours, expected, 0.03)
+
+
+@pytest.mark.parametrize("value", [nan, inf])
+def test_fused_core_keeps_what_is_not_finite_apart(value):
+    """Of a picture, or of a head: the others give the same bytes."""
+    forward = _extension.load_emulated().linear_attention
+    args = list(problem(B=2, N=40, D=16, heads=2, d=16, k=32, dtype=torch.bfloat16, outer=False))
+    clean = forward(*args, False)[0]
+    x, b_q = args[0].clone(), args[2].clone()
+    x[1, 4, 2], b_q[3] = value, value
+    of_picture, of_head = forward(x, *args[1:], False)[0], forward(*args[:2], b_q, *args[3:], False)[0]
+    assert of_picture[1].isnan().all() and torch.equal(of_picture[0], clean[0])
+    assert of_head[..., :16].isnan().all() and torch.equal(of_head[..., 16:], clean[..., 16:])
+
+
 def test_large_scores():
     """Scores of a thousand and more: the softmax is a choice, and nothing overflows."""
     x, w_q, *rest = problem(heads=2, d=8, k=20)

@@ -13,7 +13,7 @@ from minidamage.ops import _extension, _toolchain
 SOURCES = sorted((_extension.CSRC / "cuda").glob("*.cu"))
 BINDINGS = sorted((_extension.CSRC / "bindings").glob("*.cpp"))
 REGISTERS = 65536                                                            # of a block, sm_80 and sm_90
-THREADS = {"nms_reduce": 1024, "roi_align_backward_tiles": 512}              # the kernels that start with more than 256
+THREADS = {"nms_reduce": 1024, "roi_align_backward_tiles": 512, "attention_add_bias": 1024}   # the kernels that start with more than 256
 
 
 @pytest.fixture(scope="module")

@@ -2,13 +2,14 @@
 // linear_attention_reference in minidamage/ops/linear_attention.py.
 #include "linear_attention.h"
 
+#include <ATen/ops/addmm.h>
 #include <ATen/ops/baddbmm.h>
 #include <ATen/ops/bmm.h>
 #include <ATen/ops/empty_like.h>
 #include <ATen/ops/linear.h>
 #include <ATen/ops/matmul.h>
+#include <ATen/ops/mm.h>
 #include <ATen/ops/ones.h>
-#include <ATen/ops/zeros_like.h>
 
 #include <array>
 #include <cmath>
@@ -263,7 +264,7 @@ TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
 #endif
 
 #if defined(MINIDAMAGE_DEVICE_KEY)
-// ---- CUDA: batched products by the framework ------------------------------------------------------------------------------------
+// ---- CUDA: the core in one launch where attention_fuses(), else in chunks of batched products by the framework -------------------
 
 // Scores in flight, float32: with P beside them they stay in a second-level cache of 40 to 50 MB.
 constexpr int64_t SCORES_BYTES = 16 << 20;
@@ -283,11 +284,13 @@ struct Chunk {
   int64_t b, pictures, first, rows;
 };
 
-// visit(Chunk) for all of [B, N]: rows of one picture, or whole pictures where several fit.
+// visit(Chunk) for all of [B, N]: rows of one picture, or whole pictures where several fit. Two pictures go one by one: without the
+// copies of heads and of the result that a chunk of several needs, they are fewer launches than one chunk.
 template <typename Visit>
 void for_chunks(const Sizes& size, const Visit& visit) {
   const int64_t most = SCORES_BYTES / static_cast<int64_t>(sizeof(float)) / (size.H * size.k);  // rows
-  const int64_t rows = std::max<int64_t>(128, most), pictures = std::max<int64_t>(1, most / std::max<int64_t>(1, size.N));
+  const int64_t rows = std::max<int64_t>(128, most), fit = std::min(size.B, most / std::max<int64_t>(1, size.N));
+  const int64_t pictures = fit > 2 ? fit : 1;
   for (int64_t b = 0; b < size.B; b += pictures)
     for (int64_t first = 0; first < size.N; first += rows)
       visit(Chunk{b, std::min(pictures, size.B - b), first, std::min(rows, size.N - first)});
@@ -317,13 +320,31 @@ void put_product(const Tensor& t, const Sizes& size, const Chunk& at, const Tens
   }
 }
 
+// sums [heads, k, d] += A B of every head
+void add_product(const Tensor& sums, const Tensor& A, const Tensor& B) {
+  if (A.scalar_type() == sums.scalar_type()) sums.baddbmm_(A, B);
+  else sums.add_(batched(A, B, sums.scalar_type()));
+}
+
 at::ScalarType sum_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& keys, const Tensor& values, Tensor& log_sum_exp) {
+FusedAttention fused(const Sizes& size, const Tensor& query, const Tensor& keys_values) {
+  const char* keys = static_cast<const char*>(keys_values.const_data_ptr());
+  return {size.B, size.N, size.k, size.H, size.d, dtype_of(query), query.const_data_ptr(), keys, keys + keys_values.nbytes() / 2};
+}
+
+Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& keys_values, Tensor& log_sum_exp) {
   const OnDevice device(query);
   const Tensor attended = at::empty_like(query);
+  const FusedAttention whole = fused(size, query, keys_values);
+  if (attention_fuses(whole)) {
+    attention_fused_cuda(whole, attended.mutable_data_ptr(), log_sum_exp.defined() ? log_sum_exp.mutable_data_ptr<float>() : nullptr,
+                         device.stream());
+    MD_LAUNCH_CHECK();
+    return attended;
+  }
   for_chunks(size, [&](const Chunk& at) {
-    const Tensor K = keys_of(keys, size, at), V = keys_of(values, size, at);
+    const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
     const Tensor scores = batched(heads_of(query, size, at), K.transpose(1, 2), sum_type(query));
     const Tensor P = query.scalar_type() == scores.scalar_type() ? scores : at::empty(scores.sizes(), query.options());
     in_compute_type(query, [&](auto zero) {
@@ -338,20 +359,30 @@ Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& k
   return attended;
 }
 
-// The gradients of query [B, N, A], keys and values [B, k, A].
-std::tuple<Tensor, Tensor, Tensor> attention_backward_on_cuda(const Sizes& size, const Tensor& grad, const Tensor& attended,
+// The gradients of query [B, N, A], and of keys and values [2, B, k, A].
+std::tuple<Tensor, Tensor> attention_backward_on_cuda(const Sizes& size, const Tensor& grad, const Tensor& attended,
                                                               const Tensor& query, const Tensor& keys_values, const Tensor& log_sum_exp) {
   const OnDevice device(query);
   const at::ScalarType type = sum_type(query);
   const at::TensorOptions sums = query.options().dtype(type);
   const Tensor grad_query = at::empty_like(query), mean = at::empty({size.B, size.H, size.N}, sums);
-  Tensor grad_keys = at::zeros({size.B * size.H, size.k, size.d}, sums), grad_values = at::zeros_like(grad_keys);
   in_compute_type(query, [&](auto zero) {
     using A = decltype(zero);
     attention_mean_cuda<A>(size.B, size.N, size.H, size.d, dtype_of(query), attended.const_data_ptr(), grad.const_data_ptr(),
                            mean.mutable_data_ptr<A>(), device.stream());
   });
   MD_LAUNCH_CHECK();
+  const FusedAttention whole = fused(size, query, keys_values);
+  if (attention_fuses(whole) && reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 32 == 0) {
+    const Tensor grad_keys_values = at::empty_like(keys_values);
+    const Tensor parts = at::empty({2, attention_fused_segments(whole), size.B, size.k, size.A}, sums);
+    attention_fused_backward_cuda(whole, log_sum_exp.const_data_ptr<float>(), mean.const_data_ptr<float>(), grad.const_data_ptr(),
+                                  grad_query.mutable_data_ptr(), parts.mutable_data_ptr<float>(), grad_keys_values.mutable_data_ptr(),
+                                  device.stream());
+    MD_LAUNCH_CHECK();
+    return {grad_query, grad_keys_values};
+  }
+  const Tensor grad_keys_values = at::zeros({2, size.B * size.H, size.k, size.d}, sums);
   for_chunks(size, [&](const Chunk& at) {
     const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
     const Tensor queries = heads_of(query, size, at), grads = heads_of(grad, size, at);
@@ -366,15 +397,12 @@ std::tuple<Tensor, Tensor, Tensor> attention_backward_on_cuda(const Sizes& size,
     MD_LAUNCH_CHECK();
     put_product(grad_query, size, at, grad_scores, K);
     const int64_t head = at.b * size.H, heads = at.pictures * size.H;
-    grad_keys.narrow(0, head, heads).add_(batched(grad_scores.transpose(1, 2), queries, type));
-    grad_values.narrow(0, head, heads).add_(batched(P.transpose(1, 2), grads, type));
+    add_product(grad_keys_values[0].narrow(0, head, heads), grad_scores.transpose(1, 2), queries);
+    add_product(grad_keys_values[1].narrow(0, head, heads), P.transpose(1, 2), grads);
   });
-  const auto joined = [&](const Tensor& t) {  // [B H, k, d] to [B, k, A]
-    const Tensor result = at::empty({size.B, size.k, size.A}, query.options());
-    split(result, size, {0, size.B, 0, size.k}).copy_(t.view({size.B, size.H, size.k, size.d}));
-    return result;
-  };
-  return {grad_query, joined(grad_keys), joined(grad_values)};
+  const Tensor joined = at::empty({2, size.B, size.k, size.A}, query.options());
+  joined.view({2, size.B, size.k, size.H, size.d}).transpose(2, 3).copy_(grad_keys_values.view({2, size.B, size.H, size.k, size.d}));
+  return {grad_query, joined};
 }
 
 Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k,
@@ -387,16 +415,24 @@ Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const Optio
   const Tensor keys_values = at::empty({2, size.B, size.k, size.A}, x.options());
   for (int part = 0; part < 2; ++part) {
     const Tensor& projection = part ? F : E;
-    const OptionalTensor& bias = part ? b_v : b_k;
-    projected[part].copy_(at::bmm(projection.t().expand({size.B, size.k, size.N}), x));
-    keys_values[part].copy_(at::linear(projected[part], part ? w_v : w_k));
-    if (bias.has_value()) keys_values[part].addcmul_(projection.sum(0).unsqueeze(1), *bias);
+    Tensor summary = projected[part], rows = flat(keys_values[part]);  // products go straight into their place
+    at::bmm_out(summary, projection.t().expand({size.B, size.k, size.N}), x);
+    at::mm_out(rows, flat(summary), (part ? w_v : w_k).t());
+  }
+  if ((b_k.has_value() || b_v.has_value()) && size.B > 0) {
+    const Tensor of_keys = E.contiguous(), of_values = F.contiguous();
+    const OptionalTensor biases[2] = {contiguous(b_k), contiguous(b_v)};
+    const auto pointer = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; };
+    attention_add_bias_cuda(size.B, size.N, size.k, size.A, dtype_of(x), of_keys.const_data_ptr(), of_values.const_data_ptr(),
+                            pointer(biases[0]), pointer(biases[1]), keys_values.mutable_data_ptr(), device.stream());
+    MD_LAUNCH_CHECK();
   }
   Tensor log_sum_exp = keep ? at::empty({size.B, size.H, size.N}, x.options().dtype(sum_type(x))) : Tensor();
-  const Tensor attended = attention_on_cuda(size, query, keys_values[0], keys_values[1], log_sum_exp);
-  const Tensor output = w_o.has_value() ? at::linear(attended, *w_o, b_o) : attended, none = at::empty({0}, x.options());
-  if (!keep) return {output, none, none.clone(), none.clone(), none.clone(), none.clone()};
-  return {output, query, projected, keys_values, w_o.has_value() ? attended : none, log_sum_exp};
+  const Tensor attended = attention_on_cuda(size, query, keys_values, log_sum_exp);
+  const Tensor output = w_o.has_value() ? at::linear(attended, *w_o, b_o) : attended;
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  if (!keep) return {output, none(), none(), none(), none(), none()};
+  return {output, query, projected, keys_values, w_o.has_value() ? attended : none(), log_sum_exp};
 }
 
 Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
@@ -409,9 +445,10 @@ Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, 
   const auto [B, N, D, A, k, H, d] = size;
   const OnDevice device(x);
   const Tensor grad_attended = w_o.has_value() ? at::matmul(grad, *w_o) : grad;
-  const auto [grad_query, grad_keys, grad_values] = attention_backward_on_cuda(size, grad_attended.contiguous(), attended.contiguous(),
-                                                                               query.contiguous(), keys_values.contiguous(),
-                                                                               log_sum_exp.contiguous());
+  const auto [grad_query, grad_keys_values] = attention_backward_on_cuda(size, grad_attended.contiguous(), attended.contiguous(),
+                                                                         query.contiguous(), keys_values.contiguous(),
+                                                                         log_sum_exp.contiguous());
+  const Tensor sums = grad_keys_values.sum(1);  // [2, k, A]: over the batch
   Gradients grads = no_gradients(x);
   if (needed[X]) grads[X] = at::matmul(grad_query, w_q);
   if (needed[W_Q]) grads[W_Q] = at::matmul(flat(grad_query).t(), flat(x));
@@ -421,16 +458,16 @@ Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, 
   Tensor positions;  // one product over pictures and channels for dE, one for dF
   if (needed[OF_E] || needed[OF_F]) positions = x.transpose(0, 1).reshape({N, B * D});
   for (int part = 0; part < 2; ++part) {
-    const Tensor &grad_part = part ? grad_values : grad_keys, &projection = part ? F : E, sum = grad_part.sum(0);  // [k, A]
+    const Tensor grad_part = grad_keys_values[part], sum = sums[part], &projection = part ? F : E;
     const OptionalTensor& bias = part ? b_v : b_k;
     if (needed[W_K + 2 * part]) grads[W_K + 2 * part] = at::matmul(flat(grad_part).t(), flat(projected[part]));
     if (needed[B_K + 2 * part]) grads[B_K + 2 * part] = at::matmul(projection.sum(0), sum);
     if (!needed[X] && !needed[OF_E + part]) continue;
     const Tensor grad_projected = at::matmul(grad_part, part ? w_v : w_k);  // [B, k, D]
-    if (needed[X]) grads[X] = at::baddbmm(grads[X], projection.expand({B, N, k}), grad_projected);
+    if (needed[X]) grads[X].baddbmm_(projection.expand({B, N, k}), grad_projected);
     if (!needed[OF_E + part]) continue;
-    grads[OF_E + part] = at::matmul(positions, grad_projected.transpose(0, 1).reshape({k, B * D}).t());
-    if (bias.has_value()) grads[OF_E + part].add_(at::matmul(sum, *bias));
+    const Tensor summaries = grad_projected.transpose(0, 1).reshape({k, B * D}).t();
+    grads[OF_E + part] = bias.has_value() ? at::addmm(at::matmul(sum, *bias), positions, summaries) : at::matmul(positions, summaries);
   }
   return std::tuple_cat(grads);
 }
