@@ -193,7 +193,7 @@ struct Engine {
       if (t.state == State::done) continue;
       t.barrier_count = count, t.state = State::ready;
     }
-    backwards = !backwards;
+    if (leader) backwards = !backwards;  // not where all have ended: launch() turns the order for the next block
     return leader != nullptr;
   }
 
