@@ -387,7 +387,7 @@ CRACK_SCHEDULE = "448 px, up to 1,000 epochs of batch 32, a body from ImageNet"
 GLANCE = (
     ("DamageNet, cars: box AP50 (the paper: \"box mAP\" on other pictures)", published.DAMAGENET["box mAP"], "cars-damagenet", "DamageNet",
      "stats/bbox/AP50", True, "320 px, 14 epochs, ResNet-18", "1024 px, 280 epochs, ResNet-50, seven times the pictures"),
-    ("DANet, steel: AP50", published.DANET[5][-1], "steel-phase5", PHASES[5], "stats/bbox/AP50", True, "192 px, 5 epochs",
+    ("DANet, steel: AP50", published.DANET[5][-1], "steel-short-phase5", PHASES[5], "stats/bbox/AP50", True, "400 px, 12 epochs",
      "30 epochs, a body from COCO"),
     *((f"{CRACK_NAMES[model]}, {name}: IoU", published.CRACKS[name][model][0], run, CRACK_NAMES[model], AT + "IoU", False, ours,
        CRACK_SCHEDULE)

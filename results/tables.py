@@ -243,6 +243,40 @@ def speed_summary():
     return "\n".join(lines)
 
 
+# The same of the GPU's: a row's name is that of either dtype, without it.
+SHOWN_GPU = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
+             "multiscale_roi_align 4 levels, 1000 rois, 14x14 forward+backward", "nms 20000 boxes, IoU 0.5",
+             "batched_nms 5 x 1000, IoU 0.7", "decode_boxes 250000 forward, cut at the border",
+             "roi_pool (2,256,100,100) 512 rois 7x7 forward", "roi_pool (2,256,100,100) 512 rois 7x7 forward+backward",
+             "paste_masks 100 masks 28x28 into 1024x1024, float",
+             "paste_masks 100 masks, RLE", "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward",
+             "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward+backward", "linear_attention (2, 784, 256) k 256, 8 heads forward",
+             "linear_attention (2, 12544, 256) k 64, 8 heads forward+backward", "sigmoid_focal_loss (536000, 1) sum forward+backward",
+             "maskrcnn_resnet50_fpn inference 1024x1024, batch 4", "maskrcnn_resnet50_fpn training step 1024x1024, batch 4",
+             "fasterrcnn_resnet50_fpn inference 1024x1024, batch 4", "fasterrcnn_resnet50_fpn training step 1024x1024, batch 4",
+             "damagenet context_groups=1 inference 1024x1024, batch 4", "damagenet context_groups=1 training step 1024x1024, batch 4",
+             "damagenet context_groups=256 inference 1024x1024, batch 4", "damagenet context_groups=256 training step 1024x1024, batch 4")
+
+
+def gpu_summary():
+    """The rows SHOWN_GPU, float32 and bfloat16 beside each other."""
+    rows = {}
+    for path in sorted(HERE.glob("benchmark-gpu-*.json")):
+        dtype = path.stem.rpartition("-")[2]
+        rows |= {(row["name"].removesuffix(f", {dtype}"), dtype): row for row in json.loads(path.read_text())["rows"]}
+    lines = ["| what | float32: ours, ms | the others take, times ours | MB | bfloat16: ours, ms | the others | MB |",
+             "|---|--:|---|--:|--:|---|--:|"]
+    for name in SHOWN_GPU:
+        cells = []
+        for dtype in ("float32", "bfloat16"):
+            row = rows.get((name, dtype))
+            cells += ["", "", ""] if row is None else [
+                f"{row['ours']:.4g}", ", ".join(f"{other} **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
+                                                for other, value in others_of(row).items()), memory(row)]
+        lines.append(line(name, *cells))
+    return "\n".join(lines)
+
+
 def speed_text():
     """Markdown tables of results/benchmark-*.json (python benchmark.py --json), one a run: ours, the others, and the ratios in pairs."""
     parts = []
@@ -354,8 +388,8 @@ def write_tables():
     for name, (title, text) in texts.items():
         (HERE / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
     readme = (ROOT / "README.md").read_text()
-    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "cracks-quick": ranks_text(),
-                       "glance": glance_text()}.items():
+    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "speed-gpu": gpu_summary(),
+                       "cracks-quick": ranks_text(), "glance": glance_text()}.items():
         begin, end = f"<!-- table: {name} -->", "<!-- end -->"
         if begin in readme:
             before, _, rest = readme.partition(begin)

@@ -318,6 +318,19 @@ def test_the_host_compiler_behind_a_launcher(monkeypatch, tmp_path):
     assert command[command.index("-ccbin") + 1] == "g++-x"
 
 
+def test_a_compiler_that_links_its_own_libstdcxx_gives_no_second_one(tmp_path):
+    """g++ -static-libstdc++, as some machines set it up: a message begun by one copy and ended by torch's crashed on one of them."""
+    static = [*_toolchain.cxx(), "-static-libstdc++", "-shared", "-fPIC", "-x", "c++", "-", "-x", "none"]
+    source = b"#include <sstream>\nstd::string text(int n) { std::ostringstream out; out << n; return out.str(); }"
+
+    def links_shared(*libraries):
+        run = subprocess.run([*static, *libraries, "-o", str(tmp_path / "library.so")], input=source, capture_output=True)
+        return None if run.returncode else b"libstdc++.so" in (tmp_path / "library.so").read_bytes()
+    if sys.platform != "linux" or not _toolchain.loaded_library(r"stdc\+\+") or links_shared() is not False:
+        pytest.skip("no compiler here that links libstdc++ statically")
+    assert links_shared(*_toolchain.torch_libraries())
+
+
 def test_a_card_too_old_for_nvcc_is_left_out_beside_another(monkeypatch, tmp_path):
     fake_nvcc(tmp_path)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)

@@ -70,18 +70,26 @@ def undefined_symbols():
 
 
 def torch_libraries():
-    return [f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", *undefined_symbols()]
+    """The C++ library that torch runs with comes first: a compiler set up to link its own statically (-static-libstdc++) would give ours a
+    second copy, and an error message that begins in one and ends in the other is lost, or a crash."""
+    return [*loaded_library(r"stdc\+\+"), f"-L{pathlib.Path(torch.__file__).parent / 'lib'}", "-lc10", "-ltorch_cpu", *undefined_symbols()]
 
 
 @functools.cache
-def openmp_flags():
-    """(compile, link) flags that run at::parallel_for on PyTorch's own OpenMP runtime: a second one would fight over the cores."""
+def loaded_library(names):
+    """[path] of the library of this name (a regular expression: "gomp|omp") that this process runs with, [] where that is not known."""
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
             path = line.split()[-1]
-            if re.search(r"/lib(gomp|omp|iomp5)[^/]*\.so", path):
-                return ["-fopenmp"], [path]
-    return [], []
+            if re.search(rf"/lib({names})[^/]*\.so", path):
+                return [path]
+    return []
+
+
+def openmp_flags():
+    """(compile, link) flags that run at::parallel_for on PyTorch's own OpenMP runtime: a second one would fight over the cores."""
+    library = loaded_library("gomp|omp|iomp5")
+    return ["-fopenmp"] * len(library), library
 
 
 @functools.cache
