@@ -58,7 +58,7 @@ constexpr int64_t MOST_BLOCKS_X = std::numeric_limits<int32_t>::max(), MOST_BLOC
 // Index arithmetic: nvcc 13 makes 17 instructions of a division of 32-bit integers on sm_90, and 110 of one of 64-bit integers, of which
 // about 25, a branch among them, run where both numbers fit 32 bits (counted in its output). Kernels that take their index apart are
 // templates on its type, and the launcher takes uint32_t where the count allows it: an index and one grid's stride more stay below 2^32.
-// What that gains in time is not measured on a GPU yet. Tests lower the limit to run the 64-bit forms on small arrays.
+// What that gains in time is not measured. Tests lower the limit to run the 64-bit forms on small arrays.
 #if defined(MINIDAMAGE_EMULATED)
 inline int64_t int32_limit = std::numeric_limits<int32_t>::max();
 #else

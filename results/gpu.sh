@@ -8,6 +8,7 @@
 #   bash results/gpu.sh benchmark-models   whole models beside torchvision and segmentation_models_pytorch, float32 and bfloat16
 #   bash results/gpu.sh benchmark          both of them, one after the other
 #   bash results/gpu.sh train NAME         one run of results/reproduce.py, e.g. cars-full-damagenet; goes on where it was cut
+#   bash results/gpu.sh together NAME...   several runs side by side, five at a time (AT_ONCE): a step waits for the CPU that launches it
 #   bash results/gpu.sh budget MINUTES     the training runs that are missing most, until the minutes are over
 #   bash results/gpu.sh all [MINUTES]      these in order, the training last (default: 8); a stage that fails does not stop the next
 set -euo pipefail
@@ -22,7 +23,7 @@ unpack_weights() {
   [ -f "$MINIDAMAGE_DATA/weights/resnet50_augnet.pth" ] || (cd "$MINIDAMAGE_DATA/weights" && python unpack.py resnet50_augnet.pth)
 }
 
-# pytest LOG [TOOL] ARGUMENTS...: one process; a name is said where it fails, its output lies in LOG.
+# one_pytest LOG COMMAND...: one process; a name is said where it fails, its output lies in LOG.
 one_pytest() {
   local log="$1"; shift
   "$@" > "$log" 2>&1 || { echo "failed: $log"; tail -n 3 "$log"; return 1; }
@@ -36,10 +37,9 @@ case "${1:-}" in
     done
     wait
     python -m minidamage.ops | tee "$OUT/gpu-doctor.txt" || echo "failed: the doctor"
-    mkdir -p "$OUT/gpu-tests"  # a process a file, ten at a time, the longest first: in one process the suite takes longer than ten minutes
-    { for name in $longest; do echo "tests/test_$name.py"; done; ls tests/test_*.py; } | awk '!seen[$0]++' \
-      | $within 540 xargs -P 10 -I{} bash -c 'one_pytest "$OUT/gpu-tests/$(basename {} .py).txt" python -m pytest -q -p no:cacheprovider {}' \
-      && echo "no test failed" ;;
+    mkdir -p "$OUT/gpu-tests"  # a process a file, ten at a time, the longest first: one process takes longer than ten minutes
+    { for name in $longest; do echo "tests/test_$name.py"; done; ls tests/test_*.py; } | awk '!seen[$0]++' | $within 540 xargs -P 10 -I{} \
+      bash -c 'one_pytest "$OUT/gpu-tests/$(basename {} .py).txt" python -m pytest -q -p no:cacheprovider {}' && echo "no test failed" ;;
   sanitize)  # our kernels alone, but initcheck, which has to see what every kernel writes
     python -c "from minidamage.ops import _extension; _extension.load()" # not under the sanitizer
     mkdir -p "$OUT/gpu-sanitize"
@@ -50,7 +50,8 @@ case "${1:-}" in
   benchmark-ops | benchmark-models)
     what="${1#benchmark-}"
     for dtype in float32 bfloat16; do
-      $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --budget 1 --json "$OUT/benchmark-gpu-$what-$dtype.json"
+      $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --budget 1 \
+        --json "$OUT/benchmark-gpu-$what-$dtype.json"
     done ;;
   benchmark)
     bash results/gpu.sh benchmark-ops
@@ -59,6 +60,10 @@ case "${1:-}" in
     shift
     unpack_weights
     python results/reproduce.py --run "$@" ;;
+  together)
+    shift
+    unpack_weights
+    printf '%s\n' "$@" | OMP_NUM_THREADS=1 xargs -P "${AT_ONCE:-5}" -I{} python results/reproduce.py --run {} ;;
   budget)
     unpack_weights
     python results/reproduce.py --budget "${2:-8}" --hardware gpu ;;
@@ -70,5 +75,5 @@ case "${1:-}" in
     python results/reproduce.py --table
     [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; } ;;
   *)
-    sed -n '2,12p' "$0"; exit 2 ;;
+    sed -n '2,13p' "$0"; exit 2 ;;
 esac

@@ -5,7 +5,7 @@
 // Bytes that must move: 32 read and 16 written a box in float32, 40 to 50 flops: the bound is the launch, for very many boxes the memory.
 // What is done about it: one kernel each way and one backward, which computes the sizes again and keeps nothing but the inputs. A thread
 // owns a box, 16 bytes (8 of a narrow type) a load where the addresses allow it; the cut at the picture's border costs no pass of its own.
-// Gain of each step: not measured on a GPU yet.
+// On an H200, 250,000 boxes decoded and cut: 0.057 ms, most of it the launch; torchvision 0.64 (results/speed.md).
 #include "../box_coding.h"
 
 namespace minidamage {

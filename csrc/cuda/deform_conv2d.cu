@@ -20,7 +20,8 @@
 // send, in the order of the samples: they are sorted by the cell they lie in (P K offset_groups keys of 8 bytes, 74 k at the size
 // above), and a warp owns 128 channels of a pixel and walks four cells, in the pictures that a tile of columns touches. It costs the sort
 // and reads each column up to four times; it spares the read-modify-write of the atomics.
-// The gain of each step is not measured on a GPU yet.
+// On an H200, (2, 256, 64, 64), 3 x 3, version 2: forward 0.29 ms in float32 and 0.10 in bfloat16, torchvision 0.35 and 0.38; the
+// deterministic backward takes 1.35 times the other's time (results/speed.md). The gain of each step alone is not measured.
 #include "../deform_conv2d.h"
 
 namespace minidamage {

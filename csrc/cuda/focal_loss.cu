@@ -12,7 +12,8 @@
 //  2. Sigmoid: 16 bytes a thread and load. Softmax: a group of lanes as wide as the row (a power of two, at most a warp) owns a row, so
 //     that 4 classes do not leave 28 lanes idle; the row is read from memory once and from the first-level cache twice.
 //  3. Sums: registers, shuffles, one number a block, then one block over those in order: equal bytes in every run, no atomics.
-// Gain of each step: not measured on a GPU yet.
+// On an H200, the sum over 536,000 logits: 0.045 ms, with its gradient 0.34; torchvision 0.28 and 0.88 (results/speed.md). The gain of each
+// step alone is not measured.
 #include <initializer_list>
 #include <type_traits>
 

@@ -5,7 +5,7 @@
 // 50 MB of bits to write, to copy over the bus and to wait for.
 // What is done about it: nms_reduce walks the bits on the device, so the host neither copies the mask nor waits. NMS_ROWS rows at a time
 // keep the mask small (10 MB for 20,000 boxes), and later rows that are already removed are not tested at all.
-// Gain of each step: not measured on a GPU yet.
+// On an H200, 20,000 boxes at IoU 0.5: 2.5 ms, torchvision 7.5 (results/speed.md). The gain of each step alone is not measured.
 #include "../nms.h"
 
 namespace minidamage {

@@ -7,7 +7,8 @@
 // What is done about it: a thread owns 16 neighbouring bytes of a row (4 float32, 8 float16, 16 bool), writes them at once, zeros
 // included, so that there is no separate fill, and finds its cells of the two mask rows once. Outside the box it does nothing else. Its
 // place, (n, y, x), takes two divisions, of 32 bits where the count of pieces allows it.
-// Gain of each step: not measured on a GPU yet.
+// On an H200, 100 masks of 28 x 28 into 1024 x 1024: 0.58 ms in float32, a fifth of the copy bandwidth, torchvision 51 ms; 0.46 ms as bool
+// (results/speed.md). The gain of each step alone is not measured.
 #include "../paste_masks.h"
 
 namespace minidamage {

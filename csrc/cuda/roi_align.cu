@@ -15,7 +15,8 @@
 // Backward, by default: the same walk with atomic adds, in float32 whatever the dtype; 4 at once on sm_90. Deterministic: each
 // thread owns 16 bytes of one pixel of the gradient and looks for the RoIs that touch its tile, in order. No atomics, no zero fill, no
 // float32 copy of a float16 gradient; it pays R (tiles) box tests, and adds up overlapping RoIs one after the other in one block.
-// Gain of each step, and the price of the deterministic form: not measured on a GPU yet.
+// On an H200, 1,024 RoIs of 7 x 7 on (2, 256, 200, 200), float32: forward 0.11 ms, torchvision 0.35; backward 0.36 ms, in the deterministic
+// form 3.7 (results/speed.md). The gain of each step alone is not measured.
 #include "../roi_align.h"
 
 namespace minidamage {
