@@ -135,7 +135,7 @@ def pictures_of(run, done):
 
 
 def loader(run, dataset, batches):
-    """A DataLoader over lists of indices, one a dataset: its workers live as long as the run, for starting them takes longer than a small
+    """A DataLoader over lists of indices, one a dataset: its --workers live as long as the run, for starting them takes longer than a small
     epoch. Its own generator: torch's global one belongs to the model, for exact resumes."""
     if dataset not in run.loaders:
         run.loaders[dataset] = torch.utils.data.DataLoader(
@@ -500,7 +500,8 @@ def parse_arguments(argv=None):
     add("--sync-bn", action="store_true", help="several processes: batch normalisation over the pictures of all of them")
     add("--timeout", type=float, metavar="MINUTES", help="several processes: how long one waits for the others before it stops "
         f"(default: {DEFAULTS['timeout']:g})")
-    add("--workers", type=int, help="processes that load pictures (default: 0 on a CPU, up to 8 with a GPU)")
+    add("--workers", type=int, help="processes that load pictures, so many for training and for "
+        "validation each (default: 0 on a CPU, up to 8 with a GPU)")
     add("--amp", choices=("off", *AMP_DTYPES), help="mixed precision; fp16 scales its gradients (default: off)")
     add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile what has the pictures' shape (a detector's body, pyramid "
         "and RPN head; a segmenter): a minute or more at the start, again for other sizes; validation stays as it is")
@@ -644,8 +645,10 @@ def perform(run):
             print(f"stopped in epoch {run.state.epoch + 1}, step {run.state.step}; go on "
                   f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n"
                   f"  {command()} --resume {run.folder}")
+            run.loaders.clear()
             return max(distributed.gather(stop.exit_code))
         tuned = tune_threshold(run, stop)
+        run.loaders.clear()                                           # ends their workers in torch's order; StopSignal's is for errors
     say_goodbye(run, time.perf_counter() - start, tuned)
     return max(distributed.gather(stop.exit_code or (1 if run.unsaved else 0)))
 

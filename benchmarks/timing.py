@@ -1,4 +1,4 @@
-"""How a row of the benchmark is measured: callables in turn, the roofline of the same run, peak memory in a process of its own."""
+"""How a row of the benchmark is measured: callables in turn, the roofline of the same run, peak memory."""
 import dataclasses
 import gc
 import importlib
@@ -182,6 +182,7 @@ def peak_memory(call, device, extra=False):
 
 def gpu_memory(build, module, extra):
     gc.collect()
+    torch.cuda.empty_cache()                                            # a block that is kept for later may be larger than what it is for
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     call = build(module)

@@ -464,9 +464,9 @@ inline __nv_bfloat16 atomicAdd(__nv_bfloat16* address, __nv_bfloat16 value) {
   return old;
 }
 
-// Matrix fragments (mma.h): every lane holds the whole tile of 16 x 16, as float32. All calls are collectives of the warp, and a store
-// writes of each lane its own elements alone, so that a missing __syncwarp shows. A pointer or a distance of rows that a GPU would not
-// take ends the launch.
+// Matrix fragments (mma.h): every lane holds the whole tile of 16 x 16, as float32. Loads, stores and products are collectives of the warp,
+// and a store writes of each lane its own elements alone, so that a missing __syncwarp behind it shows (one before a load does not: the
+// load waits). A pointer or a distance of rows that a GPU would not take, or lanes with different pointers, end the launch.
 namespace nvcuda::wmma {
 
 struct matrix_a;
@@ -493,15 +493,21 @@ void check_tile(const T* tile, unsigned stride, const char* call, int line) {
                                " elements apart, or a tile off the 32 bytes that it must be aligned to");
 }
 
+inline void meet(const void* pointer, const char* call, int line) {
+  const auto& self = ::cuda_on_cpu::wait_for_all(0xffffffffu, reinterpret_cast<uintptr_t>(pointer), call, line);
+  for (int lane = 0; lane < ::cuda_on_cpu::WARP; lane++)
+    if (self.received[lane] != reinterpret_cast<uintptr_t>(pointer))
+      ::cuda_on_cpu::engine.fail(std::string(call) + " at line " + std::to_string(line) + ": the lanes do not mean the same tile");
+}
+
 template <typename Fragment>
-void fill_fragment(Fragment& tile, float value, int line = __builtin_LINE()) {
-  ::cuda_on_cpu::wait_for_all(0xffffffffu, 0, "fill_fragment", line);
+void fill_fragment(Fragment& tile, float value) {
   std::fill(tile.x, tile.x + 256, value);
 }
 template <typename Use, typename T, typename Layout>
 void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& tile, const T* from, unsigned stride, int line = __builtin_LINE()) {
   check_tile(from, stride, "load_matrix_sync", line);
-  ::cuda_on_cpu::wait_for_all(0xffffffffu, reinterpret_cast<uintptr_t>(from), "load_matrix_sync", line);
+  meet(from, "load_matrix_sync", line);
   constexpr bool by_rows = std::is_same<Layout, row_major>::value;
   for (unsigned i = 0; i < 16; i++)
     for (unsigned j = 0; j < 16; j++) tile.x[16 * i + j] = number(by_rows ? from[i * stride + j] : from[j * stride + i]);
@@ -509,7 +515,7 @@ void load_matrix_sync(fragment<Use, 16, 16, 16, T, Layout>& tile, const T* from,
 inline void store_matrix_sync(float* to, const fragment<accumulator, 16, 16, 16, float>& tile, unsigned stride, layout_t layout,
                               int line = __builtin_LINE()) {
   check_tile(to, stride, "store_matrix_sync", line);
-  ::cuda_on_cpu::wait_for_all(0xffffffffu, reinterpret_cast<uintptr_t>(to), "store_matrix_sync", line);
+  meet(to, "store_matrix_sync", line);
   const unsigned lane = static_cast<unsigned>(::cuda_on_cpu::lane());
   for (unsigned e = 0; e < 8; e++) {  // eight elements a lane, as on a GPU: pairs of every quarter of the tile
     const unsigned i = lane / 4 + e / 4 * 8, j = lane % 4 * 2 + e / 2 % 2 * 8 + e % 2;
@@ -520,7 +526,7 @@ template <typename T, typename LayoutA, typename LayoutB>
 void mma_sync(fragment<accumulator, 16, 16, 16, float>& D, const fragment<matrix_a, 16, 16, 16, T, LayoutA>& A,
               const fragment<matrix_b, 16, 16, 16, T, LayoutB>& B, const fragment<accumulator, 16, 16, 16, float>& C,
               int line = __builtin_LINE()) {
-  ::cuda_on_cpu::wait_for_all(0xffffffffu, 0, "mma_sync", line);
+  meet(nullptr, "mma_sync", line);
   for (int i = 0; i < 16; i++) {
     float sums[16];
     std::copy(C.x + 16 * i, C.x + 16 * i + 16, sums);

@@ -205,7 +205,7 @@ def learning_text():
                       "pictures are augmented, which alone raises their loss.)"])
 
 
-BENCHMARKS = ("ops", "boxes", "models", "segmenters", "val2017", "eval", "data")
+BENCHMARKS = ("ops", "boxes", "models", "segmenters", "val2017", "eval", "data", "chunked-attention")
 # The rows that the README shows; results/speed.md has all of them, and what they were measured with.
 SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
          "nms 20000 boxes, IoU 0.5", "decode_boxes 250000 forward, cut at the border",
@@ -232,8 +232,8 @@ def benchmarks():
 
 
 def speed_summary():
-    """The rows SHOWN: ours, and how many times longer the others take."""
-    rows = {row["name"]: row for run in reversed(benchmarks()) for row in run["rows"]}
+    """The rows SHOWN, on a CPU: ours, and how many times longer the others take."""
+    rows = {row["name"]: row for run in reversed(benchmarks()) if run["hardware"]["device"] == "cpu" for row in run["rows"]}
     lines = ["| what | ours, ms | the others take, times ours (smallest to largest pair) |", "|---|--:|---|"]
     for name in SHOWN:
         if name in rows:
@@ -251,6 +251,7 @@ SHOWN_GPU = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align 
              "paste_masks 100 masks 28x28 into 1024x1024, float",
              "paste_masks 100 masks, RLE", "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward",
              "deform_conv2d v2 (2, 256, 64, 64) 3x3 forward+backward", "linear_attention (2, 784, 256) k 256, 8 heads forward",
+             "linear_attention (2, 12544, 256) k 64, 8 heads forward",
              "linear_attention (2, 12544, 256) k 64, 8 heads forward+backward", "sigmoid_focal_loss (536000, 1) sum forward+backward",
              "maskrcnn_resnet50_fpn inference 1024x1024, batch 4", "maskrcnn_resnet50_fpn training step 1024x1024, batch 4",
              "fasterrcnn_resnet50_fpn inference 1024x1024, batch 4", "fasterrcnn_resnet50_fpn training step 1024x1024, batch 4",
@@ -267,6 +268,8 @@ def gpu_summary():
     lines = ["| what | float32: ours, ms | the others take, times ours | MB | bfloat16: ours, ms | the others | MB |",
              "|---|--:|---|--:|--:|---|--:|"]
     for name in SHOWN_GPU:
+        if not any((name, dtype) in rows for dtype in ("float32", "bfloat16")):
+            continue
         cells = []
         for dtype in ("float32", "bfloat16"):
             row = rows.get((name, dtype))
@@ -281,9 +284,10 @@ def speed_text():
     """Markdown tables of results/benchmark-*.json (python benchmark.py --json), one a run: ours, the others, and the ratios in pairs."""
     parts = []
     for run in benchmarks():
+        tf32 = run["hardware"]["device"] == "cuda" and "bfloat16" not in run["command"]
         hardware, versions = run["hardware"], {"torch": run["versions"]["torch"], **run["peers"]}
         rates = f"copy bandwidth {run['copy_GB/s']:.0f} GB/s" + (
-            f", products {run['product_GFLOP/s']:.0f} GFLOP/s" if "product_GFLOP/s" in run else "")
+            f", products {run['product_GFLOP/s']:.0f} GFLOP/s" + " (convolutions in TF32)" * tf32 if "product_GFLOP/s" in run else "")
         where = hardware["gpu"] or f"{hardware['cpu']}, {hardware['threads']} threads"
         made = ", ".join(f"{name} {version}" for name, version in versions.items())
         lines = [f"`{run['command']}`, {where}, {rates}, {made}, commit {short(run['commit'] or 'unknown')}.", "",
@@ -311,7 +315,7 @@ def share(row):
 
 
 def memory(row):
-    """Of the whole process ("peak"), or above what lay there before the call ("extra")."""
+    """Of the whole process, on a GPU of the model and its step ("peak"), or above what lay there before the call ("extra")."""
     for kind in ("peak", "extra"):
         found = [f"{row[key]:.0f}" for key in (f"{kind}_MB_ours", *(f"{kind}_MB_{name}" for name in others_of(row))) if key in row]
         if found:

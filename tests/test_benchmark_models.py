@@ -1,9 +1,10 @@
 """benchmark.py's whole models: the sides that ours is timed against do the same work, and run what their names say."""
+import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import minidamage
-from benchmarks import model_rows
+from benchmarks import model_rows, timing
 from minidamage.models.context_cracknet import CAGM, ContextCrackNetConfig
 
 SMALL = dict(body="resnet18", image_size=64, sequence_size=64, attention_rank=6, attention_heads=4, feed_forward=32, dropout=0.0)
@@ -41,6 +42,31 @@ def test_the_contiguous_side_has_no_map_in_channels_last():
             torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
     assert all(form == "channels_last" for form in before.forms) and all(form == "contiguous" for form in after.forms)
     assert len(before.forms) == len(after.forms) > 20
+
+
+def test_short_calls_on_a_gpu_are_timed_several_in_a_row(monkeypatch):
+    asked = []
+
+    def seconds(function, device, calls=1):
+        asked.append(calls)
+        return function()
+    monkeypatch.setattr(timing, "seconds", seconds)
+    result = timing.paired(lambda: 0.001, {"other": lambda: 0.02}, "cuda", budget=1.0, most=5)
+    assert asked == [1, 1, 1, 1] + [6, 1] * 5                          # a turn lasts 5 ms at least
+    assert result["ours"] == 1 and result["other"]["ratio"] == 20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_memory_on_a_gpu_is_what_a_call_takes_above_what_lay_there():
+    class Rows:
+        @staticmethod
+        def call(megabytes):
+            kept = torch.empty(megabytes << 20, dtype=torch.uint8, device="cuda")
+            return lambda: torch.empty(2 * len(kept), dtype=torch.uint8, device="cuda")
+    other = torch.empty(64 << 20, dtype=torch.uint8, device="cuda")
+    for extra, expected in ((False, 24), (True, 16)):
+        assert timing.gpu_memory(lambda rows: rows.call(8), Rows, extra) == pytest.approx(expected * 1.048576, abs=3)
+    assert len(other)
 
 
 class Convolutions(TorchDispatchMode):

@@ -1,4 +1,5 @@
 """ResNet against torchvision's stored names, shapes, counts and outputs; the folded norms against plain batch normalisation."""
+import copy
 import json
 import pathlib
 import zlib
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from minidamage.layers import resnet
 from minidamage.layers.resnet import FrozenBatchNorm2d, ResNet, conv_norm, convolve, load_body
 
 DATA = pathlib.Path(__file__).parent / "data"
@@ -95,6 +97,36 @@ def test_a_1x1_convolution_is_blind_to_the_dilation_it_asks_for(stride, bias, dt
     go, leaves = torch.randn_like(want), [x, *conv.parameters()]
     for a, b in zip(torch.autograd.grad(got, leaves, go), torch.autograd.grad(want, leaves, go)):
         torch.testing.assert_close(a, b)
+
+
+def test_a_frozen_norm_makes_its_scale_and_shift_once_and_again_when_its_constants_change(monkeypatch):
+    made, norm, x = [], resnet.FrozenBatchNorm2d(3), torch.randn(2, 3, 4, 4)
+    make = resnet.make_affine
+    monkeypatch.setattr(resnet, "make_affine", lambda norm: (made.append(1), make(norm))[1])
+
+    def check(times, norm=norm, x=x):
+        shape = (1, -1, 1, 1)
+        expected = (x - norm.running_mean.view(shape)) / (norm.running_var.view(shape) + norm.eps).sqrt() * norm.weight.view(shape)
+        torch.testing.assert_close(norm(x), expected + norm.bias.view(shape))
+        assert len(made) == times
+    with torch.inference_mode():
+        check(1)
+    leaf = x.clone().requires_grad_()
+    check(1, x=leaf)
+    torch.autograd.grad(norm(leaf).sum(), leaf)                                       # what inference mode made can be kept for a gradient
+    norm.load_state_dict({name: torch.rand(3) + 0.5 for name in norm.state_dict()})
+    check(2)
+    norm.running_var.mul_(2)
+    check(3)
+    norm.eps = 0.1
+    check(4)
+    norm.bias = torch.ones(3)
+    check(5)
+    copy.deepcopy(norm).weight.fill_(7)
+    check(5)
+    norm.double()
+    check(6, x=x.double())
+    assert set(norm.state_dict()) == {"weight", "bias", "running_mean", "running_var"}
 
 
 def test_a_norm_that_meets_one_value_a_channel_uses_its_running_statistics():

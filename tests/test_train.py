@@ -399,6 +399,15 @@ def test_out_of_memory_says_how_to_go_on(command, tmp_path, monkeypatch, capsys,
     assert train.main(["--resume", folder, "--amp", "bf16"]) == 0
 
 
+def test_workers_end_with_the_run(command, monkeypatch):
+    """In torch's own order, before StopSignal ends those that an error left behind."""
+    left, end = [], train.StopSignal.__exit__
+    monkeypatch.setattr(train.StopSignal, "__exit__",
+                        lambda self, *exception: (left.append(multiprocessing.active_children()), end(self, *exception))[1])
+    assert train.main(command("--epochs", 2, "--workers", 1)) == 0
+    assert left == [[]]
+
+
 @pytest.mark.parametrize("workers", (0, 1))
 def test_pictures_that_go_away_during_a_run(command, data, tmp_path, monkeypatch, capsys, workers):
     shutil.copytree(data, tmp_path / "mine")

@@ -361,7 +361,7 @@ Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& k
 
 // The gradients of query [B, N, A], and of keys and values [2, B, k, A].
 std::tuple<Tensor, Tensor> attention_backward_on_cuda(const Sizes& size, const Tensor& grad, const Tensor& attended,
-                                                              const Tensor& query, const Tensor& keys_values, const Tensor& log_sum_exp) {
+                                                      const Tensor& query, const Tensor& keys_values, const Tensor& log_sum_exp) {
   const OnDevice device(query);
   const at::ScalarType type = sum_type(query);
   const at::TensorOptions sums = query.options().dtype(type);

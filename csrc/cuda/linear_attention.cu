@@ -195,6 +195,7 @@ constexpr int BACKWARD_BYTES = 2 * TILE_NUMBERS * 4 + 2 * TILE * HALF_STRIDE * 2
 // The same for the rows of scores, in float32.
 MD_HD constexpr int64_t score_stride(int64_t k) { return k + 4; }
 
+#if defined(MD_TENSOR_CORES)
 // Tiles in registers. Left and right: a factor whose rows lie one after the other in memory; flipped: its transpose does.
 namespace wmma = nvcuda::wmma;
 template <typename T>
@@ -213,6 +214,8 @@ MD_DEVICE void load_tiles(Fragment (&tiles)[D], const T* from, int64_t stride) {
 #pragma unroll
   for (int c = 0; c < D; ++c) wmma::load_matrix_sync(tiles[c], from + c * TILE, static_cast<unsigned>(stride));
 }
+
+#endif
 
 // One row of scores, k <= MOST_KEYS, becomes P in the same place; returns its log-sum-exp. All lanes of a warp, lane j % 32 column j.
 template <typename T>
@@ -247,6 +250,7 @@ MD_DEVICE float softmax_of_row(float* row, int k, float scale) {
   return largest + static_cast<float>(log(sum));
 }
 
+#if defined(MD_TENSOR_CORES)
 // sums, by way of `tile` in shared memory, into rows of T that are `out_stride` apart; not the first `skip` rows.
 template <typename T>
 MD_DEVICE void put_tile(const Sums& sums, float* tile, int64_t stride, T* out, int64_t out_stride, int skip) {
@@ -259,6 +263,7 @@ MD_DEVICE void put_tile(const Sums& sums, float* tile, int64_t stride, T* out, i
   }
   __syncwarp();
 }
+#endif
 
 // query, output [B, N, H, d], keys, values [B, k, H, d], log_sum_exp [B, H, N]; d = 16 D. Warp: 16 rows of a head, in shared memory their
 // scores [16, k]. The last rows of a head are taken from N - 16 on, and those that another warp owns are not written.
@@ -313,6 +318,7 @@ __global__ void attention_fused(int64_t B, int64_t N, int64_t k, int64_t H, floa
 #endif
 }
 
+#if defined(MD_TENSOR_CORES)
 // From 16 rows of Q and dO and 16 keys and values: P and dS times scale, tiles [16, HALF_STRIDE] of T in shared memory, 0 in the first
 // `skip` rows; P may be null. log_sum_exp and mean of the rows. S, dP: tiles of float32 in shared memory. Warp: all of it.
 template <typename T, int D>
@@ -335,10 +341,11 @@ MD_DEVICE void gradient_tile(const Left<T> (&query)[D], const Left<T> (&grad)[D]
     const int e = threadIdx.x + i * LANES, r = e / TILE, at = r * HALF_STRIDE + e % TILE;
     const float p = r < skip ? 0.f : static_cast<float>(exp(S[e] * scale - log_sum_exp[r]));
     if (P) P[at] = from_accumulate<T>(p);
-    dS[at] = from_accumulate<T>(p * (dP[e] - mean[r]) * scale);
+    dS[at] = from_accumulate<T>(r < skip ? 0.f : p * (dP[e] - mean[r]) * scale);
   }
   __syncwarp();
 }
+#endif
 
 // query, grad_output, grad_query [B, N, H, d], keys, values [B, k, H, d], log_sum_exp, mean [B, H, N]; d = 16 D. Warp: 16 rows of a head.
 template <typename T, int D>
@@ -562,7 +569,7 @@ void attention_fused_cuda(const FusedAttention& problem, void* output, float* lo
 }
 
 int64_t attention_fused_segments(const FusedAttention& problem) {
-  // Warps enough to fill a GPU; four tiles of rows at least, or the parts are as many numbers as the rows.
+  // Warps enough to fill a GPU, which bounds the parts too; four tiles of rows each at least.
   const int64_t warps = 2048, most = problem.N / (4 * TILE), wanted = ceil_div(warps, problem.B * problem.H * (problem.k / TILE));
   return most < 1 ? 1 : wanted < most ? wanted : most;
 }

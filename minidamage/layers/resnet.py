@@ -180,6 +180,19 @@ class FrozenBatchNorm2d(nn.Module):
         self.register_buffer("bias", torch.zeros(channels))
         self.register_buffer("running_mean", torch.zeros(channels))
         self.register_buffer("running_var", torch.ones(channels))
+        self._known = None                                            # the constants, their versions, and (scale, shift) made from them
+
+    def affine(self):
+        """scale, shift of affine_of(): made once, and anew when the constants were written, loaded or moved. A body has 53 of them, five
+        small operations each, which a GPU would wait for in every step."""
+        constants = self.weight, self.bias, self.running_mean, self.running_var
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in constants):
+            return make_affine(self)
+        versions = [self.eps, *(tensor._version for tensor in constants)]
+        if self._known is None or versions != self._known[1] or any(a is not b for a, b in zip(constants, self._known[0])):
+            with torch.inference_mode(False):                         # a training step may use them later
+                self._known = constants, versions, make_affine(self)
+        return self._known[2]
 
     def forward(self, x):
         scale, shift = affine_of(self)
@@ -215,6 +228,10 @@ def add_shortcut(out, x, block):
 
 def affine_of(norm):
     """scale, shift [C] of a normalisation with constant statistics: norm(x) = x * scale + shift."""
+    return norm.affine() if isinstance(norm, FrozenBatchNorm2d) else make_affine(norm)
+
+
+def make_affine(norm):
     scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
     return scale, norm.bias - norm.running_mean * scale
 

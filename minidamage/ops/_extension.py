@@ -223,7 +223,8 @@ def build_evaluation():
         raise BuildError("pybind11 is not installed; `python -m pip install pybind11`") from None
     flags = ["-std=c++17", *tools.OPTIMISE, *tools.native_flags(), f"-I{pybind11.get_include()}", f"-I{sysconfig.get_path('include')}"]
     objects = [(CSRC / "evaluation.cpp", [*tools.cxx(), *flags])]
-    return _build_library("evaluation", objects, [*tools.cxx(), "-shared", "-pthread", *tools.undefined_symbols()], "evaluation functions")
+    link = [*tools.cxx(), "-shared", "-pthread", *tools.loaded_library(r"stdc\+\+"), *tools.undefined_symbols()]
+    return _build_library("evaluation", objects, link, "evaluation functions")
 
 
 def build_emulated():
