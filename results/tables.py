@@ -237,9 +237,7 @@ def speed_summary():
     lines = ["| what | ours, ms | the others take, times ours (smallest to largest pair) |", "|---|--:|---|"]
     for name in SHOWN:
         if name in rows:
-            others = ", ".join(f"{other} **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
-                               for other, value in others_of(rows[name]).items())
-            lines.append(f"| {name} | {rows[name]['ours']:.4g} | {others or beside(rows[name])} |")
+            lines.append(line(name, f"{rows[name]['ours']:.4g}", ratios(rows[name]) or beside(rows[name])))
     return "\n".join(lines)
 
 
@@ -273,9 +271,7 @@ def gpu_summary():
         cells = []
         for dtype in ("float32", "bfloat16"):
             row = rows.get((name, dtype))
-            cells += ["", "", ""] if row is None else [
-                f"{row['ours']:.4g}", ", ".join(f"{other} **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
-                                                for other, value in others_of(row).items()), memory(row)]
+            cells += ["", "", ""] if row is None else [f"{row['ours']:.4g}", ratios(row), memory(row)]
         lines.append(line(name, *cells))
     return "\n".join(lines)
 
@@ -300,6 +296,12 @@ def speed_text():
 
 def others_of(row):
     return {name: value for name, value in row.items() if isinstance(value, dict)}
+
+
+def ratios(row):
+    """How many times longer each of the others takes than ours."""
+    return ", ".join(f"{name} **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
+                     for name, value in others_of(row).items())
 
 
 def beside(row):

@@ -111,6 +111,20 @@ def test_a_row_puts_its_seeds_together(results, tmp_path, monkeypatch):
     assert "| 1 Faster R-CNN |  | not run |" in text
 
 
+def test_a_gpus_rows_stand_by_dtype_and_apart_from_the_cpus(results, tmp_path, monkeypatch):
+    tables = results["tables"]
+    monkeypatch.setattr(tables, "HERE", tmp_path)
+    name, peer = tables.SHOWN[0], {"torchvision": {"ms": 1.0, "ratio": 2.0, "ratio_min": 1.5, "ratio_max": 3.0}}
+    model = tables.SHOWN_GPU[-1]
+    for dtype, ms in (("float32", 0.5), ("bfloat16", 0.25)):
+        rows = [{"name": name, "ours": ms, **peer}, {"name": f"{model}, {dtype}", "ours": 10 * ms, "peak_MB_ours": 7.0}]
+        (tmp_path / f"benchmark-gpu-ops-{dtype}.json").write_text(json.dumps({"hardware": {"device": "cuda"}, "rows": rows}))
+    assert tables.gpu_summary().splitlines()[2:] == [
+        f"| {name} | 0.5 | torchvision **2.00** (1.50 to 3.00) |  | 0.25 | torchvision **2.00** (1.50 to 3.00) |  |",
+        f"| {model} | 5 |  | 7 | 2.5 |  | 7 |"]
+    assert len(tables.speed_summary().splitlines()) == 2                                  # no row of a CPU yet, and none of the GPU's
+
+
 def test_the_first_row_is_tested_against_each_other_one(results, tmp_path, monkeypatch):
     tables = results["tables"]
     monkeypatch.setattr(tables, "HERE", tmp_path)
