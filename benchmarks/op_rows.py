@@ -185,6 +185,11 @@ def benchmark_roi_pool(table, tv):
     table.add(f"{name} forward+backward", forward_backward(lambda: ops.roi_pool(a, rois, 7, 0.125), [a],
                                                            grad.contiguous(memory_format=torch.channels_last)),
               {"torchvision": theirs}, 2 * moved)
+    (a,), (b,) = leaves(nhwc[:1, :4, :4, :4]), leaves(nchw[:1, :4, :4, :4])
+    one = torch.ones(1, 4, 1, 1, device=device)
+    table.add("roi_pool (1,4,4,4) 1 roi 1x1 forward+backward, the call alone",
+              forward_backward(lambda: ops.roi_pool(a, rois[:1], 1, 0.125), [a], one),
+              {"torchvision": tv and forward_backward(lambda: tv.ops.roi_pool(b, rois[:1], 1, 0.125), [b], one)})
 
 
 # ---- deformable convolution --------------------------------------------------------------------------------------------------------
