@@ -110,6 +110,23 @@ struct FromAccumulate<__nv_bfloat16> {
   static MD_HD __nv_bfloat16 convert(float x) { return __float2bfloat16_rn(x); }
 };
 
+// Over a warp, whose lanes all call these and all get the result; or over each group of `width` neighbouring lanes, a power of two.
+constexpr int LANES = 32;
+constexpr unsigned ALL_LANES = 0xffffffffu;
+template <typename A>
+MD_DEVICE A sum_of_lanes(A value, int width = LANES) {
+  for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
+  return value;
+}
+template <typename A>
+MD_DEVICE A largest_of_lanes(A value, int width = LANES) {
+  for (int offset = width / 2; offset > 0; offset /= 2) {
+    const A other = __shfl_xor_sync(ALL_LANES, value, offset);
+    value = other > value ? other : value;
+  }
+  return value;
+}
+
 // Adds V neighbouring numbers, each atomically; address is aligned to them. sm_90 adds four float32 in one instruction.
 template <int V, typename A>
 MD_DEVICE void atomic_add_row(A* address, const A* values) {

@@ -1,6 +1,6 @@
 // Linear attention (Linformer: Wang et al., 2020): every one of N queries attends to the same k projected keys. What both machines share.
 // Read minidamage/ops/linear_attention.py first, for the formula; then cpu/linear_attention.cpp, the plain form, then
-// cuda/linear_attention.cu. The whole op is a chain of matrix products around one core:
+// cuda/linear_attention.cu and cuda/fused_attention.cu. The whole op is a chain of matrix products around one core:
 //     S = Q K^T / sqrt(d) [N, k],   P = softmax of the rows of S,   O = P V;      of every picture and head
 // and backward, with P recomputed from S and the row's log-sum-exp L = log sum_j exp(S_j):
 //     P = exp(S - L),   dP = dO V^T,   dS = P (dP - mean),   mean = sum_j P_j dP_j = sum_c O_c dO_c,
@@ -90,7 +90,7 @@ void attention_grad_scores_cuda(const A* scores, const A* grad_P, const A* log_s
 void attention_add_bias_cuda(int64_t B, int64_t N, int64_t k, int64_t A, DType dtype, const void* E, const void* F, const void* b_k,
                              const void* b_v, void* keys_values, void* stream);
 
-// The whole core in one launch, on tensor cores: float16 and bfloat16. Arrays of dtype, layout as above.
+// ---- CUDA, cuda/fused_attention.cu: the whole core in one launch, on tensor cores, float16 and bfloat16. Arrays of dtype ---------------
 struct FusedAttention {
   int64_t B, N, k, H, d;
   DType dtype;

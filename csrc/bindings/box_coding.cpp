@@ -8,7 +8,7 @@
 namespace minidamage {
 namespace {
 
-using Sizes = at::OptionalIntArrayRef;
+using PictureSize = at::OptionalIntArrayRef;
 
 void check_boxes(const Tensor& a, const Tensor& b, const char* op, const char* a_name, const char* b_name) {
   TORCH_CHECK(a.dim() > 0 && a.size(-1) == 4 && b.dim() > 0 && b.size(-1) == 4 && at::is_expandable_to(b.sizes(), a.sizes()), op, ": ",
@@ -32,7 +32,7 @@ void check_decode_grad(const Tensor& grad, const Tensor& deltas, const Tensor& b
 }
 
 template <typename A>
-BoxCoding<A> coding_of(at::ArrayRef<double> weights, double clip, Sizes size) {
+BoxCoding<A> coding_of(at::ArrayRef<double> weights, double clip, PictureSize size) {
   TORCH_CHECK(weights.size() == 4, "box coding: weights must be four numbers, got ", weights.size());
   TORCH_CHECK(!size.has_value() || size->size() == 2, "box coding: size must be (height, width), got ", size->size(), " numbers");
   BoxCoding<A> coding = {};
@@ -85,7 +85,7 @@ Pair pair_of(const Tensor& first, const Tensor& second) {
 }
 
 #if !defined(MINIDAMAGE_EMULATED)
-constexpr int64_t GRAIN = 8192;  // boxes: below, waking a thread costs more than it saves
+constexpr int64_t BOX_GRAIN = 8192;  // boxes: below, waking a thread costs more than it saves
 
 Tensor encode_boxes_on_cpu(const Tensor& reference_boxes, const Tensor& proposals, at::ArrayRef<double> weights) {
   check_boxes(reference_boxes, proposals, "encode_boxes", "reference_boxes", "proposals");
@@ -98,13 +98,13 @@ Tensor encode_boxes_on_cpu(const Tensor& reference_boxes, const Tensor& proposal
     const BoxCoding<T> coding = coding_of<T>(weights, 0, std::nullopt);
     const T *a = pair.a.const_data_ptr<T>(), *b = pair.b.const_data_ptr<T>();
     T* out = output.mutable_data_ptr<T>();
-    at::parallel_for(0, pair.rows.rows, GRAIN,
+    at::parallel_for(0, pair.rows.rows, BOX_GRAIN,
                      [&](int64_t begin, int64_t end) { encode_boxes_cpu(coding, pair.rows, a, b, out, begin, end); });
   });
   return output;
 }
 
-Tensor decode_boxes_on_cpu(const Tensor& deltas, const Tensor& boxes, at::ArrayRef<double> weights, double clip, Sizes size) {
+Tensor decode_boxes_on_cpu(const Tensor& deltas, const Tensor& boxes, at::ArrayRef<double> weights, double clip, PictureSize size) {
   check_boxes(deltas, boxes, "decode_boxes", "bbox_deltas", "boxes");
   check_type(deltas, boxes, "decode_boxes", false);
   Tensor output = at::empty(deltas.sizes(), boxes.options());
@@ -115,14 +115,14 @@ Tensor decode_boxes_on_cpu(const Tensor& deltas, const Tensor& boxes, at::ArrayR
     const BoxCoding<T> coding = coding_of<T>(weights, clip, size);
     const T *a = pair.a.const_data_ptr<T>(), *b = pair.b.const_data_ptr<T>();
     T* out = output.mutable_data_ptr<T>();
-    at::parallel_for(0, pair.rows.rows, GRAIN,
+    at::parallel_for(0, pair.rows.rows, BOX_GRAIN,
                      [&](int64_t begin, int64_t end) { decode_boxes_cpu(coding, pair.rows, a, b, out, begin, end); });
   });
   return output;
 }
 
 Tensor decode_boxes_backward_on_cpu(const Tensor& grad, const Tensor& deltas, const Tensor& boxes, at::ArrayRef<double> weights,
-                                    double clip, Sizes size) {
+                                    double clip, PictureSize size) {
   check_boxes(deltas, boxes, "decode_boxes", "bbox_deltas", "boxes");
   check_type(deltas, boxes, "decode_boxes", false);
   check_decode_grad(grad, deltas, boxes);
@@ -135,7 +135,7 @@ Tensor decode_boxes_backward_on_cpu(const Tensor& grad, const Tensor& deltas, co
     const BoxCoding<T> coding = coding_of<T>(weights, clip, size);
     const T *a = pair.a.const_data_ptr<T>(), *b = pair.b.const_data_ptr<T>(), *slope = g.const_data_ptr<T>();
     T* out = grad_deltas.mutable_data_ptr<T>();
-    at::parallel_for(0, pair.rows.rows, GRAIN, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, pair.rows.rows, BOX_GRAIN, [&](int64_t begin, int64_t end) {
       decode_boxes_backward_cpu(coding, pair.rows, slope, a, b, out, begin, end);
     });
   });
@@ -166,7 +166,7 @@ Tensor encode_boxes_on_cuda(const Tensor& reference_boxes, const Tensor& proposa
   return output;
 }
 
-Tensor decode_boxes_on_cuda(const Tensor& deltas, const Tensor& boxes, at::ArrayRef<double> weights, double clip, Sizes size) {
+Tensor decode_boxes_on_cuda(const Tensor& deltas, const Tensor& boxes, at::ArrayRef<double> weights, double clip, PictureSize size) {
   check_boxes(deltas, boxes, "decode_boxes", "bbox_deltas", "boxes");
   check_type(deltas, boxes, "decode_boxes", true);
   const DType dtype = dtype_of(deltas);
@@ -184,7 +184,7 @@ Tensor decode_boxes_on_cuda(const Tensor& deltas, const Tensor& boxes, at::Array
 }
 
 Tensor decode_boxes_backward_on_cuda(const Tensor& grad, const Tensor& deltas, const Tensor& boxes, at::ArrayRef<double> weights,
-                                     double clip, Sizes size) {
+                                     double clip, PictureSize size) {
   check_boxes(deltas, boxes, "decode_boxes", "bbox_deltas", "boxes");
   check_type(deltas, boxes, "decode_boxes", true);
   check_decode_grad(grad, deltas, boxes);

@@ -52,7 +52,7 @@ FocalLoss<A> focal_of(double alpha, double gamma) {
 }
 
 #if !defined(MINIDAMAGE_EMULATED)
-constexpr int64_t GRAIN = 4 * FOCAL_CHUNK;  // elements: below, waking a thread costs more than it saves
+constexpr int64_t FOCAL_GRAIN = 4 * FOCAL_CHUNK;  // elements: below, waking a thread costs more than it saves
 
 void check_cpu_type(const Tensor& t) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, "focal_loss: float32 or float64 on a CPU, got ",
@@ -84,10 +84,10 @@ Tensor sigmoid_focal_loss_on_cpu(const Tensor& inputs, const Tensor& targets, do
     const T *in = x.const_data_ptr<T>(), *to = t.const_data_ptr<T>();
     T* out = output.mutable_data_ptr<T>();
     if (reduction == Reduction::none) {
-      at::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) { sigmoid_focal_loss_cpu(focal, in, to, out, begin, end); });
+      at::parallel_for(0, count, FOCAL_GRAIN, [&](int64_t begin, int64_t end) { sigmoid_focal_loss_cpu(focal, in, to, out, begin, end); });
       return;
     }
-    const double sum = sum_of_chunks(count, FOCAL_CHUNK, GRAIN / FOCAL_CHUNK,
+    const double sum = sum_of_chunks(count, FOCAL_CHUNK, FOCAL_GRAIN / FOCAL_CHUNK,
                                      [&](int64_t begin, int64_t end) { return sigmoid_focal_sum_cpu(focal, in, to, begin, end); });
     *out = static_cast<T>(reduction == Reduction::mean ? sum / static_cast<double>(count) : sum);
   });
@@ -112,7 +112,7 @@ Tensor sigmoid_focal_backward_on_cpu(const Tensor& grad, const Tensor& inputs, c
     const T *in = x.const_data_ptr<T>(), *to = t.const_data_ptr<T>(), *grad_output = g.const_data_ptr<T>();
     T* out = grad_inputs.mutable_data_ptr<T>();
     const T scale = (one_number ? *grad_output : T(1)) / (reduction == Reduction::mean ? static_cast<T>(count) : T(1));
-    at::parallel_for(0, count, GRAIN, [&](int64_t begin, int64_t end) {
+    at::parallel_for(0, count, FOCAL_GRAIN, [&](int64_t begin, int64_t end) {
       sigmoid_focal_backward_cpu(focal, in, to, one_number ? nullptr : grad_output, scale, out, begin, end);
     });
   });
@@ -131,7 +131,7 @@ int64_t counted_rows(const Tensor& labels, int64_t C, int64_t ignore_index) {
   return counted;
 }
 
-int64_t row_grain(int64_t C) { return ceil_div(ceil_div(GRAIN, C), FOCAL_ROWS) * FOCAL_ROWS; }
+int64_t row_grain(int64_t C) { return ceil_div(ceil_div(FOCAL_GRAIN, C), FOCAL_ROWS) * FOCAL_ROWS; }
 
 Tensor softmax_focal_loss_on_cpu(const Tensor& logits, const Tensor& labels, double alpha, double gamma, int64_t code,
                                  int64_t ignore_index) {

@@ -27,7 +27,7 @@
 namespace minidamage {
 namespace {
 
-constexpr int THREADS = 256, LANES = 32;
+constexpr int THREADS = 256;
 
 // The warps of the grid, in steps: for (w = this warp; w < count; w += all warps). Whole warps: the shuffles below need all lanes.
 #define MD_WARP_STRIDE(Index, w, count)                                                                                      \
@@ -131,8 +131,7 @@ __global__ void deform_backward(const DeformConv2d<accumulate_t<T>> problem, con
         }
       }
     }
-    for (int i = 0; i < 4; ++i)
-      for (int step = LANES / 2; step > 0; step /= 2) dots[i] += __shfl_xor_sync(0xffffffffu, dots[i], step);
+    for (int i = 0; i < 4; ++i) dots[i] = sum_of_lanes(dots[i]);
     if (lane > 0) continue;
     SampleGradient<A> result = {};
     if (inside) result = sample_gradient(sample, dots);

@@ -22,19 +22,18 @@
 namespace minidamage {
 namespace {
 
-constexpr int THREADS = 256, WARP = 32;
-constexpr unsigned ALL_LANES = 0xffffffffu;
+constexpr int THREADS = 256;
 
 // The sum of `value` over the block, in thread 0. All threads call it; two barriers.
 template <typename A>
 MD_DEVICE A block_sum(A value) {
-  __shared__ A of_warp[THREADS / WARP];
-  for (int lanes = WARP / 2; lanes > 0; lanes /= 2) value += __shfl_xor_sync(ALL_LANES, value, lanes);
-  if (threadIdx.x % WARP == 0) of_warp[threadIdx.x / WARP] = value;
+  __shared__ A of_warp[THREADS / LANES];
+  value = sum_of_lanes(value);
+  if (threadIdx.x % LANES == 0) of_warp[threadIdx.x / LANES] = value;
   __syncthreads();
   A sum = A(0);
   if (threadIdx.x == 0)
-    for (int w = 0; w < THREADS / WARP; ++w) sum += of_warp[w];
+    for (int w = 0; w < THREADS / LANES; ++w) sum += of_warp[w];
   __syncthreads();  // before the array is used again
   return sum;
 }
@@ -113,14 +112,11 @@ struct RowSoftmax {
       const A x = to_accumulate(row[c]);
       maximum = x > maximum ? x : maximum;
     }
-    for (int lanes = width / 2; lanes > 0; lanes /= 2) {
-      const A other = __shfl_xor_sync(ALL_LANES, maximum, lanes);
-      maximum = other > maximum ? other : maximum;
-    }
+    maximum = largest_of_lanes(maximum, width);
     A rest = A(0);
     for (int64_t c = lane; c < C; c += width)
       if (c != label) rest += exp_of(to_accumulate(row[c]) - maximum);
-    for (int lanes = width / 2; lanes > 0; lanes /= 2) rest += __shfl_xor_sync(ALL_LANES, rest, lanes);
+    rest = sum_of_lanes(rest, width);
     const A x_label = to_accumulate(row[label]), own = exp_of(x_label - maximum);
     total = own + rest;
     terms = softmax_terms(maximum, x_label, own, rest);
@@ -204,7 +200,7 @@ void with_width(int64_t count, std::initializer_list<const void*> arrays, const 
 // Lanes for a row of C logits: the power of two that holds it, at most a warp.
 int lanes_for(int64_t C) {
   int width = 1;
-  while (width < WARP && width < C) width *= 2;
+  while (width < LANES && width < C) width *= 2;
   return width;
 }
 

@@ -25,7 +25,7 @@ namespace {
 constexpr int THREADS = 128;
 constexpr int64_t MOST_TAPS = 16;             // merged taps of a bin that are kept; more (adaptive bins of 15 pixels): sample by sample
 constexpr size_t TABLE_BYTES = 40 << 10;      // shared memory for taps
-constexpr int TILE = ROI_ALIGN_TILE, LANES = 32;
+constexpr int TILE = ROI_ALIGN_TILE;
 
 template <typename A>
 struct Tap {
@@ -253,7 +253,7 @@ __global__ void __launch_bounds__(LANES * TILE * TILE, 1)
       roi_axes(problem, base + thread, l, axis_y, axis_x);
       touches = may_touch(axis_y, PH, y0, level.height) && may_touch(axis_x, PW, x0, level.width);
     }
-    const unsigned votes = __ballot_sync(0xffffffffu, touches);
+    const unsigned votes = __ballot_sync(ALL_LANES, touches);
     if (lane == 0) counts[warp] = __popc(votes);
     __syncthreads();
     int before = 0, matched = 0;

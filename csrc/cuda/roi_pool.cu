@@ -18,7 +18,7 @@
 namespace minidamage {
 namespace {
 
-constexpr int THREADS = 256, LANES = 32;
+constexpr int THREADS = 256;
 
 // input: [N, H, W, C]; output, argmax: [R, PH, PW, C]. Thread: V neighbouring channels of a bin.
 template <typename T, int V, typename Index>

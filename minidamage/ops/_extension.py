@@ -205,7 +205,7 @@ def _build_ops(cuda):
     compiler, native = tools.cxx(), tools.native_flags()
     include = ["-I", str(CSRC)] + (["-I" + str(cuda["include"]), "-DMINIDAMAGE_CUDA"] if cuda else [])
     bindings = [*compiler, *tools.OPTIMISE, *tools.torch_flags(), *tools.openmp_flags()[0], *include]
-    objects = [(source, bindings) for source in sorted((CSRC / "bindings").glob("*.cpp"))]     # first: they take longest
+    objects = [(CSRC / "bindings.cpp", bindings)]                            # first: it takes longest
     objects += [(source, [*compiler, "-std=c++17", *tools.OPTIMISE, *native]) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
     link = [*compiler, "-shared", *tools.torch_libraries(), *tools.openmp_flags()[1]]
     if cuda:
@@ -231,7 +231,7 @@ def build_emulated():
     """Returns the path of the torch library in which the .cu files run on the CPU (csrc/cuda_on_cpu.h)."""
     flags = ["-O2", "-fPIC", "-ffp-contract=off", "-DMINIDAMAGE_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
     bindings = [*tools.cxx(), *flags, *tools.torch_flags(), *tools.openmp_flags()[0], "-I", str(CSRC)]
-    objects = [(source, bindings) for source in sorted((CSRC / "bindings").glob("*.cpp"))]
+    objects = [(CSRC / "bindings.cpp", bindings)]
     objects += [(source, [*tools.cxx(), "-std=c++17", *flags, "-x", "c++"]) for source in sorted((CSRC / "cuda").glob("*.cu"))]
     link = [*tools.cxx(), "-shared", *tools.torch_libraries(), *tools.openmp_flags()[1]]
     return _build_library("minidamage_emulated", objects, link, "CUDA kernels for the CPU (tests)")
