@@ -62,7 +62,7 @@ def test_on_the_command_line(drawn, tmp_path, capsys):
     assert evaluate.main(["--ceiling"]) == 2 and evaluate.main(["--ceiling", "1", "--data", str(drawn)]) == 2
 
 
-def test_beside_a_model(drawn, tmp_path, capsys):
+def test_beside_a_model(drawn, tmp_path, capsys, narrow):
     """With a checkpoint the ceiling stands beside what the model scores, of the same pictures."""
     dataset, model = load_dataset(str(drawn)), small_model(num_classes=3).eval()
     save_checkpoint(tmp_path / "best.pt", {"model": model.name, "config": vars(model.config), "num_classes": 3,

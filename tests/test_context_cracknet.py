@@ -208,7 +208,7 @@ def test_maps_of_a_padded_picture_leave_the_padding_out():
 # --- learning
 
 @pytest.mark.parametrize("num_classes", [2, 3])
-def test_overfits_two_cracks(num_classes):
+def test_overfits_two_cracks(num_classes, narrow):
     model = small_model(num_classes, dropout=0.0)
     images, targets = cracks()
     if num_classes == 3:

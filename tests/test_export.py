@@ -80,7 +80,7 @@ def test_nothing_found_leaves_every_slot_empty():
     assert not any(value.any() for value in found.values()) and found["masks"].shape == (1, 8, 1, 28, 28)
 
 
-def test_from_a_checkpoint_on_the_command_line(tmp_path, capsys):
+def test_from_a_checkpoint_on_the_command_line(tmp_path, capsys, narrow):
     model = small_model("fasterrcnn_resnet50_fpn").eval()
     checkpoint.save_checkpoint(tmp_path / "best.pt", {"model": model.name, "config": vars(model.config), "num_classes": 3,
                                                       "class_names": ["a", "b"], "weights": model.state_dict()})

@@ -27,6 +27,7 @@ from minidamage.data.synthetic import make_demo
 from minidamage.models.danet import settled
 from minidamage.progress import Progress, clock
 
+pytestmark = pytest.mark.usefixtures("narrow")
 REPOSITORY = os.path.dirname(os.path.abspath(train.__file__))
 SMALL = ("body=resnet18", "norm=batch", "min_size=48", "max_size=64", "fpn=false", "fpn_channels=8", "rpn_channels=8",
          "anchor_sizes=8,16,32", "rpn_pre_nms_top_n_train=20", "rpn_pre_nms_top_n_test=20", "rpn_post_nms_top_n_train=20",

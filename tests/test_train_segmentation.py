@@ -22,6 +22,7 @@ from test_train import only_run, same, start, stop_at
 
 SMALL = ("body=resnet18", "image_size=64", "sequence_size=64", "attention_rank=4", "attention_heads=2", "feed_forward=8", "warmup_iters=0",
          "lr=0.003")
+pytestmark = pytest.mark.usefixtures("narrow")
 FILES = ["best.pt", "config.json", "curves.png", "first_batch.png", "last.pt", "metrics.csv", "split.json", "val_predictions.png"]
 
 

@@ -71,7 +71,7 @@ def test_the_body_alone_equals_torchvisions_classifier_below_its_last_layer(tmp_
     np.testing.assert_allclose(out, stored["resnet50"], atol=1e-5 * np.abs(stored["resnet50"]).max())
 
 
-def test_frozen_and_trained_norms_take_each_others_files(tmp_path):
+def test_frozen_and_trained_norms_take_each_others_files(tmp_path, narrow):
     """A file of frozen norms has no counters, one of trained norms has; both load everywhere, and the numbers are the same."""
     images, _ = two_pictures()
     frozen = small_model(norm="frozen", seed=1).eval()

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 NORMS = ("batch", "frozen", "group")
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
+WIDTHS = (64, 128, 256, 512)                                                # of the stages' 3x3 convolutions; the stem has the first
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
@@ -47,14 +48,15 @@ class ResNet(nn.Module):
             raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
         block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
         depth, grow = LAYERS[name], block.expansion
-        self.conv1 = nn.Conv2d(3, 64, 7, stride=2, padding=3, bias=False)
-        self.bn1 = make_norm(norm, 64)
+        stem, *_ = widths = WIDTHS
+        self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
+        self.bn1 = make_norm(norm, stem)
         plan2, plan3, plan4 = stage_plans(output_stride, dilate_first)
-        self.layer1 = make_stage(block, 64, 64, depth[0], norm)
-        self.layer2 = make_stage(block, 64 * grow, 128, depth[1], norm, *plan2)
-        self.layer3 = make_stage(block, 128 * grow, 256, depth[2], norm, *plan3)
-        self.layer4 = make_stage(block, 256 * grow, 512, depth[3], norm, *plan4) if with_layer4 else None
-        self.out_channels = [width * grow for width in (64, 128, 256, 512)][:len(self.stages())]
+        self.layer1 = make_stage(block, stem, widths[0], depth[0], norm)
+        self.layer2 = make_stage(block, widths[0] * grow, widths[1], depth[1], norm, *plan2)
+        self.layer3 = make_stage(block, widths[1] * grow, widths[2], depth[2], norm, *plan3)
+        self.layer4 = make_stage(block, widths[2] * grow, widths[3], depth[3], norm, *plan4) if with_layer4 else None
+        self.out_channels = [width * grow for width in widths][:len(self.stages())]
         self.fc = nn.Linear(self.out_channels[-1], num_classes) if num_classes else None
         self.init_weights(norm)
         self.frozen_stages = frozen_stages
