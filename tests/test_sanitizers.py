@@ -61,16 +61,19 @@ def test_ten_thousand_random_cases_are_clean(compiler):
     expect_clean(kernels_under_sanitizers(compiler, "sanitize_fuzz"))
 
 
-def test_the_sanitizers_would_see_it(compiler, tmp_path):
-    """A kernel that writes one element past its dynamic shared memory ends the program."""
+@pytest.mark.parametrize("body, words", [
+    ("MD_DYNAMIC_SHARED(int, x); x[threadIdx.x + 1] = 1; __syncthreads();", "heap-buffer-overflow"),
+    ("int own[4]; int* volatile x = own; __syncthreads(); for (int i = 0; i <= 4; i++) x[i] = 1;", "stack-buffer-overflow")],
+    ids=["shared memory", "its own array"])
+def test_the_sanitizers_would_see_it(compiler, tmp_path, body, words):
+    """A kernel that writes one element past its dynamic shared memory, or past an array of its own after a barrier, ends the program."""
     source = tmp_path / "overrun.cpp"
-    source.write_text('#include "common.h"\n'
-                      "__global__ void overrun() { MD_DYNAMIC_SHARED(int, x); x[threadIdx.x + 1] = 1; __syncthreads(); }\n"
+    source.write_text(f'#include "common.h"\n__global__ void overrun() {{ {body} }}\n'
                       "int main() { MD_LAUNCH(overrun, 1, 32, 32 * sizeof(int), nullptr); }\n")
     program = tmp_path / "overrun"
     subprocess.run([*compiler, "-DMINIDAMAGE_EMULATED", "-I", str(_extension.CSRC), str(source), "-o", str(program)], check=True)
     run = subprocess.run([program], capture_output=True, text=True, timeout=60)
-    assert run.returncode and "heap-buffer-overflow" in run.stderr
+    assert run.returncode and words in run.stderr
 
 
 def test_masks_and_matching_are_clean(compiler):
