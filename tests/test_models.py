@@ -76,7 +76,7 @@ def pictures_for(model):
 
 
 @pytest.mark.parametrize("name", SMALL_FIELDS)
-def test_config_rebuilds_the_model(name):
+def test_config_rebuilds_the_model(name, narrow):
     model = minidamage.build_model(name, 3, **SMALL_FIELDS[name]).eval()
     fields = {k: list(v) if isinstance(v, tuple) else v for k, v in dataclasses.asdict(model.config).items()}       # as JSON brings it
     twin = minidamage.build_model(name, 3, **fields).eval()
@@ -90,7 +90,7 @@ def test_config_rebuilds_the_model(name):
 
 @pytest.mark.filterwarnings("ignore:Context-CrackNet. E and F")
 @pytest.mark.parametrize("name", SMALL_FIELDS)
-def test_demo_configuration_trains_a_step(name):
+def test_demo_configuration_trains_a_step(name, narrow):
     config = minidamage.MODELS[name][3]["config"]
     model = minidamage.build_model(name, 4, **config).train()
     images, targets = pictures_for(model)

@@ -12,6 +12,7 @@
 //     grad_weight += grad_output^T columns.
 #include "../deform_conv2d.h"
 
+#include <algorithm>
 #include <vector>
 
 #include "../gemm.h"

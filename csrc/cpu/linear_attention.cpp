@@ -11,6 +11,7 @@
 // k = 256: 29.2 and 53.6; 85 and 176. The order of the paper, K and V of length N first, costs 1.3 to 1.8 times as much again.
 #include "../linear_attention.h"
 
+#include <algorithm>
 #include <cmath>
 
 #include "../gemm.h"

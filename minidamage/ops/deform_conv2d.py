@@ -7,7 +7,7 @@ For output pixel p, tap k of the KH x KW kernel, and offset group q, which is C 
     output[p, o] = bias[o] + sum_k sum_c weight[o, k, c] columns[p, k, c].
 Pixels outside the picture are zero, and so is a whole sample unless -1 <= y < H and -1 <= x < W. `deform_conv2d` has torchvision's
 signature and results; on a kink (y or x an integer) the derivative is torchvision's too, the one towards larger y or x. Kernels:
-csrc/deform_conv2d.h, gemm.h, cpu/deform_conv2d.cpp, cuda/deform_conv2d.cu. channels_last tensors are read as they are; others
+csrc/deform_conv2d.h, gemm.h, cpu/{gemm,deform_conv2d}.cpp, cuda/deform_conv2d.cu. channels_last tensors are read as they are; others
 are converted first. Differs from torchvision: a sample at NaN or infinity counts as outside (torchvision reads outside the input); the
 backward pass is deterministic on request; under autocast on a GPU the product runs in the autocast dtype, positions in float32
 (torchvision: all in float32).
