@@ -161,7 +161,7 @@ inline void scatter_and_dots(const T* gradient, const T* const* source, T* const
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
       sum[i] = multiply_add(g, load_vector(source[i] + c), sum[i]);
-      store_vector(target[i] + c, multiply_add(g, vector_t<T>{} + weight[i], load_vector(target[i] + c)));
+      store_vector(target[i] + c, multiply_add(g, broadcast(weight[i]), load_vector(target[i] + c)));
     }
   }
   for (int i = 0; i < 4; ++i) dots[i] = sum_lanes<T>(sum[i]);

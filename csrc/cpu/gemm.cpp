@@ -40,9 +40,9 @@ void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, 
     const Vector b0 = load_vector(panel), b1 = load_vector(panel + LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Vector broadcast = Vector{} + a[i * A.row];
-      sum[i][0] = multiply_add(broadcast, b0, sum[i][0]);
-      sum[i][1] = multiply_add(broadcast, b1, sum[i][1]);
+      const Vector same = broadcast(a[i * A.row]);
+      sum[i][0] = multiply_add(same, b0, sum[i][0]);
+      sum[i][1] = multiply_add(same, b1, sum[i][1]);
     }
   }
   if (columns == NR<T>) {
