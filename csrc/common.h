@@ -1,6 +1,6 @@
 // What every kernel file shares: the same source compiled by nvcc for the GPU, by g++ for the CPU kernels, and by g++ with
 // cuda_on_cpu.h for tests that run the .cu files without a GPU. No torch header here or in any kernel file: each compiles
-// in about a second. csrc/bindings/ alone knows tensors.
+// in seconds. csrc/bindings/ alone knows tensors.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -113,15 +113,22 @@ struct FromAccumulate<__nv_bfloat16> {
 // Over a warp, whose lanes all call these and all get the result; or over each group of `width` neighbouring lanes, a power of two.
 constexpr int LANES = 32;
 constexpr unsigned ALL_LANES = 0xffffffffu;
+#if defined(MINIDAMAGE_EMULATED)  // there the caller's line tells one sum from another
+#define MD_CALLERS_LINE __builtin_LINE()
+#define MD_SHUFFLE_XOR(value, offset, line) __shfl_xor_sync(ALL_LANES, value, offset, LANES, line)
+#else
+#define MD_CALLERS_LINE 0
+#define MD_SHUFFLE_XOR(value, offset, line) __shfl_xor_sync(ALL_LANES, value, offset)
+#endif
 template <typename A>
-MD_DEVICE A sum_of_lanes(A value, int width = LANES) {
-  for (int offset = width / 2; offset > 0; offset /= 2) value += __shfl_xor_sync(ALL_LANES, value, offset);
+MD_DEVICE A sum_of_warp(A value, int width = LANES, int line = MD_CALLERS_LINE) {
+  for (int offset = width / 2; offset > 0; offset /= 2) value += MD_SHUFFLE_XOR(value, offset, line);
   return value;
 }
 template <typename A>
-MD_DEVICE A largest_of_lanes(A value, int width = LANES) {
+MD_DEVICE A largest_of_warp(A value, int width = LANES, int line = MD_CALLERS_LINE) {
   for (int offset = width / 2; offset > 0; offset /= 2) {
-    const A other = __shfl_xor_sync(ALL_LANES, value, offset);
+    const A other = MD_SHUFFLE_XOR(value, offset, line);
     value = other > value ? other : value;
   }
   return value;

@@ -1,6 +1,6 @@
 // CUDA on a CPU, for tests: the very .cu sources that nvcc compiles also compile with g++ and run here without a GPU.
 //
-// Blocks run one after another. The threads of a block are fibers (ucontext) that give way only where CUDA threads meet:
+// Blocks run one after another. The threads of a block are fibers that give way only where CUDA threads meet:
 // __syncthreads and the warp collectives, which are real. A barrier that not all threads reach, or a shuffle whose lanes
 // disagree, ends the launch with an exception that names the kernel, the threads and the lines. Threads run forwards and
 // backwards in turn, so that a missing barrier shows. Dynamic shared memory has its exact size (AddressSanitizer sees an
@@ -57,10 +57,10 @@ enum class State { unstarted, ready, at_barrier, at_collective, done };
 
 struct Fiber {
   ucontext_t context;                // where its life begins
-  void* place[5];                    // where it was left, for __builtin_longjmp
+  void* left_at[5];                  // for __builtin_longjmp
   bool begun = false;
   std::unique_ptr<char[]> stack;
-  void* fake_stack = nullptr;  // AddressSanitizer's
+  void* fake_stack = nullptr;        // AddressSanitizer's
 };
 
 struct Thread {
@@ -86,6 +86,8 @@ struct Engine {
   std::vector<std::unique_ptr<Fiber>> fibers;
   std::vector<Fiber*> idle;
   Fiber scheduler;
+  const void* main_stack = nullptr;  // the scheduler's, as AddressSanitizer tells it when the first fiber begins
+  size_t main_bytes = 0;
   bool backwards = false;
   size_t started = 0;                // threads of this block that have begun
   std::unique_ptr<unsigned char, decltype(&std::free)> shared{nullptr, &std::free};
@@ -93,29 +95,30 @@ struct Engine {
 
   Thread& at(size_t i) { return threads[backwards ? threads.size() - 1 - i : i]; }
 
-  // Leaves `from` where it stands and continues `to`. Not by swapcontext: for the signals' mask it asks the kernel each time, and half of
-  // all emulated time went there.
+  // Leaves `from` where it stands and continues `to`.
   void change(Fiber* from, Fiber* to) {
 #if defined(__SANITIZE_ADDRESS__)
-    static const void* main_stack = nullptr;
-    static size_t main_bytes = 0;
     const void* stack = to->stack ? to->stack.get() : main_stack;
     __sanitizer_start_switch_fiber(&from->fake_stack, stack, to->stack ? STACK_BYTES : main_bytes);
     jump(from, to);
-    const void* left_stack;
-    size_t left_bytes;
-    __sanitizer_finish_switch_fiber(from->fake_stack, &left_stack, &left_bytes);
+    __sanitizer_finish_switch_fiber(from->fake_stack, nullptr, nullptr);
 #else
     jump(from, to);
 #endif
   }
 
-  // Not sanitized: AddressSanitizer would forget the stack that is left, as if no frame of it were entered again.
+  // Not by swapcontext: for the signals' mask it asks the kernel each time, and half of all emulated time went there. Not sanitized:
+  // before a longjmp AddressSanitizer forgets the stack that is left, as if no frame of it were entered again.
   __attribute__((noinline, no_sanitize("address"))) static void jump(Fiber* from, Fiber* to) {
+#if defined(__clang__) && !defined(__x86_64__)  // which has no __builtin_longjmp on most processors
+    swapcontext(&from->context, &to->context);
+#else
     from->begun = true;
-    if (__builtin_setjmp(from->place) != 0) return;
-    if (to->begun) __builtin_longjmp(to->place, 1);
+    if (__builtin_setjmp(from->left_at) != 0) return;
+    if (to->begun) __builtin_longjmp(to->left_at, 1);
     setcontext(&to->context);
+    std::abort();  // it does not return
+#endif
   }
 
   // A fiber's life: run a thread to its end, take the next that has not begun, else give the fiber back.
@@ -255,9 +258,7 @@ inline Engine engine;
 
 inline void Engine::fiber_main() {
 #if defined(__SANITIZE_ADDRESS__)
-  const void* stack;
-  size_t bytes;
-  __sanitizer_finish_switch_fiber(nullptr, &stack, &bytes);
+  __sanitizer_finish_switch_fiber(nullptr, &engine.main_stack, &engine.main_bytes);  // fibers are begun by the scheduler alone
 #endif
   for (;;) {
     Fiber* self = engine.thread->fiber;

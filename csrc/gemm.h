@@ -1,4 +1,5 @@
-// Matrix products on one core, for kernels whose operands are already in its cache: C [M, N] (+)= A [M, K] B [K, N]; cpu/gemm.cpp.
+// Matrix products on one core, for kernels whose operands are already in its cache: C [M, N] (+)= A [M, K] B [K, N]; cpu/gemm.cpp. T is
+// float or double.
 // A is read where it lies, in any strides. B is packed first into panels of NR columns, panel after panel, [K][NR] each, the last one
 // filled up with zeros: pack_panels() once, gemm_panels() for as many A as there are. gemm() does both, block by block, for operands of
 // any size. The micro-kernel holds MR x NR sums in registers and for every step of K loads two vectors of B and broadcasts MR numbers
@@ -38,9 +39,9 @@ struct VectorOf<double> {
 template <typename T>
 using vector_t = typename VectorOf<T>::type;
 template <typename T>
-constexpr int LANES = VECTOR_BYTES / static_cast<int>(sizeof(T));
+constexpr int VECTOR_LANES = VECTOR_BYTES / static_cast<int>(sizeof(T));
 template <typename T>
-constexpr int NR = 2 * LANES<T>;
+constexpr int NR = 2 * VECTOR_LANES<T>;
 
 template <typename T>
 inline vector_t<T> load_vector(const T* address) {
@@ -79,6 +80,16 @@ inline DoubleVector multiply_add(DoubleVector a, DoubleVector b, DoubleVector c)
 #else
   return a * b + c;
 #endif
+}
+
+// The sum over the lanes, always in the same order.
+template <typename T>
+inline T sum_of_vector(vector_t<T> v) {
+  T lanes[VECTOR_LANES<T>];
+  store_vector(lanes, v);
+  for (int half = VECTOR_LANES<T> / 2; half > 0; half /= 2)
+    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
+  return lanes[0];
 }
 
 // Element (i, j) is data[i * row + j * column].

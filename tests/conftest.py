@@ -120,7 +120,7 @@ def _seed():
 
 @pytest.fixture
 def narrow():
-    """What this test builds in this process has a body whose stages are as wide as the stem: every part, in a fifth of the time."""
+    """What this test builds in this process has a narrow body: every part is there, and a step takes a fraction of the time."""
     from detection_cases import NARROW
     from minidamage.layers import resnet
     with mock.patch.object(resnet, "WIDTHS", NARROW):                        # not monkeypatch, which tests undo

@@ -52,6 +52,10 @@ __global__ void missing_lane() {
   if (threadIdx.x != 5) __shfl_sync(0xffffffffu, 1, 0);
   else __syncthreads();
 }
+__global__ void two_sums() {  // half of the warp is in one, half in the other
+  if (threadIdx.x < 16) minidamage::sum_of_warp(1);
+  else minidamage::sum_of_warp(1);
+}
 __global__ void foreign_mask() { __ballot_sync(0x0000ffffu, 1); }
 __global__ void dead_lane() {
   if (threadIdx.x == 3) return;
@@ -147,6 +151,7 @@ static void run(const char* name) {
     std::printf("%s\n", out != out ? "nan" : "a number");
   } else if (is("divergent_barrier")) MD_LAUNCH(divergent_barrier, 1, 64, 0, nullptr);
   else if (is("missing_lane")) MD_LAUNCH(missing_lane, 1, 32, 0, nullptr);
+  else if (is("two_sums")) MD_LAUNCH(two_sums, 1, 32, 0, nullptr);
   else if (is("foreign_mask")) MD_LAUNCH(foreign_mask, 1, 32, 0, nullptr);
   else if (is("dead_lane")) MD_LAUNCH(dead_lane, 1, 32, 0, nullptr);
   else if (is("too_many_threads")) MD_LAUNCH(foreign_mask, 1, 1025, 0, nullptr);

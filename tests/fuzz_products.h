@@ -174,7 +174,7 @@ struct Matrix {
   }
 };
 
-// gemm.h's micro-kernel, through the products of linear attention.
+// The micro-kernels of cpu/gemm.cpp, through the products of linear attention.
 template <typename T>
 void fuzz_product(bool) {
   const bool nasty = chance(0.3), biased = chance(0.5);

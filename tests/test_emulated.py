@@ -40,6 +40,7 @@ def test_half_types_round_to_nearest_even(cases):
     ("uninitialised", ["nan"]),
     ("divergent_barrier", ["error: emulated kernel divergent_barrier", "__syncthreads at line 48", "__syncthreads at line 49"]),
     ("missing_lane", ["divergent barrier or deadlock", "thread (5,0,0) waits in __syncthreads", "__shfl_sync"]),
+    ("two_sums", ["divergent barrier or deadlock", "waits in __shfl_xor_sync at line 56", "waits in __shfl_xor_sync at line 57"]),
     ("foreign_mask", ["the calling lane is not in the mask"]),
     ("dead_lane", ["reads lane 3, which is not there"]),
     ("too_many_threads", ["a block of 1025 threads"]),

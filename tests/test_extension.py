@@ -361,6 +361,8 @@ def test_key_follows_what_decides_the_product(monkeypatch, tmp_path):
     assert _extension._key(b"source", ["g++", "-march=native"]) != key
     headers = {path.name for path in _extension._included(_extension.CSRC / "cuda" / "nms.cu", set())}
     assert headers == {"nms.cu", "nms.h", "common.h", "cuda_on_cpu.h"}
+    bindings = _extension._included(_extension.CSRC / "bindings.cpp", set())
+    assert bindings >= {*(_extension.CSRC / "bindings").glob("*.cpp"), _extension.CSRC / "tensors.h"}
 
 
 def test_jobs(monkeypatch):

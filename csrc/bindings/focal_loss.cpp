@@ -54,7 +54,7 @@ FocalLoss<A> focal_of(double alpha, double gamma) {
 #if !defined(MINIDAMAGE_EMULATED)
 constexpr int64_t FOCAL_GRAIN = 4 * FOCAL_CHUNK;  // elements: below, waking a thread costs more than it saves
 
-void check_cpu_type(const Tensor& t) {
+void check_focal_type(const Tensor& t) {
   TORCH_CHECK_VALUE(t.scalar_type() == at::kFloat || t.scalar_type() == at::kDouble, "focal_loss: float32 or float64 on a CPU, got ",
                     t.scalar_type());
 }
@@ -73,7 +73,7 @@ double sum_of_chunks(int64_t count, int64_t chunk, int64_t chunks_a_thread, cons
 
 Tensor sigmoid_focal_loss_on_cpu(const Tensor& inputs, const Tensor& targets, double alpha, double gamma, int64_t code) {
   check_sigmoid(inputs, targets);
-  check_cpu_type(inputs);
+  check_focal_type(inputs);
   const Reduction reduction = check_reduction(code);
   const Tensor x = dense(inputs), t = laid_out_as(x, targets);
   Tensor output = reduction == Reduction::none ? at::empty_like(x) : at::empty({}, x.options());
@@ -97,7 +97,7 @@ Tensor sigmoid_focal_loss_on_cpu(const Tensor& inputs, const Tensor& targets, do
 Tensor sigmoid_focal_backward_on_cpu(const Tensor& grad, const Tensor& inputs, const Tensor& targets, double alpha, double gamma,
                                      int64_t code) {
   check_sigmoid(inputs, targets);
-  check_cpu_type(inputs);
+  check_focal_type(inputs);
   const Reduction reduction = check_reduction(code);
   check_focal_grad(grad, inputs, inputs.sizes(), reduction);
   const Tensor x = dense(inputs), t = laid_out_as(x, targets);
@@ -136,7 +136,7 @@ int64_t row_grain(int64_t C) { return ceil_div(ceil_div(FOCAL_GRAIN, C), FOCAL_R
 Tensor softmax_focal_loss_on_cpu(const Tensor& logits, const Tensor& labels, double alpha, double gamma, int64_t code,
                                  int64_t ignore_index) {
   check_softmax(logits, labels);
-  check_cpu_type(logits);
+  check_focal_type(logits);
   const Reduction reduction = check_reduction(code);
   const Tensor x = logits.contiguous(), l = labels.contiguous();
   const int64_t R = x.size(0), C = x.size(1), counted = counted_rows(l, C, ignore_index);
@@ -161,7 +161,7 @@ Tensor softmax_focal_loss_on_cpu(const Tensor& logits, const Tensor& labels, dou
 Tensor softmax_focal_backward_on_cpu(const Tensor& grad, const Tensor& logits, const Tensor& labels, double alpha, double gamma,
                                      int64_t code, int64_t ignore_index) {
   check_softmax(logits, labels);
-  check_cpu_type(logits);
+  check_focal_type(logits);
   const Reduction reduction = check_reduction(code);
   check_focal_grad(grad, logits, labels.sizes(), reduction);
   const Tensor x = logits.contiguous(), l = labels.contiguous();

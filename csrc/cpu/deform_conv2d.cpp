@@ -141,22 +141,12 @@ void sample_columns(const DeformConv2d<T>& problem, const T* input, int64_t firs
   }
 }
 
-// The sum over the lanes, always in the same order.
-template <typename T>
-inline T sum_lanes(vector_t<T> v) {
-  T lanes[LANES<T>];
-  store_vector(lanes, v);
-  for (int half = LANES<T> / 2; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
-  return lanes[0];
-}
-
 // For every row i: target[i] += weight[i] gradient and dots[i] = sum gradient source[i], over count numbers.
 template <typename T>
 inline void scatter_and_dots(const T* gradient, const T* const* source, T* const* target, const T* weight, T* dots, int64_t count) {
   vector_t<T> sum[4] = {};
   int64_t c = 0;
-  for (; c + LANES<T> <= count; c += LANES<T>) {
+  for (; c + VECTOR_LANES<T> <= count; c += VECTOR_LANES<T>) {
     const vector_t<T> g = load_vector(gradient + c);
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -164,7 +154,7 @@ inline void scatter_and_dots(const T* gradient, const T* const* source, T* const
       store_vector(target[i] + c, multiply_add(g, broadcast(weight[i]), load_vector(target[i] + c)));
     }
   }
-  for (int i = 0; i < 4; ++i) dots[i] = sum_lanes<T>(sum[i]);
+  for (int i = 0; i < 4; ++i) dots[i] = sum_of_vector<T>(sum[i]);
   for (; c < count; ++c) {
     for (int i = 0; i < 4; ++i) {
       dots[i] += gradient[c] * source[i][c];

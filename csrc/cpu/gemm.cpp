@@ -1,4 +1,5 @@
-// The products of ../gemm.h: read it first. One file of their own, because they compile slowly: fourteen micro-kernels of two types.
+// The products of ../gemm.h: read it first. One file of their own, because they compile slowly: with
+// AVX-512 fourteen micro-kernels of two types.
 #include "../gemm.h"
 
 #include <algorithm>
@@ -37,7 +38,7 @@ void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, 
   Vector sum[M][2] = {};
   const T* a = A.data;
   for (int64_t p = 0; p < K; ++p, a += A.column, panel += NR<T>) {
-    const Vector b0 = load_vector(panel), b1 = load_vector(panel + LANES<T>);
+    const Vector b0 = load_vector(panel), b1 = load_vector(panel + VECTOR_LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       const Vector same = broadcast(a[i * A.row]);
@@ -49,9 +50,9 @@ void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, 
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
       for (int half = 0; half < 2; ++half) {
-        T* target = C + i * C_row + half * LANES<T>;
+        T* target = C + i * C_row + half * VECTOR_LANES<T>;
         Vector value = sum[i][half];
-        if (bias) value += load_vector(bias + half * LANES<T>);
+        if (bias) value += load_vector(bias + half * VECTOR_LANES<T>);
         if (accumulate) value += load_vector(target);
         store_vector(target, value);
       }
@@ -62,7 +63,7 @@ void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, 
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
     store_vector(row, sum[i][0]);
-    store_vector(row + LANES<T>, sum[i][1]);
+    store_vector(row + VECTOR_LANES<T>, sum[i][1]);
     for (int64_t j = 0; j < columns; ++j) {
       T* target = C + i * C_row + j;
       *target = row[j] + (bias ? bias[j] : T(0)) + (accumulate ? *target : T(0));
@@ -116,7 +117,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int
   // Rows some KiB apart fall on few sets of the first-level cache, which has fewer ways than a micro-kernel has rows: bring them nearer.
   const bool many_columns = N >= 2 * NR<T>, far = (A.row == 1 ? A.column : A.row) * static_cast<int64_t>(sizeof(T)) >= 2048;
   const bool copy = many_columns && far && (A.row == 1 || A.column == 1);
-  const int64_t panels_end = panels_size<T>(depth_block, column_block), copy_row = (A.row == 1 ? row_block : GEMM_DEPTH) + LANES<T>;
+  const int64_t panels_end = panels_size<T>(depth_block, column_block), copy_row = (A.row == 1 ? row_block : GEMM_DEPTH) + VECTOR_LANES<T>;
   scratch.resize(std::max<size_t>(scratch.size(), panels_end + (copy ? (A.row == 1 ? GEMM_DEPTH : row_block) * copy_row : 0)));
   for (int64_t j0 = 0; j0 < N; j0 += column_block) {
     const int64_t columns = std::min(column_block, N - j0);

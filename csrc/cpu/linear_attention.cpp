@@ -24,19 +24,19 @@ constexpr int64_t PRODUCT_ROWS = 512;
 
 // exp(x), for x up to 88: 2^n exp(r) with x = n log 2 + r and a polynomial for exp(r) (Cephes expf, 2 ulp); 0 below -87. NaN stays.
 inline FloatVector exponential(FloatVector x) {
-  const FloatVector zero = {}, magic = zero + 12582912.f;  // 1.5 x 2^23: the sum has the rounded integer in its last bits
-  const FloatVector shifted = multiply_add(x, zero + 1.44269504f, magic), n = shifted - magic;
-  const FloatVector r = multiply_add(n, zero + 2.12194440e-4f, multiply_add(n, zero - 0.693359375f, x));
-  FloatVector y = zero + 1.9875691500e-4f;
+  const FloatVector zero = {}, magic = broadcast(12582912.f);  // 1.5 x 2^23: the sum has the rounded integer in its last bits
+  const FloatVector shifted = multiply_add(x, broadcast(1.44269504f), magic), n = shifted - magic;
+  const FloatVector r = multiply_add(n, broadcast(2.12194440e-4f), multiply_add(n, broadcast(-0.693359375f), x));
+  FloatVector y = broadcast(1.9875691500e-4f);
   for (const float coefficient : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f, 1.f, 1.f})
-    y = multiply_add(y, r, zero + coefficient);
+    y = multiply_add(y, r, broadcast(coefficient));
   typedef uint32_t Bits __attribute__((vector_size(VECTOR_BYTES)));
   const Bits power = (reinterpret_cast<Bits>(shifted) - 0x4B400000u + 127u) << 23;
   y *= reinterpret_cast<FloatVector>(power);
-  return x < zero - 87.f ? zero : y;
+  return x < broadcast(-87.f) ? zero : y;
 }
 inline DoubleVector exponential(DoubleVector x) {
-  for (int i = 0; i < LANES<double>; ++i) x[i] = std::exp(x[i]);
+  for (int i = 0; i < VECTOR_LANES<double>; ++i) x[i] = std::exp(x[i]);
   return x;
 }
 
@@ -44,14 +44,7 @@ inline DoubleVector exponential(DoubleVector x) {
 template <typename T>
 int64_t row_size(int64_t k) {
   const int64_t filled = (k + NR<T> - 1) / NR<T> * NR<T>;
-  return filled * sizeof(T) % 1024 == 0 ? filled + LANES<T> : filled;
-}
-
-template <typename T>
-T sum_of_lanes(vector_t<T> v) {
-  T sum = v[0];
-  for (int i = 1; i < LANES<T>; ++i) sum += v[i];
-  return sum;
+  return filled * sizeof(T) % 1024 == 0 ? filled + VECTOR_LANES<T> : filled;
 }
 
 // a . b of d numbers
@@ -59,8 +52,8 @@ template <typename T>
 T dot(const T* a, const T* b, int64_t d) {
   vector_t<T> sums = {};
   int64_t c = 0;
-  for (; c + LANES<T> <= d; c += LANES<T>) sums = multiply_add(load_vector(a + c), load_vector(b + c), sums);
-  T sum = sum_of_lanes<T>(sums);
+  for (; c + VECTOR_LANES<T> <= d; c += VECTOR_LANES<T>) sums = multiply_add(load_vector(a + c), load_vector(b + c), sums);
+  T sum = sum_of_vector<T>(sums);
   for (; c < d; ++c) sum += a[c] * b[c];
   return sum;
 }
@@ -70,28 +63,28 @@ template <typename T>
 T exponentials_of_row(T* scores, int64_t k, T& largest) {
   using Vector = vector_t<T>;
   constexpr T infinity = std::numeric_limits<T>::infinity();
-  const int64_t end = (k + LANES<T> - 1) / LANES<T> * LANES<T>;
+  const int64_t end = (k + VECTOR_LANES<T> - 1) / VECTOR_LANES<T> * VECTOR_LANES<T>;
   for (int64_t j = k; j < end; ++j) scores[j] = -infinity;
   Vector most = load_vector(scores);
-  for (int64_t j = LANES<T>; j < end; j += LANES<T>) {
+  for (int64_t j = VECTOR_LANES<T>; j < end; j += VECTOR_LANES<T>) {
     const Vector score = load_vector(scores + j);
     most = most > score ? most : score;
   }
   largest = most[0];
-  for (int i = 1; i < LANES<T>; ++i) largest = largest > most[i] ? largest : most[i];  // a NaN may be lost here: its exponential is not
+  for (int i = 1; i < VECTOR_LANES<T>; ++i) largest = largest > most[i] ? largest : most[i];  // a NaN may be lost here: its exponential is not
   Vector sums = {};
-  for (int64_t j = 0; j < end; j += LANES<T>) {
+  for (int64_t j = 0; j < end; j += VECTOR_LANES<T>) {
     const Vector power = exponential(load_vector(scores + j) - largest);
     store_vector(scores + j, power);
     sums += power;
   }
-  return sum_of_lanes<T>(sums);
+  return sum_of_vector<T>(sums);
 }
 
 // scores and grad_P [k]: in place P = exp(scores - log_sum_exp) and dS = P (grad_P - mean).
 template <typename T>
 void grad_of_row(T* scores, T* grad_P, int64_t k, T log_sum_exp, T mean) {
-  for (int64_t j = 0; j < k; j += LANES<T>) {
+  for (int64_t j = 0; j < k; j += VECTOR_LANES<T>) {
     const vector_t<T> P = exponential(load_vector(scores + j) - log_sum_exp);
     store_vector(scores + j, P);
     store_vector(grad_P + j, P * (load_vector(grad_P + j) - mean));
@@ -113,7 +106,7 @@ template <typename T>
 class Workspace {
  public:
   T* take(int64_t count) {
-    pieces.emplace_back(count + LANES<T>);
+    pieces.emplace_back(count + VECTOR_LANES<T>);
     return pieces.back().data();
   }
 

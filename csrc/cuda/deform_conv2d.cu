@@ -131,7 +131,7 @@ __global__ void deform_backward(const DeformConv2d<accumulate_t<T>> problem, con
         }
       }
     }
-    for (int i = 0; i < 4; ++i) dots[i] = sum_of_lanes(dots[i]);
+    for (int i = 0; i < 4; ++i) dots[i] = sum_of_warp(dots[i]);
     if (lane > 0) continue;
     SampleGradient<A> result = {};
     if (inside) result = sample_gradient(sample, dots);

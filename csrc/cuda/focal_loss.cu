@@ -28,7 +28,7 @@ constexpr int THREADS = 256;
 template <typename A>
 MD_DEVICE A block_sum(A value) {
   __shared__ A of_warp[THREADS / LANES];
-  value = sum_of_lanes(value);
+  value = sum_of_warp(value);
   if (threadIdx.x % LANES == 0) of_warp[threadIdx.x / LANES] = value;
   __syncthreads();
   A sum = A(0);
@@ -112,11 +112,11 @@ struct RowSoftmax {
       const A x = to_accumulate(row[c]);
       maximum = x > maximum ? x : maximum;
     }
-    maximum = largest_of_lanes(maximum, width);
+    maximum = largest_of_warp(maximum, width);
     A rest = A(0);
     for (int64_t c = lane; c < C; c += width)
       if (c != label) rest += exp_of(to_accumulate(row[c]) - maximum);
-    rest = sum_of_lanes(rest, width);
+    rest = sum_of_warp(rest, width);
     const A x_label = to_accumulate(row[label]), own = exp_of(x_label - maximum);
     total = own + rest;
     terms = softmax_terms(maximum, x_label, own, rest);

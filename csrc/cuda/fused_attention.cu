@@ -1,8 +1,7 @@
 // The fused core of linear attention on a GPU. Read ../linear_attention.h first, then ../cpu/linear_attention.cpp, the plain form.
 //
-// In chunks (linear_attention.cu) the scores of N positions, [B, H, N, k] in float32, go to memory and come back between the products: for
-// 2 x 8 heads of 12,544 positions and k = 256 205 MB, beside the 13 MB of Q and of O in bfloat16; and each product and each kernel between
-// is a launch. Here one launch forward, four backward, on tensor cores (mma.h: tiles of 16 x 16, float32 sums), and the scores never leave
+// In chunks (linear_attention.cu) the scores go to memory and come back between the products, and each product and each kernel between
+// them is a launch. Here one launch forward, four backward (the first is attention_mean of linear_attention.cu), on tensor cores (mma.h: tiles of 16 x 16, float32 sums), and the scores never leave
 // their multiprocessor. For float16 and bfloat16, d of 16, 32 or 64, k a multiple of 16 up to 512; attention_fuses() says where.
 //  1. Forward, one warp owns 16 rows of a head. It reads Q, K, V where they lie, rows H d apart (hence d in sixteens: every tile begins on
 //     32 bytes), keeps its 16 x k scores in shared memory, at most 33 KB, so the softmax is one over whole rows, without running maxima.
@@ -73,7 +72,7 @@ MD_DEVICE float softmax_of_row(float* row, int k, float scale) {
     held[i] = j < k ? row[j] * scale : -INFINITY;
     largest = held[i] > largest ? held[i] : largest;  // passes over NaN: its exponential does not
   }
-  largest = largest_of_lanes(largest);
+  largest = largest_of_warp(largest);
 #pragma unroll
   for (int i = 0; i < V; ++i) {
     const int j = threadIdx.x + i * LANES;
@@ -81,7 +80,7 @@ MD_DEVICE float softmax_of_row(float* row, int k, float scale) {
     held[i] = j < k ? static_cast<float>(exp(held[i] - largest)) : 0.f;
     sum += held[i];
   }
-  sum = sum_of_lanes(sum);
+  sum = sum_of_warp(sum);
   const float part = 1.f / sum;
   T* P = reinterpret_cast<T*>(row);
   __syncwarp();  // P overwrites scores that other lanes have read

@@ -6,7 +6,7 @@
 // O in bfloat16. Arithmetic: 4 N k A flops forward, 10 N k A backward, all of it in matrix products, which tensor cores do in
 // microseconds: what lies between them is a matter of bytes.
 // Two answers. Half types of common sizes take the fused core (fused_attention.cu), which keeps the scores where they are made. Here the
-// one for everything else; the products are the framework's:
+// one for everything else; attention_mean and attention_add_bias serve both. The products are the framework's:
 //  1. Rows are taken in chunks whose scores fill at most SCORES_BYTES (bindings/linear_attention.cpp), less than the second-level cache:
 //     the products and the kernels here hand S and P to each other there, and memory sees Q and O alone. That bounds what is allocated too.
 //     A chunk is of one picture where that fills it: the products then read Q, K and V and write O where they lie, no head is copied.
@@ -52,7 +52,7 @@ __global__ void attention_softmax(const accumulate_t<T>* scores, ScoreRows at, a
     } else {
       for (int64_t j = lane; j < k; j += LANES) look(row[j] * scale);
     }
-    largest = largest_of_lanes(largest);
+    largest = largest_of_warp(largest);
     A sum = A(0);
     if constexpr (V > 0) {
 #pragma unroll
@@ -64,7 +64,7 @@ __global__ void attention_softmax(const accumulate_t<T>* scores, ScoreRows at, a
     } else {
       for (int64_t j = lane; j < k; j += LANES) sum += A(exp(row[j] * scale - largest));
     }
-    sum = sum_of_lanes(sum);
+    sum = sum_of_warp(sum);
     const A part = A(1) / sum;
     if constexpr (V > 0) {
 #pragma unroll
@@ -87,7 +87,7 @@ __global__ void attention_mean(int64_t B, int64_t N, int64_t H, int64_t d, const
   MD_ROWS_OF(Index, r, B * N * H) {  // r = (b N + n) H + h, the order in memory
     A sum = A(0);
     for (int64_t c = threadIdx.x; c < d; c += LANES) sum += to_accumulate(output[r * d + c]) * to_accumulate(grad_output[r * d + c]);
-    sum = sum_of_lanes(sum);
+    sum = sum_of_warp(sum);
     const Index position = r / static_cast<Index>(H), b = position / static_cast<Index>(N);
     const int64_t h = r - position * H, n = position - b * N;
     if (threadIdx.x == 0) mean[(b * H + h) * N + n] = sum;

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 NORMS = ("batch", "frozen", "group")
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
-WIDTHS = (64, 128, 256, 512)                                                # of the stages' 3x3 convolutions; the stem has the first
+WIDTHS = (64, 128, 256, 512)                     # of the stages' 3x3 convolutions; the stem has the first, and decoders count on its 64
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
@@ -48,7 +48,7 @@ class ResNet(nn.Module):
             raise ValueError(f"output_stride: expected 8, 16 or 32, got {output_stride}")
         block = BasicBlock if name in ("resnet18", "resnet34") else Bottleneck
         depth, grow = LAYERS[name], block.expansion
-        stem, *_ = widths = WIDTHS
+        widths, stem = WIDTHS, WIDTHS[0]
         self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
         self.bn1 = make_norm(norm, stem)
         plan2, plan3, plan4 = stage_plans(output_stride, dilate_first)

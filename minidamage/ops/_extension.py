@@ -271,13 +271,13 @@ def _build_library(name, objects, link, what):
 
 
 def _included(source, found):
-    """A source file and our own headers that it includes, directly or not."""
+    """A source file and our own files that it includes, directly or not."""
     found.add(source)
     for name in re.findall(r'^#include "([^"]+)"', source.read_text(), re.MULTILINE):
-        header = CSRC / pathlib.PurePath(name).name
-        header = header if header.exists() else source.parent / name         # a test program's own
-        if header.exists() and header not in found:
-            _included(header, found)
+        beside = (source.parent / name).resolve()
+        file = beside if beside.exists() else CSRC / name                    # as the compiler looks: beside the source, then -I csrc
+        if file.exists() and file not in found:
+            _included(file, found)
     return found
 
 

@@ -7,8 +7,8 @@ the N positions, so that its cost grows with N k in place of N^2.
 K and V of length N never exist: E^T (X W_k^T + 1 b_k^T) = (E^T X) W_k^T + (E^T 1) b_k^T is the same and takes N / k times fewer
 operations. The [N, k] scores never exist either: rows are taken a tile at a time, forward and again backward from the saved
 log-sum-exp. Memory is O(N D + k D). `linear_attention` is the whole; `linear_attention_maps` gives the softmax alone, to look at.
-Kernels: csrc/linear_attention.h, gemm.h, cpu/{gemm,linear_attention}.cpp, cuda/{linear,fused}_attention.cu. Differs from the paper's eq. 8, which
-writes K E where only E^T K fits.
+Kernels: csrc/linear_attention.h, gemm.h, cpu/{gemm,linear_attention}.cpp, cuda/{linear,fused}_attention.cu. Differs from the paper's
+eq. 8, which writes K E where only E^T K fits.
 """
 import math
 

@@ -442,7 +442,7 @@ def save_picture(path, image, quality=92):
     if kind is None:
         raise ValueError(f"expected a file name that ends in .png or .jpg, got {path!r}")
     picture = Image.fromarray(to_picture(image))
-    # PNG at level 2: a quarter to a third of level 6's time for files a seventh larger (two grids of a training run)
+    # PNG (JPEG has no levels): 2 takes a quarter to a third of 6's time for files a seventh larger (two grids of a training run)
     write_beside(path, lambda stream: picture.save(stream, format=kind, quality=quality, subsampling=0, compress_level=2))
     return path
 
