@@ -62,8 +62,8 @@ void attention_backward_cpu(const Attention<T>& problem, int64_t segments, const
 
 // ---- CUDA, cuda/linear_attention.cu; dtype is that of P, dS, output and grad_output; A is float, or double for double -----------
 //
-// Between the products of the chunked form; attention_mean_cuda and attention_add_bias_cuda serve the fused one too. A chunk of scores, [heads, rows, k]: rows first ... first + rows - 1 of the N of every head
-// of every picture.
+// Between the products of the chunked form; attention_mean_cuda and attention_add_bias_cuda serve the fused one too. A chunk of scores,
+// [heads, rows, k]: rows first ... first + rows - 1 of the N of every head of every picture.
 struct ScoreRows {
   int64_t heads, rows, k, N, first;
   // Where row r of the chunk stands in [heads, N]. Index: the type of the division, which holds heads * rows.

@@ -71,7 +71,8 @@ T exponentials_of_row(T* scores, int64_t k, T& largest) {
     most = most > score ? most : score;
   }
   largest = most[0];
-  for (int i = 1; i < VECTOR_LANES<T>; ++i) largest = largest > most[i] ? largest : most[i];  // a NaN may be lost here: its exponential is not
+  // A NaN may be lost here: its exponential is not.
+  for (int i = 1; i < VECTOR_LANES<T>; ++i) largest = largest > most[i] ? largest : most[i];
   Vector sums = {};
   for (int64_t j = 0; j < end; j += VECTOR_LANES<T>) {
     const Vector power = exponential(load_vector(scores + j) - largest);

@@ -1,8 +1,9 @@
 // The fused core of linear attention on a GPU. Read ../linear_attention.h first, then ../cpu/linear_attention.cpp, the plain form.
 //
 // In chunks (linear_attention.cu) the scores go to memory and come back between the products, and each product and each kernel between
-// them is a launch. Here one launch forward, four backward (the first is attention_mean of linear_attention.cu), on tensor cores (mma.h: tiles of 16 x 16, float32 sums), and the scores never leave
-// their multiprocessor. For float16 and bfloat16, d of 16, 32 or 64, k a multiple of 16 up to 512; attention_fuses() says where.
+// them is a launch. Here one launch forward, four backward (the first is attention_mean of linear_attention.cu), on tensor cores (mma.h:
+// tiles of 16 x 16, float32 sums), and the scores never leave their multiprocessor. For float16 and bfloat16, d of 16, 32 or 64, k a
+// multiple of 16 up to 512; attention_fuses() says where.
 //  1. Forward, one warp owns 16 rows of a head. It reads Q, K, V where they lie, rows H d apart (hence d in sixteens: every tile begins on
 //     32 bytes), keeps its 16 x k scores in shared memory, at most 33 KB, so the softmax is one over whole rows, without running maxima.
 //  2. P takes the place of the scores that it comes from, in half the bytes; O is summed over the keys in registers and rounded once.
