@@ -5,10 +5,11 @@
 // stay in the second-level cache. N d numbers are read and N d written, the N k scores go nowhere.
 // Backward recomputes a tile's scores, which costs one of its five products and saves N k numbers.
 //
-// Measured on one core of an AMD EPYC with AVX-512, float32, processor time, others at work beside it: the micro-kernel reaches 180 to 240
-// GFLOP/s on operands in the cache (257 is what registers alone allow), the framework's product 70 to 115. B = 2, N = 3,136, D = 256,
-// 8 heads, k = 64: forward 13.3 ms, the same steps from linear, matmul and scaled_dot_product_attention 27.7; with backward 40.8 and 73.4.
-// k = 256: 29.2 and 53.6; 85 and 176. The order of the paper, K and V of length N first, costs 1.3 to 1.8 times as much again.
+// Measured on one core of an AMD EPYC with AVX-512, float32, processor time, others at work beside it, before a number was broadcast by
+// its load (gemm.h; on a Xeon that took a third off): the micro-kernel reaches 180 to 240 GFLOP/s on operands in the cache (257 is what
+// registers alone allow), the framework's product 70 to 115. B = 2, N = 3,136, D = 256, 8 heads, k = 64: forward 13.3 ms, the same steps
+// from linear, matmul and scaled_dot_product_attention 27.7; with backward 40.8 and 73.4. k = 256: 29.2 and 53.6; 85 and 176. The order of
+// the paper, K and V of length N first, costs 1.3 to 1.8 times as much again.
 #include "../linear_attention.h"
 
 #include <algorithm>
