@@ -90,7 +90,7 @@ def drawn(size, num_classes=2, count=2):
 @pytest.mark.parametrize("name, num_classes", [*((name, 2) for name in SMALL), ("unet", 4), ("fcn_resnet50", 4), ("custom_unet2", 4)])
 def test_overfits_two_pictures(name, num_classes, narrow):
     model = without_dropout(small_model(name, num_classes)).train()
-    size = {"pan": 128, "fcn_resnet50": 64, "custom_segnet1": 32}.get(name, 48)
+    size = {"pan": 128, "fcn_resnet50": 64, "custom_segnet1": 32}.get(name, 48)      # fcn draws squares of eight pixels
     images, targets = drawn(size, num_classes)
     optimizer = torch.optim.Adam(model.parameters(), fused=True)
     steps = 10 if name == "custom_segnet1" else 20                    # its 47 million parameters take half a second a step
