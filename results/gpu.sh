@@ -2,10 +2,11 @@
 # What is measured and checked on a GPU, in stages that each end within ten minutes. Needs an environment with a CUDA build of torch, nvcc,
 # and for the peers torchvision. MINIDAMAGE_DATA names the folder of the data sets; OUT (default: results/) is where numbers go.
 #
-#   bash results/gpu.sh tests              the doctor, then the whole suite with the CUDA kernels
-#   bash results/gpu.sh sanitize           compute-sanitizer over the GPU tests of all ops: memcheck, racecheck and initcheck
-#   bash results/gpu.sh benchmark-ops      every op beside torchvision, float32 and bfloat16
-#   bash results/gpu.sh benchmark-models   whole models beside torchvision and segmentation_models_pytorch, float32 and bfloat16
+#   bash results/gpu.sh waiting            what no card has shown yet of the four below
+#   bash results/gpu.sh tests [FILE...]    the doctor, then the whole suite with the CUDA kernels, or tests/test_FILE.py
+#   bash results/gpu.sh sanitize [OP...]   compute-sanitizer over the GPU tests of all ops: memcheck, racecheck and initcheck
+#   bash results/gpu.sh benchmark-ops [WORD...]     every op beside torchvision, float32 and bfloat16, or the rows that hold a word
+#   bash results/gpu.sh benchmark-models [WORD...]  whole models beside torchvision and segmentation_models_pytorch, the same
 #   bash results/gpu.sh benchmark          both of them, one after the other
 #   bash results/gpu.sh train NAME         one run of results/reproduce.py, e.g. cars-full-damagenet; goes on where it was cut
 #   bash results/gpu.sh together NAME...   several runs side by side, five at a time (AT_ONCE): a step waits for the CPU that launches it
@@ -38,21 +39,31 @@ case "${1:-}" in
     wait
     python -m minidamage.ops | tee "$OUT/gpu-doctor.txt" || echo "failed: the doctor"
     mkdir -p "$OUT/gpu-tests"  # a process a file, ten at a time, the longest first: one process takes longer than ten minutes
-    { for name in $longest; do echo "tests/test_$name.py"; done; ls tests/test_*.py; } | awk '!seen[$0]++' | $within 540 xargs -P 10 -I{} \
+    { for name in ${*:2}; do echo "tests/test_$name.py"; done
+      [ $# -gt 1 ] || { for name in $longest; do echo "tests/test_$name.py"; done; ls tests/test_*.py; }; } | awk '!seen[$0]++' | $within 540 xargs -P 10 -I{} \
       bash -c 'one_pytest "$OUT/gpu-tests/$(basename {} .py).txt" python -m pytest -q -p no:cacheprovider {}' && echo "no test failed" ;;
   sanitize)  # our kernels alone, but initcheck, which has to see what every kernel writes
     python -c "from minidamage.ops import _extension; _extension.load()" # not under the sanitizer
     mkdir -p "$OUT/gpu-sanitize"
+    ops="${*:2}"
     for tool in "racecheck --kernel-name kns=minidamage" "memcheck --kernel-name kns=minidamage" initcheck; do
-      for op in roi_align deform_conv2d linear_attention roi_pool focal_loss box_coding nms paste_masks; do echo "$op $tool"; done
+      for op in ${ops:-roi_align deform_conv2d linear_attention roi_pool focal_loss box_coding nms paste_masks}; do echo "$op $tool"; done
     done | $within 560 xargs -P 6 -L 1 bash -c 'one_pytest "$OUT/gpu-sanitize/$0-$1.txt" compute-sanitizer --print-limit 20 --tool "$@" \
       --error-exitcode 9 python -m pytest -q -p no:cacheprovider -k cuda "tests/test_$0.py"' && echo "no tool complained" ;;
   benchmark-ops | benchmark-models)
     what="${1#benchmark-}"
     for dtype in float32 bfloat16; do
       $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --budget 1 \
-        --json "$OUT/benchmark-gpu-$what-$dtype.json"
+        --json "$OUT/benchmark-gpu-$what${2:+-some}-$dtype.json" ${2:+--only "${@:2}"}
     done ;;
+  waiting)
+    failed=0
+    bash results/gpu.sh tests box_coding deform_conv2d emulated focal_loss hostile_arguments linear_attention roi_align roi_pool \
+      benchmark_models || failed=1
+    bash results/gpu.sh sanitize linear_attention deform_conv2d roi_align || failed=1
+    bash results/gpu.sh benchmark-models unet context_cracknet CAGM danet || failed=1
+    bash results/gpu.sh benchmark-ops linear_attention || failed=1
+    exit $failed ;;
   benchmark)
     bash results/gpu.sh benchmark-ops
     bash results/gpu.sh benchmark-models ;;
@@ -75,5 +86,5 @@ case "${1:-}" in
     python results/reproduce.py --table
     [ ${#failed[@]} -eq 0 ] || { echo "failed: ${failed[*]}"; exit 1; } ;;
   *)
-    sed -n '2,13p' "$0"; exit 2 ;;
+    sed -n '2,14p' "$0"; exit 2 ;;
 esac
