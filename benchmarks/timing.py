@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from minidamage.run_folder import environment
+from minidamage.run_folder import command_line, environment
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 PEERS = ("torchvision", "segmentation_models_pytorch", "pycocotools", "faster_coco_eval")
@@ -162,7 +162,7 @@ class Table:
         path = Path(self.args.json)
         path.parent.mkdir(parents=True, exist_ok=True)
         beside = path.with_suffix(".partial")
-        beside.write_text(json.dumps({"command": " ".join(["python", *sys.argv]), **environment(self.args.device), "peers": versions,
+        beside.write_text(json.dumps({"command": command_line(), **environment(self.args.device), "peers": versions,
                                       "copy_GB/s": self.roofline.bandwidth,
                                       "product_GFLOP/s": self.roofline.product, "rows": self.rows}, indent=1))
         beside.replace(path)
