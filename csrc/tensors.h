@@ -110,7 +110,7 @@ inline Tensor to_rows(const Tensor& t) { return t.permute({0, 2, 3, 1}).contiguo
 // op's output that is a view.
 inline Tensor from_rows(const Tensor& t, bool channels_last) {
   const Tensor view = t.permute({0, 3, 1, 2});
-  if (!channels_last) return view.contiguous();
+  if (!channels_last && !view.is_contiguous()) return view.contiguous();
   return at::empty({0}, t.options()).set_(t.storage(), t.storage_offset(), view.sizes(), view.strides());
 }
 

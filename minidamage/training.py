@@ -99,6 +99,7 @@ def set_up(given):
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = False   # of every new tensor, for whoever reads what it has not written
         torch.backends.cudnn.benchmark = False
 
     dataset = open_data(args)

@@ -57,7 +57,10 @@ def check_emulated(op, args, expected, tolerance=None):
     """The CUDA kernels of `op`, run on the CPU."""
     kernels = _extension.load_emulated()
     name = op.default._schema.name.split("::")[1]
-    same(getattr(kernels, name)(*args), expected, tolerance, "emulated CUDA kernel and reference")
+    result = getattr(kernels, name)(*args)
+    same(result, expected, tolerance, "emulated CUDA kernel and reference")
+    first = outputs(result)[0]
+    assert not (first.is_floating_point() and first._is_view()), "autograd forbids in-place work, a relu_() say, on an output that is a view"
 
 
 def check_gradients(op, reference, args, tolerance=None):

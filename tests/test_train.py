@@ -135,6 +135,7 @@ def test_another_seed_keeps_the_split_and_another_split_seed_does_not(command, t
 def determinism_ends():
     yield
     torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = True
 
 
 def same(a, b):

@@ -429,7 +429,12 @@ Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const Optio
   }
   Tensor log_sum_exp = keep ? at::empty({size.B, size.H, size.N}, x.options().dtype(sum_type(x))) : Tensor();
   const Tensor attended = attention_on_cuda(size, query, keys_values, log_sum_exp);
-  const Tensor output = w_o.has_value() ? at::linear(attended, *w_o, b_o) : attended;
+  Tensor output = attended;
+  if (w_o.has_value()) {
+    output = at::empty({size.B, size.N, w_o->size(0)}, x.options());
+    Tensor rows = flat(output);
+    at::linear_out(rows, flat(attended), *w_o, b_o);  // not at::linear, whose result is a view where there is a bias: see from_rows()
+  }
   const auto none = [&] { return at::empty({0}, x.options()); };
   if (!keep) return {output, none(), none(), none(), none(), none()};
   return {output, query, projected, keys_values, w_o.has_value() ? attended : none(), log_sum_exp};
