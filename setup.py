@@ -10,7 +10,7 @@ setup(
     description="Surface-damage detection and segmentation: paper after paper, readable, fast, tested",
     license="MIT",
     python_requires=">=3.10",
-    install_requires=["torch>=2.8", "numpy", "pillow", "ninja", "pybind11"],
+    install_requires=["torch>=2.11", "numpy", "pillow", "ninja", "pybind11"],
     extras_require={"test": ["pytest"]},
     packages=[*PACKAGES, "minidamage.csrc"],
     package_dir={"minidamage": "minidamage", "minidamage.csrc": "csrc"},

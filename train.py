@@ -188,7 +188,8 @@ def check_losses(read, targets, run, validating=False):
 def explain_losses(values, reports, run, validating):
     """The message of NonFiniteLoss; saves last.pt where the weights are still whole. reports: [each process's [(terms, files)]]."""
     state, recipe = run.state, run.recipe
-    whole = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
+    broken_weights = not all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
+    whole = not distributed.any_of(broken_weights)                    # running statistics are each process's own
     saved = save(run, "last.pt", {}) if whole and not validating else False       # else: the last.pt of before is the good one
     rate = run.optimizer.param_groups[0]["lr"]
     found = [(f" in process {rank}" if len(reports) > 1 else "", terms, files)
@@ -300,8 +301,8 @@ def score_validation(gathered, run, progress):
 
 def predict_detections(model, images, targets):
     """(losses, the detections of one picture in its own pixels, masks as run lengths)."""
-    losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
-    return losses, detections[0]
+    losses, (detections,) = model.losses_and_detections(images, targets, mask_form="rle")
+    return losses, {name: found.cpu() if isinstance(found, torch.Tensor) else found for name, found in detections.items()}
 
 
 def predict_label_map(model, images, targets):
@@ -598,7 +599,8 @@ def main(argv=None):
             code = perform(run)
         except RuntimeError as error:
             return lost(error, run)
-    distributed.end()
+    if code != 1:                                                     # an error may be this process's alone: to leave together it would
+        distributed.end()                                             # wait for the others, and they for it
     return code
 
 

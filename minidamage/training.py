@@ -15,6 +15,7 @@ import shutil
 
 import numpy as np
 import torch
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 import minidamage
 from minidamage import MODELS, distributed, run_folder
@@ -125,6 +126,8 @@ def set_up(given):
         check_own_sizes(parts["train"], recipe.batch_size // (args.accumulate * distributed.world()))
     if args.sync_bn and distributed.world() > 1:
         print(f"batch normalisation over all processes: {synchronise_norms(model)} layers")
+    if args.device.startswith("cuda"):
+        torch.cuda.set_device(args.device)                            # the streams and events of all that follows are this GPU's
     model.to(args.device)
     train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
 
@@ -141,8 +144,7 @@ def set_up(given):
     if checkpoint:
         restore(run, checkpoint, path)
     if args.compile:                                                  # last: the averaged copy above stays as it is
-        for part in model.static_parts():
-            part.compile(backend=COMPILER)
+        model.compile_static(COMPILER)
     distributed.on_main(lambda: write_identity(run))
     return run
 
@@ -477,10 +479,11 @@ class Ema:
         """The decay grows to its value, so that the random start is forgotten within the first few dozen steps."""
         self.updates += 1
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values()):
-            if mine.is_floating_point():
-                mine.lerp_(theirs, 1.0 - decay)
-            else:
+        pairs = list(zip(self.model.state_dict().values(), model.state_dict().values()))
+        averaged = [pair for pair in pairs if pair[0].is_floating_point()]
+        get_ema_multi_avg_fn(decay)(*zip(*averaged), None)            # a few launches on a GPU, not one a tensor
+        for mine, theirs in pairs:
+            if not mine.is_floating_point():
                 mine.copy_(theirs)                                    # counters
 
 
@@ -490,6 +493,9 @@ def make_optimizer(model, recipe):
     fused: one pass over the weights a step, where the framework's own form makes one an operation."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer == "sgd":
-        return torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+        optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
+        for parameter in parameters if recipe.momentum else ():       # the fused step leaves its first momentum unwritten where it skips an
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)                  # overflow; from 0 it is the same
+        return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)

@@ -313,14 +313,18 @@ def test_a_run_that_changes_its_number_of_processes(command, tmp_path, both):
     assert [row["epoch"] for row in csv.DictReader(open(os.path.join(folder, "metrics.csv")))] == ["1", "2", "3"]
 
 
-def train_with_nan(arguments):
-    """train.main with a loss that is NaN in process 1, in its third step; with the files of that step."""
+def train_with_nan(arguments, whole):
+    """train.main with a loss that is NaN in process 1, in its third step, and, not whole, in its running statistics; with the files of
+    that step."""
     forward, calls = minidamage.MODELS["damagenet"][0].forward, []
 
     def broken(self, images, targets=None):
         losses = forward(self, images, targets)
         calls.append([target["file"] for target in targets])
-        return {**losses, "loss_mask": losses["loss_mask"] * (math.nan if len(calls) == 3 and distributed.rank() == 1 else 1)}
+        factor = math.nan if len(calls) == 3 and distributed.rank() == 1 else 1
+        if not whole:
+            next(buffer for name, buffer in self.named_buffers() if name.endswith("running_mean")).mul_(factor)
+        return {**losses, "loss_mask": losses["loss_mask"] * factor}
     minidamage.MODELS["damagenet"][0].forward = broken
     try:
         return train.main(arguments), calls[2]
@@ -328,9 +332,11 @@ def train_with_nan(arguments):
         minidamage.MODELS["damagenet"][0].forward = forward
 
 
-def test_nan_in_one_process_stops_both(command, tmp_path, both):
-    ((one, healthy), _, said), ((other, files), _, silent) = both(train_with_nan, command("--epochs", 2))
+@pytest.mark.parametrize("whole", [True, False])
+def test_nan_in_one_process_stops_both(command, tmp_path, both, whole):
+    ((one, healthy), _, said), ((other, files), _, silent) = both(train_with_nan, command("--epochs", 2), whole)
     assert one == other == 1 and silent == "" and "loss_mask = nan in epoch 2, step 1, in process 1." in said
+    assert f"weights     {'finite' if whole else 'no longer finite'};" in said
     line = next(line for line in said.splitlines() if line.startswith("  files"))
     assert all(file in line for file in files) and not any(file in line for file in healthy) and "in process 1" in line
     state = read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))

@@ -25,6 +25,7 @@ class NoBlockingCopy(TorchDispatchMode):
         if func in COPIES:
             source, non_blocking = COPIES[func](out, *args, **(kwargs or {}))
             assert source.device == out.device or non_blocking, f"{list(source.shape)} goes to {out.device}, and the CPU waits for it"
+            assert source.device == out.device or source.dtype == out.dtype, f"{source.dtype} becomes {out.dtype} on the CPU, not pinned"
         return out
 
 
@@ -46,9 +47,10 @@ def nothing_waits():
     lambda x: x[0].item(), lambda x: x.tolist(), lambda x: bool(x[0]), lambda x: float(x[0]), lambda x: x.cpu(), lambda x: x.nonzero(),
     lambda x: x[x > 0], lambda x: torch.where(x > 0), lambda x: x.masked_select(x > 0), lambda x: torch.unique(x),
     lambda x: x.repeat_interleave(x.long()), lambda x: torch.zeros(3).to(x.device), lambda x: x.copy_(torch.zeros(3)),
+    lambda x: torch.zeros(3).to(x.device, torch.int64, non_blocking=True),
     lambda x: torch.tensor([1.0, 2.0], device=x.device), lambda x: x.new_tensor([1.0])],
     ids=["item", "tolist", "bool", "float", "cpu", "nonzero", "index by a mask", "where", "masked_select", "unique", "repeat_interleave",
-         "to", "copy_", "tensor", "new_tensor"])
+         "to", "copy_", "to another type", "tensor", "new_tensor"])
 def test_what_waits_is_found(waits):
     """The tests below can fail."""
     with pytest.raises((RuntimeError, NotImplementedError, AssertionError)), nothing_waits():
@@ -71,7 +73,7 @@ def batches(model):
         targets = targets if model.roi_heads.mask_head is not None else without_masks(targets)
         return [(images[:1], targets[:1]), (images, targets)]
     images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-    maps = torch.randint(0, model.num_classes, (2, 64, 64))
+    maps = torch.randint(0, model.num_classes, (2, 64, 64), dtype=torch.uint8)
     return [(list(images), [{"label_map": label_map} for label_map in maps])] * 2
 
 

@@ -13,7 +13,7 @@ from minidamage.checkpoint import load_pretrained
 from minidamage.config import apply_settings
 from minidamage.layers.resnet import ResNet, load_body
 from minidamage.layers.segmenter import Segmenter, SegmenterConfig, label_map_of, logit_channels, probabilities_of, resize_picture
-from minidamage.models import custom_segnets, custom_unets, fcn
+from minidamage.models import custom_segnets, custom_unets, fcn, pspnet
 from test_models import SEGMENTERS
 from test_resnet import generated_weights
 
@@ -292,6 +292,34 @@ def test_probabilities_ask_for_evaluation_mode():
 def test_values_that_no_segmenter_can_have(name, fields, message):
     with pytest.raises(ValueError, match=message):
         minidamage.build_model(name, 2, **fields)
+
+
+# --- what a GPU asks for
+
+@pytest.mark.parametrize("name", ["unet", "context_cracknet"])
+def test_torch_compile_takes_the_whole_network(name):
+    fields = next(fields for known, _, _, fields in SEGMENTERS if known == name)
+    model, side, graphs = minidamage.build_model(name, 2, **fields), fields["image_size"], []
+    convolutions = sum(isinstance(module, torch.nn.Conv2d) for module in model.modules())             # each runs once
+    model.compile_static(lambda graph, inputs: graphs.append(graph) or graph.forward)
+    torch._dynamo.reset()                                                            # one code object for all tests
+    model.train()([torch.rand(3, side, side)] * 2, [{"label_map": torch.ones(side, side, dtype=torch.int64)}] * 2)
+    assert sum("conv2d" in str(node.target) for graph in graphs for node in graph.graph.nodes) == convolutions
+
+
+@pytest.mark.parametrize("size", [(12, 12), (7, 10), (2, 5)])
+def test_means_of_regions_as_products(size):
+    x = torch.randn(2, 3, *size).requires_grad_()
+    for count in (2, 3, 6):
+        found = []
+        for deterministic in (False, True):
+            torch.use_deterministic_algorithms(deterministic)
+            try:
+                means = pspnet.RegionMeans(count)(x)
+                found.append((means, *torch.autograd.grad(means.square().sum(), x)))
+            finally:
+                torch.use_deterministic_algorithms(False)
+        torch.testing.assert_close(*found)
 
 
 # --- weights from elsewhere

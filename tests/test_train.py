@@ -640,6 +640,22 @@ def test_flags_go_into_config_and_recipe(command):
     assert recipe.rotate == paper.rotate and recipe.optimizer == paper.optimizer
 
 
+def test_an_overflow_in_the_first_step_leaves_no_momentum(determinism_ends):
+    torch.use_deterministic_algorithms(True)                          # what is not written holds NaN
+    found = []
+    for first in (math.inf, None):                                    # None: no step before
+        layer = torch.nn.Linear(2, 2, bias=False)
+        torch.nn.init.ones_(layer.weight)
+        optimizer, scaler = training.make_optimizer(layer, Recipe(lr=0.1)), torch.amp.GradScaler("cpu", init_scale=4.0)
+        for gradient in (first, 1.0, 2.0):
+            if gradient is not None:
+                scaler.scale(torch.zeros(()))
+                layer.weight.grad = torch.full_like(layer.weight, gradient * scaler.get_scale())
+                scaler.step(optimizer), scaler.update()
+        found.append(layer.weight.detach())
+    assert torch.equal(*found) and found[0].isfinite().all()
+
+
 def test_ema_by_hand():
     model = torch.nn.BatchNorm1d(2)
     ema = training.Ema(model, 0.9)

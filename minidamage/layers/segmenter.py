@@ -71,9 +71,9 @@ class Segmenter(nn.Module):
         """x: [N, 3, H, W] float, normalised, channels_last; H and W multiples of `stride`. Returns [N, C, H, W] float."""
         raise NotImplementedError(f"{type(self).__name__} has to define logits(x)")
 
-    def static_parts(self):
-        """The modules whose shapes follow from the pictures' sizes alone, for torch.compile: the whole network."""
-        return list(self.children())
+    def compile_static(self, backend):
+        """Gives torch.compile what has shapes that follow from the pictures' sizes alone: the whole network."""
+        self.logits = torch.compile(self.logits, backend=backend)
 
     def forward(self, images, targets=None):
         """images: list of [3, H, W], or one tensor [N, 3, H, W]; uint8, or float in 0..1; all of one size.
@@ -180,7 +180,7 @@ class Segmenter(nn.Module):
         for i, target in enumerate(targets):
             check_label_map(f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})", target, size, self.num_classes)
         device = self.image_mean.device
-        return torch.stack([target["label_map"].to(device, torch.int64, non_blocking=True) for target in targets])
+        return torch.stack([target["label_map"].to(device, non_blocking=True).long() for target in targets])
 
 
 def logit_channels(num_classes):

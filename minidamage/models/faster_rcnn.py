@@ -166,9 +166,10 @@ class FasterRCNN(nn.Module):
     def build_roi_pool(self, config, strides, size):
         return MultiScaleRoIAlign(strides, (size, size), config.sampling_ratio, config.canonical_scale)
 
-    def static_parts(self):
-        """The modules whose shapes follow from the pictures' sizes alone, for torch.compile: all before the first box."""
-        return [self.backbone, self.rpn.head]
+    def compile_static(self, backend):
+        """Gives torch.compile what has shapes that follow from the pictures' sizes alone: all before the first box."""
+        self.backbone.compile(backend=backend)
+        self.rpn.head.compile(backend=backend)
 
     def forward(self, images, targets=None):
         """images: list of [3, H, W] uint8 or float in 0..1, sizes may differ.

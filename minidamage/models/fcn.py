@@ -86,6 +86,10 @@ class FCN(Segmenter):
         _, _, c4, c5 = self.backbone(x)
         return resize(self.classifier(c5), x), resize(self.aux_classifier(c4), x)
 
+    def compile_static(self, backend):
+        super().compile_static(backend)
+        self.both_logits = torch.compile(self.both_logits, backend=backend)
+
     def losses(self, images, targets):
         """As every segmenter's; with an auxiliary head also its losses, "loss_aux_...", times aux_weight."""
         if self.aux_classifier is None:

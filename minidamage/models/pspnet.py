@@ -91,13 +91,31 @@ class PyramidPooling(nn.Module):
         return torch.cat([*(block(x) for block in self.blocks), x], dim=1)
 
 
+class RegionMeans(nn.AdaptiveAvgPool2d):
+    """[N, C, H, W] -> [N, C, size, size]. In deterministic mode as two products: a GPU's gradient of the framework's own adds up in any
+    order, and is refused there."""
+
+    def forward(self, x):
+        if self.output_size == 1 or not torch.are_deterministic_algorithms_enabled():
+            return super().forward(x)
+        rows, columns = (shares_of_regions(side, self.output_size, x) for side in x.shape[-2:])
+        return rows @ x @ columns.T
+
+
+def shares_of_regions(side, regions, like):
+    """[regions, side], every row's sum 1: which cells AdaptiveAvgPool2d averages, those that touch the region's share of the side."""
+    region, cell = torch.arange(regions, device=like.device)[:, None], torch.arange(side, device=like.device)
+    inside = (cell >= region * side // regions) & (cell * regions < (region + 1) * side)
+    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+
+
 class PooledRegions(nn.Module):
     def __init__(self, in_channels, out_channels, size):
         super().__init__()
         conv = ConvNormReLU(in_channels, out_channels, 1)
         if size == 1:
             conv = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1), nn.ReLU())
-        self.pool = nn.Sequential(nn.AdaptiveAvgPool2d(size), conv)
+        self.pool = nn.Sequential(RegionMeans(size), conv)
 
     def forward(self, x):
         return F.interpolate(self.pool(x), size=x.shape[-2:], mode="bilinear", align_corners=True)
