@@ -9,7 +9,7 @@ from PIL import Image
 
 from data_sets import dump, picture
 from minidamage import masks
-from minidamage.data import label_map, load_dataset
+from minidamage.data import label_map, labelme, load_dataset
 from test_data_readers import JUNK, places
 
 SQUARE = [[10, 10], [30, 10], [30, 30], [10, 30]]
@@ -76,6 +76,11 @@ def test_an_object_that_a_hole_swallows_is_gone_and_untouched_ones_keep_their_po
     away = [[40, 35], [50, 35], [50, 45]]
     record, = load(labelme_set(tmp_path, [shape(SQUARE), shape(away), shape(SQUARE, "_background_")])).parts["all"]
     assert len(record.labels) == 1 and isinstance(record.masks[0], list)
+
+
+def test_the_picture_inside_a_json_is_not_kept(tmp_path):
+    labelme_set(tmp_path, [shape(SQUARE)], imageData="abc")
+    assert labelme._load(str(tmp_path / "a.json"), [])["imageData"] is True
 
 
 def test_ignored_regions_are_crowd(tmp_path):

@@ -1,5 +1,7 @@
 """Every layout gives the same record; every bad object is one counted line and never an exception later on."""
 import json
+import os
+import unicodedata
 
 import numpy as np
 import pytest
@@ -8,6 +10,7 @@ from PIL import Image
 from data_sets import SQUARE, coco_content, coco_set, dump, picture, vehide_set, via_region, via_set
 from minidamage import masks
 from minidamage.data import load_dataset, summary
+from minidamage.data.objects import PictureFinder
 
 
 def load(path, **kwargs):
@@ -473,3 +476,10 @@ def test_a_wrong_folder_of_pictures_and_a_single_file_say_what_to_give(tmp_path)
             load(tmp_path / file)
     with pytest.raises(ValueError, match="got the file of one picture; give the folder that holds all pictures and annotations$"):
         load(tmp_path / "others/z.jpg")
+
+
+def test_an_accent_written_apart_from_its_letter_is_the_same_name(tmp_path):
+    """Archives made on a Mac hold "a" and a combining mark where the JSON has one letter."""
+    picture(tmp_path / unicodedata.normalize("NFD", "Schäden.jpg"))
+    for finder in (PictureFinder([tmp_path]), PictureFinder([], tmp_path)):
+        assert os.path.isfile(finder.find("schäden.JPG"))

@@ -108,6 +108,13 @@ def test_a_broken_data_yaml_is_an_error_and_not_another_list_of_names(tmp_path, 
         load(tmp_path)
 
 
+@pytest.mark.parametrize("file, content", [("data.yaml", "names: [Delle, Schäden]\n"), ("classes.txt", "Delle\nSchäden\n")])
+def test_names_that_are_not_utf8_are_an_error_and_not_numbers(tmp_path, file, content):
+    (yolo_set(tmp_path) / file).write_bytes(content.encode("cp1252"))
+    with pytest.raises(ValueError, match=rf"{file}: expected text in UTF-8, got b'\\xe4'; save it as UTF-8"):
+        load(tmp_path)
+
+
 def test_names_over_several_lines_and_a_wrong_count(tmp_path):
     text(yolo_set(tmp_path) / "data.yaml", "names: ['dent',\n  'scratch']\nnc: 3\n")
     data = load(tmp_path)

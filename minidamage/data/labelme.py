@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 from minidamage import masks as mask_codec
-from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, read_lines, unlisted_pictures
 from minidamage.data.pictures import READ_ERRORS
 from minidamage.data.record import Dataset
 from minidamage.data.via import ARC_POINTS, PARTS, part_of
@@ -88,6 +88,7 @@ def _load(file, problems):
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
         problems.append(f"{os.path.basename(file)}: not a LabelMe file (no list \"shapes\"); left out")
         return None
+    content["imageData"] = bool(content.get("imageData"))             # the picture itself, megabytes: all files are read before any record
     return content
 
 
@@ -102,8 +103,7 @@ def _class_names(path, loaded, notes):
                     spelled.setdefault(label.lower(), collections.Counter())[label] += 1
     ordered, file = [], os.path.join(path, "labels.txt")
     if os.path.isdir(path) and os.path.isfile(file):
-        with open(file, encoding="utf-8-sig") as handle:
-            ordered = [line.strip() for line in handle if line.strip() and line.strip() not in (HOLE, IGNORED)]
+        ordered = [line for line in read_lines(file) if line not in (HOLE, IGNORED)]
         notes.append("classes in the order of labels.txt")
     names = ordered + [min(spelled[key], key=lambda name: (-spelled[key][name], name)) for key in sorted(spelled)
                        if key not in {n.lower() for n in ordered}]

@@ -14,7 +14,7 @@ import re
 
 from minidamage.data import mask_values
 from minidamage.data.label_maps import LabelMapFile
-from minidamage.data.objects import make_record
+from minidamage.data.objects import make_record, read_lines
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
@@ -86,8 +86,7 @@ def class_list(path):
     for name in ("classes.txt", "labels.txt", "class_names.txt"):
         file = os.path.join(path, name)
         if os.path.isfile(file):
-            with open(file, encoding="utf-8-sig") as handle:
-                names = [line.strip() for line in handle if line.strip()]
+            names = read_lines(file)
             names = names[1:] if names and names[0].lower().strip("_") in ("background", "bg") else names
             if not names or len({n.lower() for n in names}) < len(names):
                 raise ValueError(f"{file}: expected one class name a line, each once, got {names}")

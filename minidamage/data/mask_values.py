@@ -17,6 +17,7 @@ RIMS = 0.75                                    # rim pixels for one white pixel,
 MANY_RIMS = 3.0                                # the same where more values occur than class ids would: thin cracks are mostly rim
 MOST = 0.9                                     # share of the masks that settles what the others should have been
 LARGEST_ID = 63
+COUNTED = 1 << 20                              # pixels at once
 CUT = table_of(tuple((v, 1) for v in range(GREY_CUT + 1, 256)))
 
 
@@ -59,6 +60,13 @@ class Meaning:
         return LabelMapFile(stats.file, table, tuple((k, int(pixels[k])) for k in range(1, IGNORE) if pixels[k]))
 
 
+def count_values(values):
+    """int64 [256]: how often each value of a uint8 array occurs. np.bincount makes int64 of what it counts: a little at a time."""
+    values = values.ravel()
+    return sum((np.bincount(values[start:start + COUNTED], minlength=256) for start in range(0, values.size, COUNTED)),
+               np.zeros(256, np.int64))
+
+
 def scan(files, problems):
     """{file: MaskStats}, None for those that cannot be read (named in `problems`). Pillow decodes outside Python's lock: threads help."""
     def one(file):
@@ -66,7 +74,7 @@ def scan(files, problems):
             values, kind = read_values(file)
         except ValueError as error:
             return error
-        return MaskStats(file, kind, (values.shape[1], values.shape[0]), np.bincount(values.ravel(), minlength=256))
+        return MaskStats(file, kind, (values.shape[1], values.shape[0]), count_values(values))
     with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
         found = dict(zip(files, pool.map(one, files)))
     faults = [(file, s) for file, s in found.items() if isinstance(s, ValueError)]

@@ -3,9 +3,11 @@
 Readers (vehide.py, via.py, coco.py, ...) only translate their file into `RawObject`s; `make_record` clips, drops and counts.
 Nothing here raises for a bad object: each becomes one line in `problems`, with file and annotation id.
 """
+import contextlib
 import dataclasses
 import json
 import os
+import unicodedata
 
 import numpy as np
 
@@ -35,6 +37,22 @@ def read_json(file):
             return json.load(handle)
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not valid JSON ({error}); was it cut short?") from None
+
+
+@contextlib.contextmanager
+def not_utf8(file):
+    """Inside, bytes of a text file that are no UTF-8 are a ValueError that names it."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file}: expected text in UTF-8, got {error.object[error.start:error.end]!r}; save it as UTF-8 (Windows' "
+                         "\"ANSI\" is another)") from None
+
+
+def read_lines(file):
+    """The lines of a text file that hold something, without the space around them; ValueError where it is not UTF-8."""
+    with not_utf8(file), open(file, encoding="utf-8-sig") as handle:
+        return [line.strip() for line in handle if line.strip()]
 
 
 def find_record(finder, name, image_id, objects, problems):
@@ -284,7 +302,8 @@ def rle_extent(rle):
 class PictureFinder:
     """Finds the files that an annotation file names: as a path, by name in the given folders, then anywhere near the data.
 
-    folders: searched in order. root: walked once (four levels deep) when a name is in none of them. Letter case may differ.
+    folders: searched in order. root: walked once (four levels deep) when a name is in none of them. Letter case may differ,
+    and how an accent is written (a Mac writes it apart from its letter).
     """
 
     def __init__(self, folders, root=None, part=""):
@@ -298,7 +317,7 @@ class PictureFinder:
             path = os.path.join(folder, name)
             if os.path.isfile(path):
                 return path
-        key = os.path.basename(name.replace("\\", "/")).lower()
+        key = _spelled_alike(os.path.basename(name.replace("\\", "/")))
         for folder in self.folders:
             if key in self._names(folder):
                 return os.path.join(folder, self._names(folder)[key])
@@ -309,7 +328,7 @@ class PictureFinder:
 
     def _names(self, folder):
         if folder not in self._listing:
-            self._listing[folder] = {n.lower(): n for n in os.listdir(folder) if is_picture_name(n)}
+            self._listing[folder] = {_spelled_alike(n): n for n in os.listdir(folder) if is_picture_name(n)}
         return self._listing[folder]
 
     def _walk(self):
@@ -320,8 +339,12 @@ class PictureFinder:
                 if folder.count(os.sep) - depth >= 4:
                     below.clear()
                 for n in filter(is_picture_name, names):
-                    self._walked.setdefault(n.lower(), []).append(os.path.join(folder, n))
+                    self._walked.setdefault(_spelled_alike(n), []).append(os.path.join(folder, n))
         return self._walked
+
+
+def _spelled_alike(name):
+    return unicodedata.normalize("NFC", name).lower()
 
 
 def unlisted_pictures(folder, records, missing=()):

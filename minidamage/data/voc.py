@@ -17,7 +17,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 
-from minidamage.data.objects import PictureFinder, RawObject, make_record, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, make_record, read_lines, unlisted_pictures
 from minidamage.data.pictures import EXTENSIONS, is_picture_name
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
@@ -152,8 +152,7 @@ def _listed_files(folder, lists, problems):
     have = {os.path.splitext(os.path.basename(file))[0]: file for file in _xml_files(folder)}
     parts = {}
     for part, file in lists.items():
-        with open(file, encoding="utf-8-sig") as handle:
-            names = [line.split()[0] for line in handle if line.strip()]
+        names = [line.split()[0] for line in read_lines(file)]
         for name in (n for n in names if n not in have):
             problems.append(f"{name}: listed in {os.path.basename(file)}, but it has no XML; picture left out")
         parts[part] = [have[name] for name in dict.fromkeys(names) if name in have]

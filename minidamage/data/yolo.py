@@ -9,6 +9,7 @@
 Classes count from 0 in the files, labels from 1. A picture with an empty .txt is undamaged; one without a .txt is left out, because nobody
 said that it is. Five numbers are a box: a ring needs seven or more. `write` writes both forms.
 """
+import codecs
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import shutil
 import numpy as np
 
 from minidamage import masks as mask_codec
-from minidamage.data.objects import RawObject, make_record
+from minidamage.data.objects import RawObject, make_record, not_utf8, read_lines
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
@@ -62,11 +63,9 @@ def _is_yaml(file):
         return False
     try:
         return "names" in read_yaml(file)
-    except UnicodeDecodeError:
-        return False
     except ValueError:                          # it is meant to be one where it has a line of names: `read` then says what is wrong
-        with open(file, encoding="utf-8-sig") as handle:
-            return any(line.startswith("names:") for line in handle)
+        with open(file, "rb") as handle:
+            return any(line.removeprefix(codecs.BOM_UTF8).startswith(b"names:") for line in handle)
 
 
 def _label_folders(path):
@@ -148,8 +147,7 @@ def _part_finder(root, declared):
             if found and os.path.isdir(found):
                 folders.append((os.path.abspath(found), part))
             elif found:
-                with open(found, encoding="utf-8-sig") as handle:
-                    listed.update((os.path.basename(line.strip()), part) for line in handle if line.strip())
+                listed.update((os.path.basename(line), part) for line in read_lines(found))
 
     def part_for(picture):
         folder = os.path.dirname(os.path.abspath(picture))
@@ -171,7 +169,7 @@ def read_yaml(file):
     Raises ValueError naming the line that is none of these.
     """
     out, key, begun = {}, None, ""                        # begun: a list or mapping in brackets that goes on in the next line
-    with open(file, encoding="utf-8-sig") as handle:
+    with not_utf8(file), open(file, encoding="utf-8-sig") as handle:
         for number, raw in enumerate(handle, 1):
             line = re.sub(r"(^|\s)#.*$", "", raw.rstrip())
             if not line.strip() or line.strip() == "---":
@@ -240,8 +238,7 @@ def _class_names(root, declared, lines, notes):
     for file in NAME_FILES if not names else ():
         if os.path.isfile(os.path.join(root, file)):
             source = file
-            with open(os.path.join(root, file), encoding="utf-8-sig") as handle:
-                names = [line.strip() for line in handle if line.strip()]
+            names = read_lines(os.path.join(root, file))
             break
     used = {}
     for listed in lines.values():

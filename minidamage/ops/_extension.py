@@ -250,7 +250,7 @@ def _build_library(name, objects, link, what):
         products.append((command, source, f"{source.stem}-{_key(text, command)}.o"))
     library_name = f"{name}-{_key(' '.join(product for _, _, product in products).encode(), link)}.so"
     for folder in _cache_folders():
-        if (folder / library_name).exists():
+        if os.path.exists(folder / library_name):                            # False, not an error, in a folder that may not be entered
             with contextlib.suppress(OSError):
                 os.utime(folder / library_name)                              # in use: _locked deletes what nobody has asked for in a month
             return folder / library_name
@@ -283,7 +283,7 @@ def _included(source, found):
 
 def _produce(command, path, what):
     """Runs the compiler with its output beside `path`, then renames: a file under its final name is always whole."""
-    partial = path.with_name(f"{path.name}.partial{os.getpid()}")
+    partial = path.with_name(f"{path.name}.partial-{os.uname().nodename}-{os.getpid()}")
     run = subprocess.run([*command, "-o", str(partial)], capture_output=True, text=True, errors="replace", stdin=subprocess.DEVNULL)
     if run.returncode:
         log = path.with_name(f"{path.name}.log")
@@ -360,11 +360,13 @@ def _locked(folder):
         except OSError:
             locked = False
         if locked:
-            for leftover in folder.glob("*.partial*"):                       # of a build that was killed
-                leftover.unlink(missing_ok=True)
-            for old in [*folder.glob("*.o"), *folder.glob("*.so")]:          # of sources that are long gone
-                if time.time() - old.stat().st_mtime > 30 * 86400:
-                    old.unlink(missing_ok=True)
+            old = lambda path, seconds: time.time() - path.stat().st_mtime > seconds
+            for path in folder.glob("*.partial*"):                           # of a build that was killed; another machine's may be alive,
+                if f"-{os.uname().nodename}-" in path.name or old(path, 3600):          # for its lock is not always seen here
+                    path.unlink(missing_ok=True)
+            for path in [*folder.glob("*.o"), *folder.glob("*.so")]:         # of sources that are long gone
+                if old(path, 30 * 86400):
+                    path.unlink(missing_ok=True)
         yield
 
 

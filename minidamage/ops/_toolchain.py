@@ -77,18 +77,22 @@ def torch_libraries():
 
 @functools.cache
 def loaded_library(names):
-    """[path] of the library of this name (a regular expression: "gomp|omp") that this process runs with, [] where that is not known."""
+    """[path] of the library of this name (a regular expression: "gomp|omp") that this process runs with, [] where that is not known.
+    Of several, torch's own: another package may have brought one of the same name."""
+    found = []
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
-            path = line.split()[-1]
+            path = line.split(maxsplit=5)[-1]                                # the sixth field, which may hold spaces
             if re.search(rf"/lib({names})[^/]*\.so", path):
-                return [path]
-    return []
+                found.append(path)
+    return sorted(found, key=lambda path: not path.startswith(f"{pathlib.Path(torch.__file__).parent}{os.sep}"))[:1]
 
 
 def openmp_flags():
     """(compile, link) flags that run at::parallel_for on PyTorch's own OpenMP runtime: a second one would fight over the cores."""
     library = loaded_library("gomp|omp|iomp5")
+    if any("libgomp" in path for path in library) and "clang" in version_of(cxx()[0]).lower():
+        return [], []                                                        # clang's threads need a runtime of another name: one thread
     return ["-fopenmp"] * len(library), library
 
 
