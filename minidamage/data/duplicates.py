@@ -5,6 +5,7 @@ recoloured copies differ in a few bits; unrelated photographs in about half of t
 but its gradient, which fills the hash: 1,417 pairs of NEU-DET's pictures are near, thirteen of them alike. So a near pair also has to
 agree in its detail, what is finer than an eighth of the picture.
 """
+import functools
 import hashlib
 import os
 import re
@@ -51,32 +52,33 @@ def picture_hashes(files, threads=None):
 
 
 def near_pairs(hashes, max_bits=NEAR_BITS, block=1024):
-    """Pairs (i, j, differing bits), i < j, at most max_bits apart, as they are or with one of them mirrored.
+    """Pairs (i, j, differing bits), i < j, at most max_bits apart, as they are or with one of them mirrored; one after the other, for all
+    pictures of one camera that stands still are near each other.
 
     Bits as +-1 make the distance a matrix product: 14,000 hashes against each other take two or three seconds.
     """
     known = [i for i, h in enumerate(hashes) if h is not None]
     if len(known) < 2:
-        return []
+        return
     bits = np.stack([hashes[i] for i in known])
     mirrored = ~bits.reshape(-1, 16, 16)[:, :, ::-1].reshape(len(bits), -1)       # "brighter than the right neighbour", seen in a mirror
     signs, mirrored = (np.where(b, 1.0, -1.0).astype(np.float32) for b in (bits, mirrored))
-    pairs = []
     for start in range(0, len(known), block):
         rows = signs[start:start + block]
         differ = (HASH_BITS - np.maximum(rows @ signs[start:].T, rows @ mirrored[start:].T)) / 2
         for a, b in zip(*np.nonzero(differ <= max_bits + 0.25)):
             if b > a:
-                pairs.append((known[start + a], known[start + b], int(round(float(differ[a, b])))))
-    return pairs
+                yield known[start + a], known[start + b], int(round(float(differ[a, b])))
 
 
-def near_copies(files):
-    """near_pairs of files, those whose detail agrees as well: [(i, j, differing bits)]."""
-    pairs = near_pairs(picture_hashes(files))
-    details = {i: _detail(files[i]) for i in {i for pair in pairs for i in pair[:2]}}
+def near_copies(files, skip=lambda i, j: False):
+    """near_pairs of files, those whose detail agrees as well: (i, j, differing bits), one after the other. skip(i, j): whether a pair is
+    of no interest."""
+    detail = functools.cache(lambda i: _detail(files[i]))
     agree = lambda a, b: max(float((a * b).mean()), float((a * b[:, ::-1]).mean())) > DETAIL_AGREES
-    return [pair for pair in pairs if agree(details[pair[0]], details[pair[1]])]
+    for i, j, bits in near_pairs(picture_hashes(files)):
+        if not skip(i, j) and agree(detail(i), detail(j)):
+            yield i, j, bits
 
 
 def _detail(path):
@@ -126,6 +128,7 @@ def group_of_each(records, near=True):
             parent[find(i)] = find(first.setdefault(key, i))
     unknown = [i for i, record in enumerate(records) if not record.group]
     if near and len(unknown) > 1:
-        for a, b, _ in near_copies([records[i].file for i in unknown]):
+        together = lambda a, b: find(unknown[a]) == find(unknown[b])
+        for a, b, _ in near_copies([records[i].file for i in unknown], skip=together):
             parent[find(unknown[a])] = find(unknown[b])
     return [find(i) for i in range(len(records))]
