@@ -177,9 +177,9 @@ CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall"
 CRACK_NOTE = ("Bodies start from AugNet weights (trained without labels), where a row does not say \"from scratch\"; the paper's from "
               "ImageNet's. The tested rows are the nine baselines; the paper's ablation, on another set (IoU): "
               + ", ".join(f"{what} {number:.4f}" for what, number in published.CRACKS_ABLATION.items()) + ".")
-QUICK_NOTE = (" The epoch is the one that validation chose: by its loss in Context-CrackNet's (at both rates) and MAnet's DeepCrack rows "
-              "and segmentation_models_pytorch's on DeepCrack and the pooled sets, in all others, which are older, by its pooled IoU at 0.5, "
-              "by which DeepLabV3, PAN and \"without CAGM\" took DeepCrack's first, after half the steps.")
+QUICK_NOTE = (" The epoch is the one that validation chose: on DeepCrack that of the lowest loss; on CFD and the pooled sets, whose rows are "
+              "older but for segmentation_models_pytorch's on the latter, that of the highest pooled IoU at 0.5, in seven rows an earlier "
+              "one.")
 DEEPCRACK_NOTE = " DeepCrack's published split is kept; three of its photographs stand in both parts."
 
 # ---- the car-damage project's seven segmenters -------------------------------------------------------------------------------------
