@@ -9,7 +9,7 @@ setup(
     version="0.1.0",
     description="Surface-damage detection and segmentation: paper after paper, readable, fast, tested",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     install_requires=["torch>=2.11", "numpy", "pillow", "ninja", "pybind11"],
     extras_require={"test": ["pytest"]},
     packages=[*PACKAGES, "minidamage.csrc"],

@@ -599,8 +599,9 @@ def main(argv=None):
             code = perform(run)
         except RuntimeError as error:
             return lost(error, run)
-    if code != 1:                                                     # an error may be this process's alone: to leave together it would
-        distributed.end()                                             # wait for the others, and they for it
+    # An error may be this process's alone: to leave together it would wait for the others, and they for it.
+    if code != 1:
+        distributed.end()
     return code
 
 

@@ -100,7 +100,7 @@ def set_up(given):
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
-        torch.utils.deterministic.fill_uninitialized_memory = False   # of every new tensor, for whoever reads what it has not written
+        torch.utils.deterministic.fill_uninitialized_memory = False   # every new tensor, with NaN: nothing here reads what it did not write
         torch.backends.cudnn.benchmark = False
 
     dataset = open_data(args)
@@ -126,7 +126,7 @@ def set_up(given):
         check_own_sizes(parts["train"], recipe.batch_size // (args.accumulate * distributed.world()))
     if args.sync_bn and distributed.world() > 1:
         print(f"batch normalisation over all processes: {synchronise_norms(model)} layers")
-    if args.device.startswith("cuda"):
+    if args.device.startswith("cuda:"):                               # "cuda" is the current one as it is
         torch.cuda.set_device(args.device)                            # the streams and events of all that follows are this GPU's
     model.to(args.device)
     train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
@@ -494,8 +494,9 @@ def make_optimizer(model, recipe):
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if recipe.optimizer == "sgd":
         optimizer = torch.optim.SGD(parameters, lr=recipe.lr, momentum=recipe.momentum, weight_decay=recipe.weight_decay, fused=True)
-        for parameter in parameters if recipe.momentum else ():       # the fused step leaves its first momentum unwritten where it skips an
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)                  # overflow; from 0 it is the same
+        # A first step that skips an overflow would leave the fused form's momentum unwritten. From 0 the arithmetic is the same.
+        for parameter in parameters if recipe.momentum else ():
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
         return optimizer
     kind = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[recipe.optimizer]
     return kind(parameters, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)

@@ -177,9 +177,8 @@ CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall"
 CRACK_NOTE = ("Bodies start from AugNet weights (trained without labels), where a row does not say \"from scratch\"; the paper's from "
               "ImageNet's. The tested rows are the nine baselines; the paper's ablation, on another set (IoU): "
               + ", ".join(f"{what} {number:.4f}" for what, number in published.CRACKS_ABLATION.items()) + ".")
-QUICK_NOTE = (" The epoch is the one that validation chose: on DeepCrack that of the lowest loss; on CFD and the pooled sets, whose rows are "
-              "older but for segmentation_models_pytorch's on the latter, that of the highest pooled IoU at 0.5, in seven rows an earlier "
-              "one.")
+QUICK_NOTE = (" The epoch is the one that validation chose: on DeepCrack that of the lowest loss. CFD's rows and ours of the pooled sets are "
+              "older and have that of the highest pooled IoU at 0.5: in seven of them an earlier one.")
 DEEPCRACK_NOTE = " DeepCrack's published split is kept; three of its photographs stand in both parts."
 
 # ---- the car-damage project's seven segmenters -------------------------------------------------------------------------------------
@@ -390,7 +389,8 @@ RUNS += [made for twin in TWINS for run in RUNS if (made := twin.of(run))]
 CRACK_SCHEDULE = "448 px, up to 1,000 epochs of batch 32, a body from ImageNet"
 GLANCE = (
     ("DamageNet, cars: box AP50 (the paper: \"box mAP\" on other pictures)", published.DAMAGENET["box mAP"], "cars-longer-damagenet", "DamageNet",
-     "stats/bbox/AP50", True, "320 px, 28 epochs, ResNet-18", "1024 px, 280 epochs, a body not stated, seven times the pictures"),
+     "stats/bbox/AP50", True, "320 px, 28 epochs, ResNet-18",
+     "1024 px, 280 epochs, a body not stated, seven times the pictures"),
     ("DANet, steel: AP50", published.DANET[5][-1], "steel-short-phase5", PHASES[5], "stats/bbox/AP50", True, "400 px, 12 epochs",
      "30 epochs, a body from COCO"),
     *((f"{CRACK_NAMES[model]}, {name}: IoU", published.CRACKS[name][model][0], run, CRACK_NAMES[model], AT + "IoU", False, ours,

@@ -184,12 +184,22 @@ def test_a_killed_build_leaves_nothing_in_the_way(place, tmp_path):
 def test_the_library_of_a_process_is_torchs_own_and_may_lie_in_a_folder_with_spaces(monkeypatch):
     folder = pathlib.Path(torch.__file__).parent / "lib"
     lines = ["7f0-7f1 r-xp 00000000 08:01 12   /usr/lib/libgomp.so.1", "7f1-7f2 rw-p 00000000 00:00 0",
-             "7f2-7f3 r-xp 00000000 08:01 13   /my venv/lib/libgomp-a34b.so.1", f"7f3-7f4 r-xp 00000000 08:01 14   {folder}/libgomp.so.1"]
+             "7f2-7f3 r-xp 00000000 08:01 13   /my venv/lib/libgomp-a34b.so.1",
+             f"7f3-7f4 r-xp 00000000 08:01 15   {folder}/libgomp.so.1 (deleted)", f"7f3-7f4 r-xp 00000000 08:01 14   {folder}/libgomp.so.1"]
     found = []
     for text in (lines, lines[2:3], lines[1:2]):
         monkeypatch.setattr(_toolchain.pathlib.Path, "read_text", lambda _, text=text: "\n".join(text))
         found += _toolchain.loaded_library.__wrapped__("gomp|omp")
     assert found == [f"{folder}/libgomp.so.1", "/my venv/lib/libgomp-a34b.so.1"]
+
+
+def test_another_machines_unfinished_files_may_be_alive(tmp_path):
+    own, young, old = (tmp_path / f"a.o.partial-{host}-7" for host in (os.uname().nodename, "elsewhere", "gone"))
+    for path in (own, young, old):
+        path.touch()
+    os.utime(old, (0, 0))
+    with _extension._locked(tmp_path):
+        assert not own.exists() and young.exists() and not old.exists()
 
 
 def test_two_processes_build_once(place, tmp_path):

@@ -13,6 +13,7 @@ Read first: resnet.py. Read next: segmentation_losses.py, models/unet.py.
 """
 import dataclasses
 import math
+import types
 
 import torch
 from torch import nn
@@ -73,7 +74,7 @@ class Segmenter(nn.Module):
 
     def compile_static(self, backend):
         """Gives torch.compile what has shapes that follow from the pictures' sizes alone: the whole network."""
-        self.logits = torch.compile(self.logits, backend=backend)
+        self.logits = types.MethodType(torch.compile(type(self).logits, backend=backend), self)
 
     def forward(self, images, targets=None):
         """images: list of [3, H, W], or one tensor [N, 3, H, W]; uint8, or float in 0..1; all of one size.

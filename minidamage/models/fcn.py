@@ -16,6 +16,7 @@ its weights load. The project's recipes, three sets of hyper-parameters:
 Read first: layers/segmenter.py, layers/aspp.py. Read next: custom_segnets.py, custom_unets.py.
 """
 import dataclasses
+import types
 
 import torch
 from torch import nn
@@ -88,7 +89,7 @@ class FCN(Segmenter):
 
     def compile_static(self, backend):
         super().compile_static(backend)
-        self.both_logits = torch.compile(self.both_logits, backend=backend)
+        self.both_logits = types.MethodType(torch.compile(type(self).both_logits, backend=backend), self)
 
     def losses(self, images, targets):
         """As every segmenter's; with an auxiliary head also its losses, "loss_aux_...", times aux_weight."""

@@ -98,15 +98,17 @@ class RegionMeans(nn.AdaptiveAvgPool2d):
     def forward(self, x):
         if self.output_size == 1 or not torch.are_deterministic_algorithms_enabled():
             return super().forward(x)
-        rows, columns = (shares_of_regions(side, self.output_size, x) for side in x.shape[-2:])
-        return rows @ x @ columns.T
+        with torch.autocast(x.device.type, enabled=False):            # sums in float32, as the framework's own
+            rows, columns = (shares_of_regions(side, self.output_size, x.device) for side in x.shape[-2:])
+            return (rows @ x.float() @ columns.T).to(x.dtype)
 
 
-def shares_of_regions(side, regions, like):
-    """[regions, side], every row's sum 1: which cells AdaptiveAvgPool2d averages, those that touch the region's share of the side."""
-    region, cell = torch.arange(regions, device=like.device)[:, None], torch.arange(side, device=like.device)
+def shares_of_regions(side, regions, device):
+    """float32 [regions, side], every row's sum 1: which cells AdaptiveAvgPool2d averages, those that touch the region's share of the
+    side."""
+    region, cell = torch.arange(regions, device=device)[:, None], torch.arange(side, device=device)
     inside = (cell >= region * side // regions) & (cell * regions < (region + 1) * side)
-    return inside.to(like.dtype) / inside.sum(1, keepdim=True)
+    return inside / inside.sum(1, keepdim=True)
 
 
 class PooledRegions(nn.Module):

@@ -360,13 +360,14 @@ def _locked(folder):
         except OSError:
             locked = False
         if locked:
-            old = lambda path, seconds: time.time() - path.stat().st_mtime > seconds
-            for path in folder.glob("*.partial*"):                           # of a build that was killed; another machine's may be alive,
-                if f"-{os.uname().nodename}-" in path.name or old(path, 3600):          # for its lock is not always seen here
-                    path.unlink(missing_ok=True)
-            for path in [*folder.glob("*.o"), *folder.glob("*.so")]:         # of sources that are long gone
-                if old(path, 30 * 86400):
-                    path.unlink(missing_ok=True)
+            # What killed builds left, and sources that are long gone. Another machine's unfinished file may be alive: not every network
+            # disk shows its lock here.
+            own = f"-{os.uname().nodename}-"
+            for pattern, seconds in (("*.partial*", 3600), ("*.o", 30 * 86400), ("*.so", 30 * 86400)):
+                for path in folder.glob(pattern):
+                    with contextlib.suppress(FileNotFoundError):             # it was renamed meanwhile
+                        if time.time() - path.stat().st_mtime > seconds or ".partial" in path.name and own in path.name:
+                            path.unlink()
         yield
 
 

@@ -83,7 +83,7 @@ def loaded_library(names):
     with contextlib.suppress(OSError):
         for line in pathlib.Path("/proc/self/maps").read_text().splitlines():
             path = line.split(maxsplit=5)[-1]                                # the sixth field, which may hold spaces
-            if re.search(rf"/lib({names})[^/]*\.so", path):
+            if re.search(rf"/lib({names})[^/]*\.so", path) and not path.endswith(" (deleted)"):
                 found.append(path)
     return sorted(found, key=lambda path: not path.startswith(f"{pathlib.Path(torch.__file__).parent}{os.sep}"))[:1]
 
