@@ -60,7 +60,7 @@ def check_emulated(op, args, expected, tolerance=None):
     result = getattr(kernels, name)(*args)
     same(result, expected, tolerance, "emulated CUDA kernel and reference")
     first = outputs(result)[0]
-    assert not (first.is_floating_point() and first._is_view()), "autograd forbids in-place work, a relu_() say, on an output that is a view"
+    assert not (first.is_floating_point() and first._is_view()), "autograd forbids in-place work on an output that is a view"
 
 
 def check_gradients(op, reference, args, tolerance=None):
