@@ -177,8 +177,8 @@ CRACK_COLUMNS = {"IoU": AT + "IoU", "Dice": AT + "Dice", "recall": AT + "recall"
 CRACK_NOTE = ("Bodies start from AugNet weights (trained without labels), where a row does not say \"from scratch\"; the paper's from "
               "ImageNet's. The tested rows are the nine baselines; the paper's ablation, on another set (IoU): "
               + ", ".join(f"{what} {number:.4f}" for what, number in published.CRACKS_ABLATION.items()) + ".")
-QUICK_NOTE = (" The epoch is the one that validation chose: on DeepCrack that of the lowest loss. CFD's rows and ours of the pooled sets are "
-              "older and have that of the highest pooled IoU at 0.5: in seven of them an earlier one.")
+QUICK_NOTE = (" The epoch is the one that validation chose: on DeepCrack that of the lowest loss. CFD's rows (but U-Net++'s from scratch) "
+              "and ours of the pooled sets are older and have that of the highest pooled IoU at 0.5: in seven of them an earlier one.")
 DEEPCRACK_NOTE = " DeepCrack's published split is kept; three of its photographs stand in both parts."
 
 # ---- the car-damage project's seven segmenters -------------------------------------------------------------------------------------
