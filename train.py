@@ -188,8 +188,8 @@ def check_losses(read, targets, run, validating=False):
 def explain_losses(values, reports, run, validating):
     """The message of NonFiniteLoss; saves last.pt where the weights are still whole. reports: [each process's [(terms, files)]]."""
     state, recipe = run.state, run.recipe
-    broken_weights = not all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
-    whole = not distributed.any_of(broken_weights)                    # running statistics are each process's own
+    finite = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
+    whole = all(distributed.gather(finite))                           # running statistics are each process's own
     saved = save(run, "last.pt", {}) if whole and not validating else False       # else: the last.pt of before is the good one
     rate = run.optimizer.param_groups[0]["lr"]
     found = [(f" in process {rank}" if len(reports) > 1 else "", terms, files)

@@ -54,15 +54,16 @@ case "${1:-}" in
     what="${1#benchmark-}"
     for dtype in float32 bfloat16; do
       $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --budget 1 \
-        --json "$OUT/benchmark-gpu-$what${2:+-some}-$dtype.json" ${2:+--only "${@:2}"}
+        --json "$OUT/benchmark-gpu-$what${2:+-${2//[^a-zA-Z0-9_]/}}-$dtype.json" ${2:+--only "${@:2}"}
     done ;;
   waiting)
     failed=0
     bash results/gpu.sh tests box_coding deform_conv2d emulated focal_loss hostile_arguments linear_attention roi_align roi_pool \
       benchmark_models data_real no_waiting segmenters train train_segmentation || failed=1
     bash results/gpu.sh sanitize linear_attention deform_conv2d roi_align || failed=1
-    bash results/gpu.sh benchmark-models unet context_cracknet CAGM danet || failed=1
-    bash results/gpu.sh benchmark-ops linear_attention || failed=1
+    bash results/gpu.sh benchmark-ops linear_attention roi_pool paste_masks focal_loss nms code_boxes deterministic || failed=1
+    bash results/gpu.sh benchmark-models context_cracknet CAGM danet || failed=1
+    bash results/gpu.sh benchmark-models 448x448 || failed=1             # every segmenter, as far as the time reaches
     exit $failed ;;
   benchmark)
     bash results/gpu.sh benchmark-ops
