@@ -13,6 +13,8 @@
 #include <vector>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__aarch64__)
+#include <arm_neon.h>
 #endif
 
 namespace minidamage {
@@ -66,7 +68,10 @@ inline FloatVector multiply_add(FloatVector a, FloatVector b, FloatVector c) {
 #elif defined(__AVX__) && defined(__FMA__)
   return reinterpret_cast<FloatVector>(
       _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
-#else
+#elif defined(__aarch64__)
+  return reinterpret_cast<FloatVector>(
+      vfmaq_f32(reinterpret_cast<float32x4_t>(c), reinterpret_cast<float32x4_t>(a), reinterpret_cast<float32x4_t>(b)));
+#else  // -ffp-contract=off keeps these two operations
   return a * b + c;
 #endif
 }
@@ -77,7 +82,10 @@ inline DoubleVector multiply_add(DoubleVector a, DoubleVector b, DoubleVector c)
 #elif defined(__AVX__) && defined(__FMA__)
   return reinterpret_cast<DoubleVector>(
       _mm256_fmadd_pd(reinterpret_cast<__m256d>(a), reinterpret_cast<__m256d>(b), reinterpret_cast<__m256d>(c)));
-#else
+#elif defined(__aarch64__)
+  return reinterpret_cast<DoubleVector>(
+      vfmaq_f64(reinterpret_cast<float64x2_t>(c), reinterpret_cast<float64x2_t>(a), reinterpret_cast<float64x2_t>(b)));
+#else  // -ffp-contract=off keeps these two operations
   return a * b + c;
 #endif
 }

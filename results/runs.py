@@ -398,7 +398,7 @@ GLANCE = (
       for model, name, run, ours in (
           ("context_cracknet", "DeepCrack", "cracks-deepcrack-context-cracknet", "224 px, 8 epochs of batch 4"),
           ("unet", "DeepCrack", "cracks-deepcrack-unet", "224 px, 8 epochs of batch 4"),
-          ("context_cracknet", "CFD", "cracks-quick-cfd-context-cracknet", "224 px, 7 epochs of batch 4"),
+          ("context_cracknet", "CFD", "cracks-cfd-context-cracknet", "256 px, 30 epochs of batch 4"),
           ("unet", "CFD", "cracks-cfd-unet", "256 px, 30 epochs of batch 4"))),
     ("FCN-ResNet50, cars: any damage, IoU (the document: other pictures)", published.SEGMENTERS["fcn_resnet50"][1],
      "segmenters-fcn-resnet50", "FCN-ResNet50", ANY_DAMAGE + "IoU", False, "120 px, 164 steps", "240 px, 5 epochs of batch 16"))
