@@ -166,7 +166,7 @@ def check_own_sizes(records, at_once):
 
 
 def make_datasets(model, parts, recipe, seed, path):
-    """(what trains, what chooses) as the model's task needs them: outlines in original pixels, or label maps at the model's size."""
+    """(what trains, what chooses) as the model's task needs them: outlines, or label maps at the model's size."""
     if model.task == "segmentation":
         if recipe.multi_scale:
             raise ValueError(f"multi_scale: {model.name} takes pictures of one size (--size); jitter_scale varies what they show")
@@ -179,7 +179,7 @@ def make_datasets(model, parts, recipe, seed, path):
         raise ValueError(f"{path}: expected objects with boxes or outlines, because {model.name} is a detector, got pictures with masks of "
                          f"pixel labels: {counts}; train a segmentation model on them, such as --model unet")
     train_set = DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600))
-    val_set = DetectionDataset(parts["val"])
+    val_set = DetectionDataset(parts["val"], run_lengths=True)
     if "segm" in iou_types(model) and not train_set.with_masks:
         raise ValueError(f"{path}: expected objects with outlines, because {model.name} learns masks, got boxes alone")
     val_set.with_masks = train_set.with_masks                         # a val part of boxes alone, beside outlines: the box is the mask

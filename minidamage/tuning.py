@@ -4,7 +4,7 @@ A detector's: tau of DamageNet, section III.A, tuned there too; on which part is
 segmenter's of one class: where the pooled F1, and so the pooled IoU, is highest. With several classes the likeliest wins: nothing to
 choose.
 """
-from minidamage import distributed, masks
+from minidamage import distributed
 from minidamage.layers.detector import masks_in_form
 from minidamage.layers.segmenter import IGNORE
 from minidamage.metrics.detection import CocoEvaluator
@@ -18,16 +18,16 @@ NEARLY_ALL = 0.95                                                     # of the p
 def add_picture(evaluator, target, prediction, size):
     """Gives one picture's truth and prediction to the evaluator of its task. size: (h, w) of the picture.
 
-    target, prediction: with label_map [h, w], for a PixelEvaluator; or boxes, labels, ... and masks, as a detector's dataset and
-    model give them (the prediction's as run lengths), for a CocoEvaluator.
+    target, prediction: with label_map [h, w], for a PixelEvaluator; or boxes, labels, ... and masks as run lengths (the target's: rles),
+    as a detector's dataset and model give them, for a CocoEvaluator.
     """
     if "label_map" in target:
         truth = target["label_map"].numpy()
         evaluator.add_label_maps(truth, prediction["label_map"].numpy(), ignore=truth == IGNORE)
         return
     height, width = size
-    rles = masks.encode(target["masks"].numpy()) if "masks" in target else None
-    evaluator.add_truth(target["index"], target["boxes"], target["labels"], rles, target["iscrowd"], target["area"], height, width)
+    evaluator.add_truth(target["index"], target["boxes"], target["labels"], target.get("rles"), target["iscrowd"], target["area"], height,
+                        width)
     evaluator.add_detections(target["index"], prediction["boxes"], prediction["scores"], prediction["labels"], prediction.get("masks"))
 
 

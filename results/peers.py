@@ -50,6 +50,14 @@ def skeleton(package, build, *arguments):
         return [build(*arguments)]
 
 
+def with_pixels(image, target):
+    """The target with masks [G, H, W] where it has rles, which torchvision's models do not take."""
+    if "rles" not in target:
+        return target
+    found = [torch.from_numpy(masks.decode(rle)) for rle in target["rles"]]
+    return {**target, "masks": torch.stack(found) if found else torch.zeros((0, *image.shape[-2:]), dtype=torch.uint8)}
+
+
 class TorchvisionDetector:
     """What comes before FasterRCNN or MaskRCNN of ours among a class's parents: torchvision computes, our parameters learn."""
 
@@ -77,7 +85,7 @@ class TorchvisionDetector:
             if any("min_size" in target for target in targets):
                 raise ValueError("multi_scale: expected () with torchvision's model, whose sizes are drawn by itself")
             targets = [{key: target[key].to(device) for key in ("boxes", "labels", "masks")[:2 + with_masks]}
-                       for target in check_targets(images, targets, self.num_classes, with_masks)]
+                       for target in map(with_pixels, images, check_targets(images, targets, self.num_classes, with_masks))]
         return functional_call(self.peer[0], self.state_dict(keep_vars=True), (images, targets), strict=True)
 
     def losses(self, images, targets, generator=None):

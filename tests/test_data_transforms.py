@@ -207,10 +207,22 @@ def test_max_side_in_training_only(records):
         DetectionDataset(records, max_side=40)
 
 
+def test_masks_as_run_lengths_are_those_of_the_pixels(records):
+    records[0].masks[1] = None                                                       # an object of which the box is known
+    dense, coded = DetectionDataset(records), DetectionDataset(records, run_lengths=True)
+    for i in range(len(records)):
+        want, got = dense[i][1], coded[i][1]
+        pixels = want.pop("masks").numpy()
+        assert got.pop("rles") == (masks.encode(pixels) if len(pixels) else [])
+        assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in ("boxes", "labels", "area", "iscrowd"))
+    with pytest.raises(ValueError, match="run_lengths is for evaluation"):
+        DetectionDataset(records, train=True, run_lengths=True)
+
+
 def test_box_only_sets_have_no_masks(records):
     for record in records:
         record.masks = [None] * len(record.masks)
-    assert "masks" not in DetectionDataset(records)[0][1]
+    assert "masks" not in DetectionDataset(records)[0][1] and "rles" not in DetectionDataset(records, run_lengths=True)[0][1]
 
 
 def test_limit(records):

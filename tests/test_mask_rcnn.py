@@ -278,6 +278,23 @@ def test_crowd_regions_are_no_targets():
     assert model.losses_and_detections(images, plain)[0] == model.losses_and_detections(images, crowd)[0]
 
 
+@pytest.mark.parametrize("min_size", [96, 50])
+def test_masks_as_run_lengths_have_the_same_losses(min_size):
+    images, targets = two_pictures()
+    targets[0]["iscrowd"], targets[1] = torch.tensor([False, True]), {**targets[1], "iscrowd": torch.tensor([False, False])}
+    coded = [{**{k: v for k, v in t.items() if k != "masks"}, "rles": rle_masks.encode(t["masks"].numpy())} for t in targets]
+    model = small_model(min_size=min_size).eval()
+    want = model.losses_and_detections(images, targets)[0]
+    assert want["loss_mask"] > 0 and model.losses_and_detections(images, coded)[0] == want
+    assert torch.equal(*(model.transform(images, each)[1][1]["masks"] for each in (targets, coded)))
+    with pytest.raises(ValueError, match=r"expected 2 rles of size \[50, 112\].*, got 2 of \[\(96, 112\)\]"):
+        model.losses_and_detections([images[0][:, :50], images[1]], coded)
+    with pytest.raises(ValueError, match=r"expected 2 rles of size \[96, 112\] \(the picture's\), got 1"):
+        model.losses_and_detections(images, [{**t, "rles": t["rles"][:1]} for t in coded])
+    nothing = [{**no_objects(image), "rles": []} for image in images]
+    assert model.losses_and_detections(images, nothing)[0] == model.losses_and_detections(images, [*map(no_objects, images)])[0]
+
+
 def test_targets_without_crowds_stay_where_the_loader_put_them():
     """In pinned memory, with a GPU: a copy would be another megabyte an object, and waited for."""
     images, targets = two_pictures()

@@ -77,26 +77,29 @@ class DetectionDataset(RecordDataset):
     also has seed int, from (seed, epoch, index): what a detector's samplers draw for the picture.
     max_side: pictures are reduced to this longest side before augmentation (training only): faster, and 12-megapixel
     masks never exist. None: original pixels.
+    run_lengths=True (evaluation only): in place of masks the target has rles, G RLE dicts: twenty masks of 12 megapixels are 240 MB.
     Raises ValueError for records with label maps: where one damage ends and the next begins is not in them.
     """
 
-    def __init__(self, records, recipe=None, seed=0, train=False, max_side=None):
+    def __init__(self, records, recipe=None, seed=0, train=False, max_side=None, run_lengths=False):
         if max_side and not train:
             raise ValueError("max_side is for training: evaluation is scored in original pixels")
+        if run_lengths and train:
+            raise ValueError("run_lengths is for evaluation: training augments masks, and the model reads their pixels")
         super().__init__(records, recipe, seed, train)
         of_pixels = [r.file for r in self.records if r.label_map]
         if of_pixels:
             raise ValueError(f"a detector expects pictures with boxes or outlines, got {len(of_pixels)} with a mask of pixel labels "
                              f"(first: {of_pixels[0]}), which do not say what is one object and what is two. Train a segmentation "
                              "model on them, or annotate the objects")
-        self.max_side = max_side
+        self.max_side, self.run_lengths = max_side, run_lengths
         self.with_masks = any(m is not None for r in self.records for m in r.masks) or not any(len(r.masks) for r in self.records)
 
     def __getitem__(self, index):
         image, used, replaced = self._read(index)
         record = self.records[used]
         draw = self._draw(index)
-        image, boxes, masks, visible = transforms.apply(image, record, draw, self.with_masks)
+        image, boxes, masks, visible = transforms.apply(image, record, draw, self.with_masks and not self.run_lengths)
         keep = np.ones(len(boxes), bool)
         if self.train:
             sides = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf)
@@ -110,6 +113,8 @@ class DetectionDataset(RecordDataset):
             target["min_size"] = draw.shorter_side
         if masks is not None:
             target["masks"] = torch.from_numpy(masks if keep.all() else masks[keep])
+        elif self.with_masks:
+            target["rles"] = record.rles()
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target
 
     def _load(self, record):

@@ -9,6 +9,7 @@ import re
 
 import numpy as np
 
+from minidamage import masks as mask_codec
 from minidamage.data.label_maps import LabelMapFile
 
 
@@ -28,6 +29,16 @@ class Record:
     annotation_ids: np.ndarray                # [G] int64
     group: str = ""                           # vehicle or photograph: one group never lies in two splits; "" = not known
     label_map: LabelMapFile | None = None     # pixel labels in a file of their own; such a record has no objects (G = 0)
+
+    @property
+    def outlines(self):
+        """G entries: what `masks` has of each object, or the corners of its box where that is all that is known."""
+        corners = self.boxes[:, [0, 1, 2, 1, 2, 3, 0, 3]].reshape(-1, 4, 2)
+        return [[box] if mask is None else mask for mask, box in zip(self.masks, corners)]
+
+    def rles(self):
+        """G RLE dicts: the outlines in the picture's pixels."""
+        return [mask_codec.segmentation_to_rle(outline, self.height, self.width) for outline in self.outlines]
 
     @property
     def present(self):

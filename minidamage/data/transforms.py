@@ -239,8 +239,7 @@ def apply(image, record, draw, with_masks=True):
     if not with_masks:
         return image, boxes.astype(np.float32), None, visible
     masks = np.zeros((len(boxes), height, width), np.uint8)
-    for i, segmentation in enumerate(record.masks):
-        outline = segmentation if segmentation is not None else [record.boxes[i][[0, 1, 2, 1, 2, 3, 0, 3]].reshape(4, 2)]
+    for i, outline in enumerate(record.outlines):
         masks[i] = warp_mask(outline, objects, height, width)
     pixels = masks.sum((1, 2), dtype=np.int64)
     # against the outline's own area: what the file gives as "area" may be the box's, and a thin scratch fills little of its box

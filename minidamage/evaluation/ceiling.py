@@ -27,8 +27,7 @@ def mask_ceiling(records, class_names, size=28):
         raise ValueError(f"the ceiling of masks expects objects with outlines, got none in {len(records)} pictures")
     evaluator, ids = CocoEvaluator(class_names, ("bbox", "segm")), [record.image_id for record in records]
     for i, record in zip(ids if len(set(ids)) == len(ids) else range(len(ids)), records):      # parts of two files may share ids
-        outlines = [[box[[0, 1, 2, 1, 2, 3, 0, 3]]] if mask is None else mask for mask, box in zip(record.masks, record.boxes)]
-        rles = [masks.segmentation_to_rle(outline, record.height, record.width) for outline in outlines]
+        rles = record.rles()
         evaluator.add_truth(i, record.boxes, record.labels, rles, record.crowd, record.area, record.height, record.width)
         single = [k for k, crowd in enumerate(record.crowd) if not crowd]
         pasted = [through_the_head(rles[k], record.boxes[k], (record.height, record.width), size) for k in single]

@@ -4,7 +4,7 @@ import os
 import numpy as np
 import torch
 
-from minidamage import distributed, masks, run_folder
+from minidamage import distributed, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
 from minidamage.data.record import number_of
@@ -92,9 +92,9 @@ class Samples(torch.utils.data.Dataset):
     occlude: the share of each object that a patch hides in the picture, or None (occlusion.py)."""
 
     def __init__(self, records, with_masks, occlude=None):
-        pictures = DetectionDataset(records)
-        pictures.with_masks = False
-        self.records, self.with_masks, self.occlude, self.pictures = records, with_masks, occlude, occluded(pictures, occlude)
+        pictures = DetectionDataset(records, run_lengths=True)
+        pictures.with_masks = with_masks
+        self.records, self.occlude, self.pictures = records, occlude, occluded(pictures, occlude)
         ids = [r.image_id for r in records]
         self.ids = ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))        # parts of two files may share ids
 
@@ -108,10 +108,7 @@ class Samples(torch.utils.data.Dataset):
         record, (image, target) = self.records[index], self.pictures[index]
         truth = {"boxes": record.boxes, "labels": record.labels, "iscrowd": np.asarray(record.crowd, bool), "area": record.area,
                  "image_id": self.ids[index], "index": index, "file": record.file, "unreadable": target["replaced"]}
-        if self.with_masks:
-            outlines = [[box[[0, 1, 2, 1, 2, 3, 0, 3]]] if mask is None else mask for mask, box in zip(record.masks, record.boxes)]
-            truth["rles"] = [masks.segmentation_to_rle(outline, record.height, record.width) for outline in outlines]
-        return image, truth
+        return image, truth | ({"rles": target["rles"]} if "rles" in target else {})
 
 
 def confident(detection, thresholds, names):

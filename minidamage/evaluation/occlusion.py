@@ -90,10 +90,9 @@ def findings(record):
     if record.label_map is not None:
         return pieces(label_map(record))
     found = []
-    for outline, box, crowd in zip(record.masks, record.boxes, record.crowd):
+    for rle, crowd in zip(record.rles(), record.crowd):
         if crowd:
             continue
-        rle = masks.segmentation_to_rle([box[[0, 1, 2, 1, 2, 3, 0, 3]]] if outline is None else outline, record.height, record.width)
         x0, y0, x1, y1 = masks.to_boxes(rle).astype(int)
         found.append(((x0, y0), masks.decode(rle)[y0:y1, x0:x1] > 0))
     return found

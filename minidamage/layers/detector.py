@@ -71,7 +71,7 @@ class GeneralizedRCNNTransform(nn.Module):
 
 
 def resize_target(target, original_size, size, device):
-    """One picture's boxes, labels and masks in resized pixels; masks by nearest neighbour."""
+    """One picture's boxes, labels and masks in resized pixels; masks by nearest neighbour, rles one after the other."""
     resized = {"boxes": resize_boxes(target["boxes"].float(), original_size, size).to(device, non_blocking=True),
                "labels": target["labels"].to(device, non_blocking=True)}
     if "masks" in target:
@@ -81,6 +81,11 @@ def resize_target(target, original_size, size, device):
         elif masks.shape[-2:] != size:
             masks = F.interpolate(masks[:, None], size=size, mode="nearest")[:, 0]
         resized["masks"] = masks
+    elif "rles" in target:
+        masks = torch.zeros((len(target["rles"]), *size), dtype=torch.uint8)
+        for mask, rle in zip(masks, target["rles"]):
+            mask.copy_(F.interpolate(torch.from_numpy(rle_masks.decode(rle))[None, None], size=size, mode="nearest")[0, 0])
+        resized["masks"] = masks.to(device, non_blocking=True)
     return resized
 
 
@@ -118,7 +123,7 @@ def check_targets(images, targets, num_classes, masks=True):
     checked = []
     for i, (image, target) in enumerate(zip(images, targets)):
         where = f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})"
-        needed = ("boxes", "labels", "masks") if masks else ("boxes", "labels")
+        needed = ("boxes", "labels", *(["rles" if "rles" in target else "masks"] if masks else []))
         absent = [key for key in needed if key not in target]
         if absent:
             raise ValueError(f"{where}: expected the keys {', '.join(needed)}, got {', '.join(target)}; missing: {', '.join(absent)}")
@@ -127,7 +132,12 @@ def check_targets(images, targets, num_classes, masks=True):
         if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != (G,):
             raise ValueError(f"{where}: expected boxes [G, 4] and labels [G], got {list(boxes.shape)} and {list(labels.shape)}; "
                              "without objects, torch.zeros(0, 4) and torch.zeros(0, dtype=torch.int64)")
-        if masks and G and tuple(target["masks"].shape) != (G, *image.shape[-2:]):
+        if "rles" in needed:
+            sizes = [tuple(rle["size"]) for rle in target["rles"]]
+            if sizes != [tuple(image.shape[-2:])] * G:
+                raise ValueError(f"{where}: expected {G} rles of size {list(image.shape[-2:])} (the picture's), got {len(sizes)} of "
+                                 f"{sorted(set(sizes))}; resize pictures and masks together")
+        elif masks and G and tuple(target["masks"].shape) != (G, *image.shape[-2:]):
             raise ValueError(f"{where}: expected masks [{G}, {image.shape[-2]}, {image.shape[-1]}] (the picture's size), got "
                              f"{list(target['masks'].shape)}; resize pictures and masks together")
         if boxes.is_cpu and G:
@@ -135,9 +145,14 @@ def check_targets(images, targets, num_classes, masks=True):
         crowd = target.get("iscrowd")
         if crowd is not None and G and (not crowd.is_cpu or crowd.any()):      # else as they are: a copy would leave pinned memory
             keep = ~crowd.bool()
-            target = {**target, **{key: target[key][keep.to(target[key].device)] for key in needed}}
+            target = {**target, **{key: only(target[key], keep) for key in needed}}
         checked.append(target)
     return checked
+
+
+def only(values, keep):
+    """The entries of a tensor or a list where keep [G] bool is set."""
+    return [value for value, kept in zip(values, keep.tolist()) if kept] if isinstance(values, list) else values[keep.to(values.device)]
 
 
 def check_values(where, boxes, labels, num_classes):

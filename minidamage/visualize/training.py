@@ -50,7 +50,7 @@ def _what_is_there(target):
 
 
 def _masks(target):
-    return target["masks"].cpu().numpy().astype(bool) if target.get("masks") is not None else None
+    return target["masks"].cpu().numpy().astype(bool) if "masks" in target else target.get("rles")
 
 
 def _file_name(file):
