@@ -9,7 +9,7 @@ from PIL import Image, ImageDraw
 from data_sets import picture, vehide_set
 from minidamage import masks
 from minidamage.config import Recipe
-from minidamage.data import DetectionDataset, collate, limit, load_dataset
+from minidamage.data import DetectionDataset, SegmentationDataset, collate, limit, load_dataset
 from minidamage.data import transforms
 from minidamage.data.record import Record
 
@@ -205,6 +205,15 @@ def test_max_side_in_training_only(records):
     assert image.shape == (3, 36, 40) and target["masks"].shape[1:] == (36, 40) and target["boxes"].max() <= 40
     with pytest.raises(ValueError, match="original pixels"):
         DetectionDataset(records, max_side=40)
+
+
+def test_a_dataset_is_walked_to_its_end(records):
+    dataset = DetectionDataset(records)
+    assert [target["index"] for _, target in dataset] == list(range(6)) and dataset[-1][1]["index"] == 5
+    pixels = SegmentationDataset(records, image_size=32)
+    assert [target["index"] for _, target in pixels] == list(range(6))
+    with pytest.raises(IndexError):
+        dataset[6]
 
 
 def test_masks_as_run_lengths_are_those_of_the_pixels(records):

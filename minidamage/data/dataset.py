@@ -96,6 +96,7 @@ class DetectionDataset(RecordDataset):
         self.with_masks = any(m is not None for r in self.records for m in r.masks) or not any(len(r.masks) for r in self.records)
 
     def __getitem__(self, index):
+        index = range(len(self))[index]                       # IndexError past the end, which ends `for image, target in dataset`
         image, used, replaced = self._read(index)
         record = self.records[used]
         draw = self._draw(index)
@@ -149,6 +150,7 @@ class SegmentationDataset(RecordDataset):
                              "python -m minidamage.data PATH shows which values the masks hold")
 
     def __getitem__(self, index):
+        index = range(len(self))[index]
         (image, labels), used, replaced = self._read(index)
         record = self.records[used]
         if self.image_size:
