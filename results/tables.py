@@ -205,8 +205,8 @@ def learning_text():
                       "pictures are augmented, which alone raises their loss.)"])
 
 
-BENCHMARKS = ("ops", "boxes", "models", "segmenters", "val2017", "eval", "data", "chunked-attention", "call-torch2.11", "call-torch2.14",
-              "xeon-ops", "xeon-attention")
+BENCHMARKS = ("ops", "epyc-ops", "models", "segmenters", "val2017", "eval", "data", "chunked-attention", "call-torch2.11",
+              "call-torch2.14")
 # The rows that the README shows; results/speed.md has all of them, and what they were measured with.
 SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
          "nms 20000 boxes, IoU 0.5", "decode_boxes 250000 forward, cut at the border",
