@@ -205,8 +205,8 @@ def learning_text():
                       "pictures are augmented, which alone raises their loss.)"])
 
 
-BENCHMARKS = ("ops", "epyc-ops", "models", "segmenters", "val2017", "eval", "data", "chunked-attention", "call-torch2.11",
-              "call-torch2.14")
+BENCHMARKS = ("ops", "models", "epyc-ops", "epyc-models", "epyc-segmenters", "val2017", "eval", "data", "chunked-attention",
+              "call-torch2.11", "call-torch2.14")
 # The rows that the README shows; results/speed.md has all of them, and what they were measured with.
 SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
          "nms 20000 boxes, IoU 0.5", "decode_boxes 250000 forward, cut at the border",
@@ -218,7 +218,7 @@ SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,2
          "softmax_focal_loss (1000, 91) sum forward+backward", "maskrcnn_resnet50_fpn inference 512x512, batch 1, float32",
          "maskrcnn_resnet50_fpn inference 1024x1024, batch 1, float32", "maskrcnn_resnet50_fpn training step 512x512, batch 1, float32",
          "fasterrcnn_resnet50_fpn training step 512x512, batch 1, float32", "danet phase=5 training step 256x256, batch 1, float32",
-         "unet training step 448x448, batch 1, float32", "fpn inference 448x448, batch 1, float32",
+         "unet training step 448x448, batch 2, float32", "fpn inference 448x448, batch 1, float32",
          "context_cracknet inference 448x448, batch 1, float32", "context_cracknet training step 448x448, batch 2, float32",
          "CAGM block forward+backward 448x448, batch 4, float32",
          "COCO bbox, val2017's size (5000 pictures, 36781 truths and detections), 80 classes",
