@@ -182,7 +182,7 @@ def make_datasets(model, parts, recipe, seed, path):
     val_set = DetectionDataset(parts["val"], run_lengths=True)
     if "segm" in iou_types(model) and not train_set.with_masks:
         raise ValueError(f"{path}: expected objects with outlines, because {model.name} learns masks, got boxes alone")
-    val_set.with_masks = train_set.with_masks                         # a val part of boxes alone, beside outlines: the box is the mask
+    val_set.with_masks = "segm" in iou_types(model)                   # a val part of boxes alone, beside outlines: the box is the mask
     return train_set, val_set
 
 

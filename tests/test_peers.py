@@ -76,7 +76,7 @@ def same_training_step(ours, theirs, batch):
     """Losses, all gradients, and what the step leaves in the norms' running statistics.
 
     Rounding may put a ReLU's input on the other side of 0, and with norms over two pictures one such input moves gradients by hundredths.
-    So where they differ, ours with weights moved by their last digit has to have theirs, in one of eight trials.
+    So where they differ, ours with its weights moved by their last digit has to give the peer's gradients in one of eight trials.
     """
     start, found = copy.deepcopy(ours), [model(*batch) for model in (ours, theirs)]
     assert found[0].keys() == found[1].keys()

@@ -70,7 +70,7 @@ class DetectionDataset(RecordDataset):
 
     dataset[i] -> (image uint8 [3, H, W] RGB, target) with target: boxes f32 [G, 4] xyxy px, labels i64 [G] 1..K, masks u8 [G, H, W],
     iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
-    that this sample stands in for, "" as a rule). Sets without any outline (boxes only) have no "masks".
+    that this sample stands in for, "" as a rule). Sets without any outline (boxes only) have neither masks nor rles.
 
     train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay. With the
     recipe's multi_scale the target has also min_size int, the pixels that the model resizes the shorter side to. The target

@@ -62,8 +62,11 @@ def kept_epochs(run):
 def score_epoch(model, names, records, device):
     """{"loss", "pixel/IoU", ...} on the records, at the size that the model trains at, at 0.5; as train.py validates."""
     segments = model.task == "segmentation"
-    dataset = SegmentationDataset(records, image_size=model.config.image_size) if segments else DetectionDataset(records,
-                                                                                                                     run_lengths=True)
+    if segments:
+        dataset = SegmentationDataset(records, image_size=model.config.image_size)
+    else:
+        dataset = DetectionDataset(records, run_lengths=True)
+        dataset.with_masks = "segm" in iou_types(model)               # in a part of boxes alone, the box is the mask
     evaluator = PixelEvaluator(names) if segments else CocoEvaluator(names, iou_types(model))
     total, progress = 0.0, Progress(len(dataset), device=device)
     for images, targets in torch.utils.data.DataLoader(dataset, batch_size=1, collate_fn=collate):

@@ -71,7 +71,7 @@ class GeneralizedRCNNTransform(nn.Module):
 
 
 def resize_target(target, original_size, size, device):
-    """One picture's boxes, labels and masks in resized pixels; masks by nearest neighbour, rles one after the other."""
+    """One picture's boxes, labels and masks in resized pixels; masks by nearest neighbour, made of rles one by one where it has those."""
     resized = {"boxes": resize_boxes(target["boxes"].float(), original_size, size).to(device, non_blocking=True),
                "labels": target["labels"].to(device, non_blocking=True)}
     if "masks" in target:
@@ -123,7 +123,8 @@ def check_targets(images, targets, num_classes, masks=True):
     checked = []
     for i, (image, target) in enumerate(zip(images, targets)):
         where = f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})"
-        needed = ("boxes", "labels", *(["rles" if "rles" in target else "masks"] if masks else []))
+        form = "rles" if "rles" in target and "masks" not in target else "masks"
+        needed = ("boxes", "labels", form) if masks else ("boxes", "labels")
         absent = [key for key in needed if key not in target]
         if absent:
             raise ValueError(f"{where}: expected the keys {', '.join(needed)}, got {', '.join(target)}; missing: {', '.join(absent)}")

@@ -15,7 +15,7 @@ import sys
 
 import torch
 
-# -ffp-contract=off: sums and products are rounded as they are written, the same on every processor and in the references.
+# -ffp-contract=off: sums and products are rounded as they are written (gemm.h asks for fused ones by name), the same on every processor and in the references.
 OPTIMISE = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 
 
