@@ -59,7 +59,7 @@ void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, 
     }
     return;
   }
-  T row[NR<T>] = {};
+  T row[NR<T>] = {};  // written in full below, which gcc for aarch64 does not see
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i) {
     store_vector(row, sum[i][0]);

@@ -175,8 +175,8 @@ class FasterRCNN(nn.Module):
         """images: list of [3, H, W] uint8 or float in 0..1, sizes may differ.
 
         Training: targets, a list of dicts boxes [G, 4] float xyxy, labels [G] int64 1..K (G may be 0), with a mask branch also masks
-        [G, H, W] uint8 (or rles, G RLE dicts), all in the pictures' own pixels; returns {"loss_classifier", "loss_box_reg", "loss_objectness",
-        "loss_rpn_box_reg"} and, with a mask branch, "loss_mask".
+        [G, H, W] uint8 (or rles, G RLE dicts), all in the pictures' own pixels; returns {"loss_classifier", "loss_box_reg",
+        "loss_objectness", "loss_rpn_box_reg"} and, with a mask branch, "loss_mask".
         Evaluation: returns a list of dicts boxes [D, 4], labels [D], scores [D], with a mask branch also masks [D, 1, H, W] float,
         without gradients. Raises ValueError for pictures or targets that do not fit, naming the picture.
         """

@@ -15,7 +15,8 @@ import sys
 
 import torch
 
-# -ffp-contract=off: sums and products are rounded as they are written (gemm.h asks for fused ones by name), the same on every processor and in the references.
+# -ffp-contract=off: sums and products are rounded as they are written, the same on every processor and in the references; the
+# multiply-adds of gemm.h alone are fused, where the processor has them.
 OPTIMISE = ["-O3", "-fPIC", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=off", "-fvisibility=hidden", "-Wall"]
 
 

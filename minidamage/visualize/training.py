@@ -15,7 +15,8 @@ def draw_first_batch(path, images, targets, class_names):
 def draw_predictions(path, shown, class_names, thresholds, title):
     """Draws truth beside prediction, a row a picture.
 
-    shown: list of (image uint8 [3, H, W], target dict with rles, masks or neither, detection dict with masks as RLEs or absent, or dict of label_map [H, W]).
+    shown: list of (image uint8 [3, H, W], target dict with rles, masks or neither, detection dict with masks as RLEs or absent, or dict
+    of label_map [H, W]).
     thresholds: {class name: score}; detections below their class's threshold are left out, as they would be in use.
     """
     pictures, titles = [], []
