@@ -293,7 +293,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
         *car_runs("cars-longer", CARS_SMALL.replace("--epochs 14", "--epochs 28"), "cpu", "{data}/car_vehide_layout", (0,),
                   (90, None))[:2],
         *steel_runs("steel", NEU_SMALL, "cpu", (1, 5), (0,), (45, None)),
-        *crack_runs("cracks", CRACKS_SMALL, "cpu", "cfd", ("context_cracknet", "unet"), (0,), (40, None)),
+        *crack_runs("cracks", CRACKS_SMALL, "cpu", "cfd", ("context_cracknet", "unet"), (0, 1, 2), (40, None)),
         *(run for which, epochs in QUICK_EPOCHS.items()
           for run in crack_runs("cracks-quick", f"{CRACKS_QUICK} --epochs {epochs}", "cpu", which,
                                 LEADING if which == "cracks448" else ("context_cracknet", *BASELINES), (0,), (5, None),
@@ -398,6 +398,7 @@ GLANCE = (
       for model, name, run, ours in (
           ("context_cracknet", "DeepCrack", "cracks-deepcrack-context-cracknet", "224 px, 8 epochs of batch 4"),
           ("unet", "DeepCrack", "cracks-deepcrack-unet", "224 px, 8 epochs of batch 4"),
+          ("unetplusplus", "DeepCrack", "cracks-deepcrack-unetplusplus", "224 px, 8 epochs of batch 4"),
           ("context_cracknet", "CFD", "cracks-cfd-context-cracknet", "256 px, 30 epochs of batch 4"),
           ("unet", "CFD", "cracks-cfd-unet", "256 px, 30 epochs of batch 4"))),
     ("FCN-ResNet50, cars: any damage, IoU (the document: other pictures)", published.SEGMENTERS["fcn_resnet50"][1],
