@@ -25,6 +25,7 @@ from minidamage.config import Recipe, apply_settings, from_dict
 from minidamage.data import DetectionDataset, SegmentationDataset, limit, load_dataset
 from minidamage.data.anchor_choice import choose_anchors, fit_of, training_sides
 from minidamage.data.flags import reading
+from minidamage.data.record import outlined
 from minidamage.data.split import from_names, groups_across, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.layers.sync_batch_norm import synchronise_norms
@@ -178,12 +179,12 @@ def make_datasets(model, parts, recipe, seed, path):
         counts = " and ".join(f"{number} of {len(parts[name])} in the {name} part" for name, number in of_pixels.items())
         raise ValueError(f"{path}: expected objects with boxes or outlines, because {model.name} is a detector, got pictures with masks of "
                          f"pixel labels: {counts}; train a segmentation model on them, such as --model unet")
-    train_set = DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600))
-    val_set = DetectionDataset(parts["val"], run_lengths=True)
-    if "segm" in iou_types(model) and not train_set.with_masks:
+    learns_masks = "segm" in iou_types(model)
+    if learns_masks and not outlined(parts["train"]):
         raise ValueError(f"{path}: expected objects with outlines, because {model.name} learns masks, got boxes alone")
-    val_set.with_masks = "segm" in iou_types(model)                   # a val part of boxes alone, beside outlines: the box is the mask
-    return train_set, val_set
+    return (DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600),
+                             mask_form="dense" if learns_masks else "none"),
+            DetectionDataset(parts["val"], mask_form="rle" if learns_masks else "none"))
 
 
 def scored_set(train_set, val_set, count):

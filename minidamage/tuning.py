@@ -16,19 +16,13 @@ NEARLY_ALL = 0.95                                                     # of the p
 
 
 def add_picture(evaluator, target, prediction, size):
-    """Gives one picture's truth and prediction to the evaluator of its task. size: (h, w) of the picture.
-
-    target, prediction: with label_map [h, w], for a PixelEvaluator; or boxes, labels, ... and masks as run lengths (the target's: rles),
-    as a detector's dataset and model give them, for a CocoEvaluator.
-    """
+    """Gives one picture's truth and prediction to the evaluator of its task: with label_map [h, w] to a PixelEvaluator, else, as
+    CocoEvaluator.add_picture takes them, to that one. size: (h, w) of the picture."""
     if "label_map" in target:
         truth = target["label_map"].numpy()
         evaluator.add_label_maps(truth, prediction["label_map"].numpy(), ignore=truth == IGNORE)
-        return
-    height, width = size
-    evaluator.add_truth(target["index"], target["boxes"], target["labels"], target.get("rles"), target["iscrowd"], target["area"], height,
-                        width)
-    evaluator.add_detections(target["index"], prediction["boxes"], prediction["scores"], prediction["labels"], prediction.get("masks"))
+    else:
+        evaluator.add_picture(target["index"], target, prediction, size)
 
 
 def score_mask_thresholds(model, batches, class_names, iou_types, stop):

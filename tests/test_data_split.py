@@ -118,6 +118,15 @@ def test_near_duplicates_are_found_and_others_are_not(copies):
     assert sum(any(r.file == str(copies[0]) for r in p) and any("mirrored" in r.file for r in p) for p in parts.values()) == 1
 
 
+def test_copies_are_told_by_groups(copies, tmp_path):
+    """Of many copies as many links as it takes to join them, not every pair; the same bytes first."""
+    for k, source in enumerate((3, 3, 5)):
+        (tmp_path / f"again{k}.png").write_bytes(copies[source].read_bytes())
+    files = copies + [tmp_path / f"again{k}.png" for k in range(3)]
+    (threes, same), (fives, also), (noise, bits) = duplicates.groups_of_copies(files)
+    assert (threes, fives, noise) == ([3, 15, 16], [5, 17], [0, 10, 11, 12, 13, 14]) and same == also == -1 and 0 <= bits <= 48
+
+
 def test_textures_under_one_lamp_are_no_copies(tmp_path):
     """A gradient over noise: the hash sees the gradient alone, the detail tells the pictures apart and finds the re-saved one."""
     gradient = np.broadcast_to(np.linspace(0, 120, 128), (96, 128)) + 60

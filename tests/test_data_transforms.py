@@ -218,20 +218,33 @@ def test_a_dataset_is_walked_to_its_end(records):
 
 def test_masks_as_run_lengths_are_those_of_the_pixels(records):
     records[0].masks[1] = None                                                       # an object of which the box is known
-    dense, coded = DetectionDataset(records), DetectionDataset(records, run_lengths=True)
+    dense, coded = DetectionDataset(records), DetectionDataset(records, mask_form="rle")
     for i in range(len(records)):
         want, got = dense[i][1], coded[i][1]
         pixels = want.pop("masks").numpy()
         assert got.pop("rles") == (masks.encode(pixels) if len(pixels) else [])
         assert want.keys() == got.keys() and all(torch.equal(want[key], got[key]) for key in ("boxes", "labels", "area", "iscrowd"))
-    with pytest.raises(ValueError, match="run_lengths is for evaluation"):
-        DetectionDataset(records, train=True, run_lengths=True)
+    with pytest.raises(ValueError, match="is for evaluation"):
+        DetectionDataset(records, train=True, mask_form="rle")
+    with pytest.raises(ValueError, match="expected one of dense, rle, none, got 'pixels'"):
+        DetectionDataset(records, mask_form="pixels")
+
+
+def test_boxes_follow_the_outlines_where_masks_are_not_learned(records):
+    """A box detector's boxes are those of a mask detector, in every augmented sample; it gets no masks."""
+    dense, none = (DetectionDataset(records, RECIPE, train=True, mask_form=form) for form in ("dense", "none"))
+    for i in range(len(records)):
+        want, got = dense[i][1], none[i][1]
+        assert "masks" not in got and want.keys() - got.keys() == {"masks"} and torch.equal(want["boxes"], got["boxes"])
 
 
 def test_box_only_sets_have_no_masks(records):
     for record in records:
         record.masks = [None] * len(record.masks)
-    assert "masks" not in DetectionDataset(records)[0][1] and "rles" not in DetectionDataset(records, run_lengths=True)[0][1]
+    assert not {"masks", "rles"} & DetectionDataset(records)[0][1].keys()
+    boxes = DetectionDataset(records, mask_form="dense")[0][1]                       # asked for: an object is its box
+    x0, y0, x1, y1 = map(int, boxes["boxes"][0])
+    assert boxes["masks"][0].sum() == boxes["masks"][0, y0:y1, x0:x1].sum() == (y1 - y0) * (x1 - x0)
 
 
 def test_limit(records):

@@ -196,8 +196,7 @@ def test_a_segmenter_is_scored_on_covered_pictures(tmp_path, monkeypatch):
 def test_on_the_real_car_set(real_data):
     records = load_dataset(str(real_data / "car_vehide_layout"), quiet=True).parts["train"]
     records = [record for record in records if 0 < len(record.labels)][:12]
-    dataset = DetectionDataset(records)
-    dataset.with_masks = False
+    dataset = DetectionDataset(records, mask_form="none")
     for record, (image, _) in zip(records, (dataset[i] for i in range(len(records)))):
         for number, (_, inside) in enumerate(findings(record)):
             rng = np.random.default_rng([0, record.image_id, number])

@@ -20,6 +20,7 @@ TINY_SIDE = 8                                  # pixels in a picture reduced to 
 TRAINING_SIDE = 1024                           # DamageNet's pictures
 RARE = 20                                      # objects in train; fewer are seldom learned
 BOX_AGREES = 0.5                               # IoU of the file's box with the mask's own
+MOST_COPIES = 4                                # of one group, by name
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,28 +177,20 @@ def _decoding(everything):
 
 
 def _copies(everything):
-    """Exact copies by bytes and near-duplicates by hash, within a part and across parts."""
-    files = [r.file for _, r in everything]
-    parts = [part for part, _ in everything]
-    by_digest = collections.defaultdict(list)
-    for i, file in enumerate(files):
-        by_digest[duplicates.content_digest(file)].append(i)
-    pairs = {(i, j): "the same bytes" for same in by_digest.values() for k, i in enumerate(same) for j in same[k + 1:]}
-    exact = len(pairs)
-    for i, j, bits in duplicates.near_copies(files):
-        pairs.setdefault((i, j), f"{bits} of {duplicates.HASH_BITS} bits differ")
-    line = lambda i, j: f"{parts[i]}/{os.path.basename(files[i])} = {parts[j]}/{os.path.basename(files[j])} ({pairs[i, j]})"
-    across = [line(i, j) for i, j in sorted(pairs) if parts[i] != parts[j]]
-    within = [line(i, j) for i, j in sorted(pairs) if parts[i] == parts[j]]
+    """Exact copies by bytes and near-duplicates by hash, within a part and across parts, a line for each group of them."""
+    names = [f"{part}/{os.path.basename(r.file)}" for part, r in everything]
+    across, within = [], []
+    for group, bits in duplicates.groups_of_copies([r.file for _, r in everything]):
+        listed = " = ".join(names[i] for i in group[:MOST_COPIES]) + f" and {len(group) - MOST_COPIES} more" * (len(group) > MOST_COPIES)
+        line = f"{listed} ({'the same bytes' if bits < 0 else f'up to {bits} of {duplicates.HASH_BITS} bits differ'})"
+        (across if len({everything[i][0] for i in group}) > 1 else within).append(line)
     out = []
     if across:
-        out.append(Finding("error", f"{number_of(len(across), 'pair')} of copies or near-duplicates across parts: what is reported was "
+        out.append(Finding("error", f"{number_of(len(across), 'group')} of copies or near-duplicates across parts: what is reported was "
                                     "trained on. --split 70/15/15 keeps them together", tuple(across)))
     if within:
-        out.append(Finding("note", f"{number_of(len(within), 'pair')} of copies or near-duplicates within one part; a split "
+        out.append(Finding("note", f"{number_of(len(within), 'group')} of copies or near-duplicates within one part; a split "
                            "keeps them together", tuple(within)))
-    if exact:
-        out.append(Finding("warning", f"{number_of(exact, 'pair is', 'pairs are')} the same file, byte by byte"))
     return out
 
 

@@ -8,6 +8,9 @@ from PIL import Image
 from minidamage.data import transforms
 from minidamage.data.label_maps import IGNORE, label_map
 from minidamage.data.pictures import read_image
+from minidamage.data.record import outlined
+
+MASK_FORMS = ("dense", "rle", "none")
 
 
 class RecordDataset(torch.utils.data.Dataset):
@@ -68,39 +71,44 @@ class RecordDataset(torch.utils.data.Dataset):
 class DetectionDataset(RecordDataset):
     """Pictures and targets for a detector.
 
-    dataset[i] -> (image uint8 [3, H, W] RGB, target) with target: boxes f32 [G, 4] xyxy px, labels i64 [G] 1..K, masks u8 [G, H, W],
+    dataset[i] -> (image uint8 [3, H, W] RGB, target) with target: boxes f32 [G, 4] xyxy px, labels i64 [G] 1..K, the masks,
     iscrowd bool [G], area f64 [G] px, image_id int, file str, index int (position in `records`), replaced str (the corrupt file
-    that this sample stands in for, "" as a rule). Sets without any outline (boxes only) have neither masks nor rles.
+    that this sample stands in for, "" as a rule).
+
+    mask_form: "dense", masks u8 [G, H, W]; "rle" (evaluation only), rles, G RLE dicts: twenty masks of 12 megapixels are 240 MB;
+    "none". In the first two, an object without an outline is its box. Default: dense, or none where no object has an outline.
 
     train=True: augmented by the recipe; crowd regions and objects that vanish are no targets; pictures without objects stay. With the
     recipe's multi_scale the target has also min_size int, the pixels that the model resizes the shorter side to. The target
     also has seed int, from (seed, epoch, index): what a detector's samplers draw for the picture.
     max_side: pictures are reduced to this longest side before augmentation (training only): faster, and 12-megapixel
     masks never exist. None: original pixels.
-    run_lengths=True (evaluation only): in place of masks the target has rles, G RLE dicts: twenty masks of 12 megapixels are 240 MB.
     Raises ValueError for records with label maps: where one damage ends and the next begins is not in them.
     """
 
-    def __init__(self, records, recipe=None, seed=0, train=False, max_side=None, run_lengths=False):
+    def __init__(self, records, recipe=None, seed=0, train=False, max_side=None, mask_form=None):
         if max_side and not train:
             raise ValueError("max_side is for training: evaluation is scored in original pixels")
-        if run_lengths and train:
-            raise ValueError("run_lengths is for evaluation: training augments masks, and the model reads their pixels")
+        if mask_form not in (None, *MASK_FORMS):
+            raise ValueError(f"mask_form: expected one of {', '.join(MASK_FORMS)}, got {mask_form!r}")
+        if mask_form == "rle" and train:
+            raise ValueError('mask_form="rle" is for evaluation: training augments masks, and the model reads their pixels')
         super().__init__(records, recipe, seed, train)
         of_pixels = [r.file for r in self.records if r.label_map]
         if of_pixels:
             raise ValueError(f"a detector expects pictures with boxes or outlines, got {len(of_pixels)} with a mask of pixel labels "
                              f"(first: {of_pixels[0]}), which do not say what is one object and what is two. Train a segmentation "
                              "model on them, or annotate the objects")
-        self.max_side, self.run_lengths = max_side, run_lengths
-        self.with_masks = any(m is not None for r in self.records for m in r.masks) or not any(len(r.masks) for r in self.records)
+        self.max_side, self.outlined = max_side, outlined(self.records)
+        self.mask_form = mask_form or ("dense" if self.outlined else "none")
 
     def __getitem__(self, index):
         index = range(len(self))[index]                       # IndexError past the end, which ends `for image, target in dataset`
         image, used, replaced = self._read(index)
         record = self.records[used]
         draw = self._draw(index)
-        image, boxes, masks, visible = transforms.apply(image, record, draw, self.with_masks and not self.run_lengths)
+        follow = self.train and self.outlined                 # augmented boxes are those of the outlines, whoever learns the masks
+        image, boxes, masks, visible = transforms.apply(image, record, draw, self.mask_form == "dense" or follow)
         keep = np.ones(len(boxes), bool)
         if self.train:
             sides = (boxes[:, 2:] - boxes[:, :2]).min(1, initial=np.inf)
@@ -112,9 +120,9 @@ class DetectionDataset(RecordDataset):
             target["seed"] = int(np.random.SeedSequence([self.seed, int(self._epoch), index, 1]).generate_state(1)[0])
         if draw.shorter_side:
             target["min_size"] = draw.shorter_side
-        if masks is not None:
+        if self.mask_form == "dense":
             target["masks"] = torch.from_numpy(masks if keep.all() else masks[keep])
-        elif self.with_masks:
+        elif self.mask_form == "rle":
             target["rles"] = record.rles()
         return torch.from_numpy(image).permute(2, 0, 1).contiguous(), target
 

@@ -5,6 +5,7 @@ recoloured copies differ in a few bits; unrelated photographs in about half of t
 but its gradient, which fills the hash: 1,417 pairs of NEU-DET's pictures are near, thirteen of them alike. So a near pair also has to
 agree in its detail, what is finer than an eighth of the picture.
 """
+import collections
 import functools
 import hashlib
 import os
@@ -108,27 +109,59 @@ def original_name(file):
     return re.sub(r"^thumbnail", "", stem, flags=re.IGNORECASE) or stem
 
 
-def group_of_each(records, near=True):
-    """An int per record: equal numbers may not be put into different splits.
+class DisjointSets:
+    """0..n-1, each in a set of its own until sets are joined."""
 
-    Records join by Record.group (a vehicle), by original_name, and, where no vehicle is known, by near-duplicate pixels.
-    """
-    parent = list(range(len(records)))
+    def __init__(self, n):
+        self._parent = list(range(n))
 
-    def find(i):
+    def find(self, i):
+        """The number that stands for i's set."""
+        parent = self._parent
         while parent[i] != i:
             parent[i] = parent[parent[i]]
             i = parent[i]
         return i
 
-    first = {}
+    def join(self, i, j):
+        self._parent[self.find(i)] = self.find(j)
+
+
+def group_of_each(records, near=True):
+    """An int per record: equal numbers may not be put into different splits.
+
+    Records join by Record.group (a vehicle), by original_name, and, where no vehicle is known, by near-duplicate pixels.
+    """
+    sets, first = DisjointSets(len(records)), {}
     for i, record in enumerate(records):
         keys = [("name", os.path.dirname(record.file), original_name(record.file))] + ([("group", record.group)] if record.group else [])
         for key in keys:
-            parent[find(i)] = find(first.setdefault(key, i))
+            sets.join(i, first.setdefault(key, i))
     unknown = [i for i, record in enumerate(records) if not record.group]
     if near and len(unknown) > 1:
-        together = lambda a, b: find(unknown[a]) == find(unknown[b])
+        together = lambda a, b: sets.find(unknown[a]) == sets.find(unknown[b])
         for a, b, _ in near_copies([records[i].file for i in unknown], skip=together):
-            parent[find(unknown[a])] = find(unknown[b])
-    return [find(i) for i in range(len(records))]
+            sets.join(unknown[a], unknown[b])
+    return [sets.find(i) for i in range(len(records))]
+
+
+def groups_of_copies(files):
+    """Files that show the same thing, by bytes or by pixels: [(places in `files`, bits)], groups of two or more, the surest first. bits: most
+    bits of the hash that differ between two of the group that were joined; -1 where all have the same bytes.
+
+    Copies of copies are in one group, and only what joins two groups is kept: of n pictures of a camera that stands still fewer than n
+    links, where there are n (n - 1) / 2 pairs.
+    """
+    sets, links, first = DisjointSets(len(files)), [], {}
+    for i, file in enumerate(files):
+        links.append((i, first.setdefault(content_digest(file), i), -1))
+        sets.join(*links[-1][:2])
+    for i, j, bits in near_copies(files, skip=lambda i, j: sets.find(i) == sets.find(j)):
+        links.append((i, j, bits))
+        sets.join(i, j)
+    members, furthest = collections.defaultdict(list), collections.defaultdict(lambda: -1)
+    for i in range(len(files)):
+        members[sets.find(i)].append(i)
+    for i, _, bits in links:
+        furthest[sets.find(i)] = max(furthest[sets.find(i)], bits)
+    return sorted(((group, furthest[name]) for name, group in members.items() if len(group) > 1), key=lambda found: (found[1], found[0]))

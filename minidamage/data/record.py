@@ -51,6 +51,12 @@ class Record:
         return not self.present if self.label_map else len(self.labels) == 0
 
 
+def outlined(records):
+    """Whether there are masks to learn or to score: some object has an outline; or there are no objects, and nothing is missing."""
+    outlines = [mask is not None for record in records for mask in record.masks]
+    return any(outlines) or not outlines
+
+
 @dataclasses.dataclass
 class Dataset:
     """What `load_dataset(path)` returns: records by part, the class names, and what was skipped and why."""

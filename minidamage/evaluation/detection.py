@@ -7,7 +7,7 @@ import torch
 from minidamage import distributed, run_folder
 from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
-from minidamage.data.record import number_of
+from minidamage.data.record import number_of, outlined
 from minidamage.evaluation.ceiling import mask_ceiling
 from minidamage.evaluation.common import (change_finish, cost_text, relative_files, summary, unreadable_note, without_nan, write_page,
                                           writing)
@@ -34,9 +34,7 @@ def score(job):
     if job.args.set:
         model.config = change_finish(model, job.args.set)
     thresholds = score_thresholds(job.checkpoint, job.args.score)
-    outlines = [mask is not None for record in records for mask in record.masks]
-    with_masks = "segm" in iou_types(model) and (any(outlines) or not outlines)
-
+    with_masks = "segm" in iou_types(model) and outlined(records)
     samples, pixels, judged, unreadable = Samples(records, with_masks, job.args.occlude), PixelEvaluator(names), [], []
     progress = Progress(len(samples), device=job.device)
 
@@ -92,9 +90,8 @@ class Samples(torch.utils.data.Dataset):
     occlude: the share of each object that a patch hides in the picture, or None (occlusion.py)."""
 
     def __init__(self, records, with_masks, occlude=None):
-        pictures = DetectionDataset(records, run_lengths=True)
-        pictures.with_masks = with_masks
-        self.records, self.occlude, self.pictures = records, occlude, occluded(pictures, occlude)
+        self.records, self.occlude = records, occlude
+        self.pictures = occluded(DetectionDataset(records, mask_form="rle" if with_masks else "none"), occlude)
         ids = [r.image_id for r in records]
         self.ids = ids if len(set(ids)) == len(ids) else list(range(1, len(ids) + 1))        # parts of two files may share ids
 

@@ -65,8 +65,7 @@ def score_epoch(model, names, records, device):
     if segments:
         dataset = SegmentationDataset(records, image_size=model.config.image_size)
     else:
-        dataset = DetectionDataset(records, run_lengths=True)
-        dataset.with_masks = "segm" in iou_types(model)               # in a part of boxes alone, the box is the mask
+        dataset = DetectionDataset(records, mask_form="rle" if "segm" in iou_types(model) else "none")
     evaluator = PixelEvaluator(names) if segments else CocoEvaluator(names, iou_types(model))
     total, progress = 0.0, Progress(len(dataset), device=device)
     for images, targets in torch.utils.data.DataLoader(dataset, batch_size=1, collate_fn=collate):

@@ -76,6 +76,15 @@ class CocoEvaluator:
                              "diverge?")
         self._detections.setdefault(image_id, []).append(row)
 
+    def add_picture(self, image_id, truth, detection, size):
+        """One picture's truth and detections, as a detector's data set and `detect` give them. truth: dict of boxes, labels, rles or masks
+        [G, h, w] where there are any, iscrowd and area where known; detection: dict of boxes, scores, labels, masks as RLEs; size: (h, w)."""
+        rles = truth.get("rles")
+        if rles is None and truth.get("masks") is not None:
+            rles = masks.encode(_array(truth["masks"], np.uint8))
+        self.add_truth(image_id, truth["boxes"], truth["labels"], rles, truth.get("iscrowd"), truth.get("area"), *map(int, size))
+        self.add_detections(image_id, detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
+
     @classmethod
     def joined(cls, evaluators):
         """One of several, each with truth and detections of every n-th picture (distributed.shard), in the pictures' order. The first one
@@ -288,19 +297,10 @@ def run_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None)
         synchronize(device)
         seconds += [(time.perf_counter() - began) / len(images)] * len(images)
         for image, truth, detection in zip(images, truths, detections):
-            _add_picture(evaluator, image, truth, detection)
+            evaluator.add_picture(truth.get("image_id", len(evaluator._truth)), truth, detection, image.shape[-2:])
             if on_picture is not None:
                 on_picture(image, truth, detection)
     return evaluator, seconds
-
-
-def _add_picture(evaluator, image, truth, detection):
-    image_id, rles = truth.get("image_id", len(evaluator._truth)), truth.get("rles")
-    if rles is None and truth.get("masks") is not None:
-        rles = masks.encode(_array(truth["masks"], np.uint8))
-    height, width = map(int, image.shape[-2:])
-    evaluator.add_truth(image_id, truth["boxes"], truth["labels"], rles, truth.get("iscrowd"), truth.get("area"), height, width)
-    evaluator.add_detections(image_id, detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
 
 
 def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):
