@@ -323,7 +323,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
                                 True, True)
           if which != "cracks448"),
         *crack_runs("cracks-full", CRACKS_FULL, "gpu", "cracks448", LEADING, (0, 1, 2), (None, None)),
-        *segmenter_runs("segmenters-full", "--epochs 10", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS, *STUDY_RUNS]
+        *segmenter_runs("segmenters-full", "--epochs 10 --amp bf16", "gpu", (0, 1, 2), (None, None)), *OVERFIT_RUNS, *STUDY_RUNS]
 
 # ---- peers: their model, our script ------------------------------------------------------------------------------------------------
 
