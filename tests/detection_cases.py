@@ -8,7 +8,7 @@ import torch
 import minidamage
 from minidamage.layers import resnet
 
-NARROW = (64, 72, 80, 96)                                                   # for resnet.WIDTHS: all different, as in the real body
+NARROW = (48, 72, 80, 96)                                                   # for resnet.WIDTHS: all different, as in the real body
 
 # a detector that runs in milliseconds: every part is there, nothing is wide
 SMALL = dict(body="resnet18", norm="group", min_size=96, max_size=128, fpn_channels=16, rpn_channels=16, anchor_sizes=(16, 24, 32, 48, 64),

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 NORMS = ("batch", "frozen", "group")
 ONEDNN = torch.backends.mkldnn.is_available() and platform.machine().lower() in ("x86_64", "amd64")
-WIDTHS = (64, 128, 256, 512)                     # of the stages' 3x3 convolutions; the stem has the first, and decoders count on its 64
+WIDTHS = (64, 128, 256, 512)                     # of the stages' 3x3 convolutions; the stem has the first
 LAYERS = {"resnet18": (2, 2, 2, 2), "resnet34": (3, 4, 6, 3), "resnet50": (3, 4, 6, 3), "resnet101": (3, 4, 23, 3)}
 
 
@@ -57,6 +57,7 @@ class ResNet(nn.Module):
         self.layer3 = make_stage(block, widths[1] * grow, widths[2], depth[2], norm, *plan3)
         self.layer4 = make_stage(block, widths[2] * grow, widths[3], depth[3], norm, *plan4) if with_layer4 else None
         self.out_channels = [width * grow for width in widths][:len(self.stages())]
+        self.map_channels = [stem, *self.out_channels]                # of `maps`
         self.fc = nn.Linear(self.out_channels[-1], num_classes) if num_classes else None
         self.init_weights(norm)
         self.frozen_stages = frozen_stages
@@ -71,7 +72,7 @@ class ResNet(nn.Module):
         return features
 
     def maps(self, x, levels=5):
-        """The first `levels` of [c1, c2, c3, c4, c5], as the segmenters need them: c1 [N, 64, H / 2, W / 2] is the stem's, before
+        """The first `levels` of [c1, c2, c3, c4, c5], as the segmenters need them: c1 [N, C, H / 2, W / 2] is the stem's, before
         the pooling. The stages above are not run."""
         c1 = self.stem(x)
         return [c1, *self.residual_stages(self.pool(c1), levels - 1)]

@@ -71,7 +71,7 @@ class ContextCrackNet(Segmenter):
     def __init__(self, num_classes, config=ContextCrackNetConfig(), name="context_cracknet"):
         super().__init__(num_classes, config, name)
         self.encoder = ResNet(config.body, norm="batch")
-        widths = [64, *self.encoder.out_channels]                     # of F0..F4
+        widths = self.encoder.map_channels                            # of F0..F4
         self.cagm = CAGM(widths[3], config) if config.cagm else None
         self.up = nn.ModuleList(nn.ConvTranspose2d(deep, skip, 2, stride=2) for skip, deep in zip(widths[:4], widths[1:]))       # l = 0..3
         self.rfem = nn.ModuleList(AttentionGate(skip, skip, skip // 2) for skip in widths[:4]) if config.rfem else None

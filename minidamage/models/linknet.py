@@ -36,7 +36,7 @@ class Linknet(Segmenter):
     def __init__(self, num_classes, config=LinknetConfig(), name="linknet"):
         super().__init__(num_classes, config, name)
         self.encoder = ResNet(config.body)
-        self.decoder = LinknetDecoder([64, *self.encoder.out_channels], config.decoder_channels)
+        self.decoder = LinknetDecoder(self.encoder.map_channels, config.decoder_channels)
         self.segmentation_head = SegmentationHead(config.decoder_channels, logit_channels(num_classes), kernel_size=1)
         init_decoder(self.decoder, self.segmentation_head)
         self.to(memory_format=torch.channels_last)

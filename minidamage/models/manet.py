@@ -43,7 +43,7 @@ class MAnet(Segmenter):
     def __init__(self, num_classes, config=MAnetConfig(), name="manet"):
         super().__init__(num_classes, config, name)
         self.encoder = ResNet(config.body)
-        self.decoder = MAnetDecoder([64, *self.encoder.out_channels], config)
+        self.decoder = MAnetDecoder(self.encoder.map_channels, config)
         self.segmentation_head = SegmentationHead(config.decoder_channels[-1], logit_channels(num_classes))
         init_decoder(self.decoder, self.segmentation_head)
         self.to(memory_format=torch.channels_last)

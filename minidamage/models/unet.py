@@ -37,7 +37,7 @@ class Unet(Segmenter):
     def __init__(self, num_classes, config=UnetConfig(), name="unet"):
         super().__init__(num_classes, config, name)
         self.encoder = ResNet(config.body)
-        self.decoder = UnetDecoder([64, *self.encoder.out_channels], config.decoder_channels)
+        self.decoder = UnetDecoder(self.encoder.map_channels, config.decoder_channels)
         self.segmentation_head = SegmentationHead(config.decoder_channels[-1], logit_channels(num_classes))
         init_decoder(self.decoder, self.segmentation_head)
         self.to(memory_format=torch.channels_last)

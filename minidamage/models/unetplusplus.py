@@ -43,7 +43,7 @@ class UnetPlusPlus(Segmenter):
     def __init__(self, num_classes, config=UnetPlusPlusConfig(), name="unetplusplus"):
         super().__init__(num_classes, config, name)
         self.encoder = ResNet(config.body)
-        self.decoder = UnetPlusPlusDecoder([64, *self.encoder.out_channels], config.decoder_channels)
+        self.decoder = UnetPlusPlusDecoder(self.encoder.map_channels, config.decoder_channels)
         self.segmentation_head = SegmentationHead(config.decoder_channels[-1], logit_channels(num_classes))
         init_decoder(self.decoder, self.segmentation_head)
         self.to(memory_format=torch.channels_last)
