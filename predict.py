@@ -279,7 +279,7 @@ def write_results(stem, path, image, detections, stages, about):
     if stages is not None:
         save_picture(stem + ".stages.png", stages)
     text = json_text(describe(path, image, detections, about))
-    write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8")))
+    write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
 
 
 def describe(path, image, detections, about):
@@ -338,7 +338,7 @@ def segment(model, path, image, stem, thresholds, about, explain):
     save_picture(stem + ".overlay.jpg", overlay if content["pieces"] else with_label(overlay, "nothing found"))
     if maps:
         save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
-    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8")))
+    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
     return [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), remarks_on(content)
 
 

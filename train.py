@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import shlex
 import sys
 import time
 
@@ -110,7 +111,7 @@ def out_of_patience(run):
     if not run.args.patience or run.state.epoch - 1 - run.state.best_epoch < run.args.patience:
         return False
     print(f"stopped early: {run.recipe.select_by} has not improved for {run.args.patience} epoch{'s' * (run.args.patience > 1)} "
-          f"(--patience; to go on all the same: python train.py --resume {run.folder} --patience 0)")
+          f"(--patience; to go on all the same: python train.py --resume {shlex.quote(run.folder)} --patience 0)")
     return True
 
 
@@ -203,9 +204,9 @@ def explain_losses(values, reports, run, validating):
         f"  files       {files}\n"
         f"  weights     {'finite' if whole else 'no longer finite'};  "
         f"{run.path('last.pt')} is {'from just before this step' if saved else 'the one saved before, with finite weights'}\n"
-        f"  try         a lower rate or clipping: {command()} --resume {run.folder} --lr {rate / 4:.3g} "
+        f"  try         a lower rate or clipping: {command()} --resume {shlex.quote(run.folder)} --lr {rate / 4:.3g} "
         f"--clip {recipe.clip_grad_norm or 10:g}{' --amp off' if run.args.amp != 'off' else ''}\n"
-        f"              and if it is always these files: python -m minidamage.data {run.args.data}")
+        f"              and if it is always these files: python -m minidamage.data {shlex.quote(run.args.data)}")
 
 
 # -------------------------------------------------------------------------------------------------------- validation
@@ -329,7 +330,7 @@ def tune_threshold(run, stop):
     model, checkpoint = load_checkpoint(run.path("best.pt"), run.device)
     checkpoint["train"]["tuned"] = True
     batches, names = loader(run, run.val_set, [[i] for i in distributed.shard(len(run.val_set))]), checkpoint["class_names"]
-    words, stopped = "", f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {run.folder}"
+    words, stopped = "", f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {shlex.quote(run.folder)}"
     if "segm" in iou_types(model) and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
         results = score_mask_thresholds(model, batches, names, iou_types(model), stop)
         if results is None:
@@ -570,10 +571,10 @@ def say_goodbye(run, seconds, tuned):
     if state.best == 0 and not tuned and "loss" not in select_by:
         print(f"WARNING:  nothing was learned yet ({select_by} is 0): train longer, a new run with --epochs {4 * run.recipe.epochs} or so")
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
-    print(f"next:     python evaluate.py --checkpoint {checkpoint}\n"
-          f"          python predict.py {run.val_set.records[0].file} --checkpoint {checkpoint}")
+    print(f"next:     python evaluate.py --checkpoint {shlex.quote(checkpoint)}\n"
+          f"          python predict.py {shlex.quote(run.val_set.records[0].file)} --checkpoint {shlex.quote(checkpoint)}")
     if run.args.keep_epochs:
-        print(f"          python evaluate.py --test-epochs {run.folder}")
+        print(f"          python evaluate.py --test-epochs {shlex.quote(run.folder)}")
     if run.args.data == "demo":
         print("note:     this model has seen drawings only; for real photographs, train on real ones (--data)")
     if run.unsaved:
@@ -612,7 +613,7 @@ def lost(error, run=None):
     if distributed.first_to_say("lost"):
         place = f" in epoch {run.state.epoch + 1}, step {run.state.step + 1}" if run else ""
         resume = (f"\n  saved  {run.path('last.pt')} is good: the run as it was last saved\n"
-                  f"  try    {command()} --resume {run.folder}" if run else "")
+                  f"  try    {command()} --resume {shlex.quote(run.folder)}" if run else "")
         print(f"\ntrain.py: process {distributed.rank()} of {distributed.world()} has lost another one{place}: it has ended (its own "
               f"message says why) or has not answered within --timeout.\n  {str(error).strip().splitlines()[0]}{resume}",
               file=sys.stderr, flush=True)
@@ -647,7 +648,7 @@ def perform(run):
             exactly = save(run, "last.pt", {})
             print(f"stopped in epoch {run.state.epoch + 1}, step {run.state.step}; go on "
                   f"{'from exactly here' if exactly else 'from the last epoch that was saved'} with\n"
-                  f"  {command()} --resume {run.folder}")
+                  f"  {command()} --resume {shlex.quote(run.folder)}")
             run.loaders.clear()
             return max(distributed.gather(stop.exit_code))
         tuned = tune_threshold(run, stop)

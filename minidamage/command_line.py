@@ -1,10 +1,18 @@
 """What the scripts at the top read their flags with."""
 import argparse
 import difflib
+import sys
 
 
 class Parser(argparse.ArgumentParser):
     """argparse's, whose mistakes are one line that names the flag meant, without a page of usage above it."""
+
+    def parse_args(self, *arguments):
+        """As argparse's. From here on a file's name that is no UTF-8 is printed with escapes, where it would end the program."""
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(errors="backslashreplace")
+        return super().parse_args(*arguments)
 
     def error(self, message):
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")] * message.startswith("unrecognized")

@@ -78,7 +78,8 @@ def find_checkpoint(run, out, file):
         path = os.path.join(run, file)
         if not os.path.isfile(path):
             if file == "best.pt" and os.path.isfile(os.path.join(run, "last.pt")):
-                raise ValueError(f"{run}: the run has not finished an epoch (no best.pt); go on with `python train.py --resume {run}`")
+                raise ValueError(f"{run}: the run has not finished an epoch (no best.pt); go on with "
+                                 f"`python train.py --resume {shlex.quote(os.fspath(run))}`")
             found = ", ".join(sorted(os.listdir(run))[:8]) or "an empty folder"
             raise ValueError(f"{run}: expected a run folder with {file}, found {found}")
         return path
@@ -88,9 +89,10 @@ def find_checkpoint(run, out, file):
 
 
 def write_json(path, value, indent=1):
-    """Writes JSON beside `path` and renames it; what JSON does not know (paths, devices) becomes a string. indent None: one line."""
+    """Writes JSON beside `path` and renames it; what JSON does not know (paths, devices) becomes a string. indent None: one line.
+    A file's name that is no UTF-8 comes out in JSON's own escapes, and back as it was."""
     partial = f"{path}.partial"
-    with open(partial, "w", encoding="utf-8") as file:
+    with open(partial, "w", encoding="utf-8", errors="backslashreplace") as file:
         json.dump(value, file, indent=indent, ensure_ascii=False, default=str)
         file.write("\n")
     os.replace(partial, path)

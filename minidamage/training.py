@@ -11,6 +11,7 @@ import importlib.util
 import math
 import os
 import random
+import shlex
 import shutil
 
 import numpy as np
@@ -251,7 +252,7 @@ def split_parts(dataset, args):
     if shared:
         print(f"note: the set's own parts share {len(shared)} vehicles or photographs ({', '.join(shared[:3])}): what is reported was in "
               "part trained on, or chosen by. --split 70/15/15 keeps them together; near-duplicates too: "
-              f"python -m minidamage.data {dataset.path}")
+              f"python -m minidamage.data {shlex.quote(dataset.path)}")
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
         parts = {name: records if name == "test" else limit(records, args.limit, seed=args.split_seed) for name, records in parts.items()}
     for name in ("train", "val"):
@@ -262,7 +263,7 @@ def split_parts(dataset, args):
     number = len(parts["train"])
     if not any(record.present for record in parts["train"]):
         raise ValueError(f"{dataset.path}: expected damage to learn from in the train part, got {number} picture{'s' * (number != 1)} "
-                         f"without any; what is wrong with them: python -m minidamage.data {dataset.path}")
+                         f"without any; what is wrong with them: python -m minidamage.data {shlex.quote(dataset.path)}")
     return parts
 
 
@@ -336,14 +337,14 @@ def resumed_arguments(given, checkpoint, path):
     """The arguments of the run that is resumed, with the flags that may change; ValueError for one that would make it another run."""
     if "optimizer" not in checkpoint.get("train", {}):
         raise ValueError(f"{path}: holds weights for use, not the state of a training; resume from last.pt beside it, "
-                         f"or start a new run from it: --pretrained {path}")
+                         f"or start a new run from it: --pretrained {shlex.quote(path)}")
     saved = {**DEFAULTS, **checkpoint["run"]["args"]}
     for flag, value in given.items():
         if flag not in CHANGES_ON_RESUME and value != saved.get(flag):
             allowed = ", ".join(f"--{name.replace('_', '-')}" for name in sorted(CHANGES_ON_RESUME - {"resume"}))
             raise ValueError(f"--{flag.replace('_', '-')} {value}: {path} was trained with {saved.get(flag, 'the recipe of its model')}, "
                              f"and a resumed run keeps it (it may change {allowed}). For another run, start one from these weights: "
-                             f"--pretrained {path}")
+                             f"--pretrained {shlex.quote(path)}")
     if saved["data"] != "demo":
         saved["data"] = checkpoint["run"]["data"]                     # absolute: a run may be resumed from another folder
     return argparse.Namespace(**{**saved, **given})
@@ -354,7 +355,7 @@ def check_same_classes(dataset, checkpoint, path):
     trained, found = list(checkpoint["class_names"]), list(dataset.class_names)
     if trained != found:
         raise ValueError(f"{dataset.path}: expected the {len(trained)} classes of {path} ({', '.join(trained)}), got {len(found)} "
-                         f"({', '.join(found)}); resume with the run's own data, or start a new run: --pretrained {path}")
+                         f"({', '.join(found)}); resume with the run's own data, or start a new run: --pretrained {shlex.quote(path)}")
 
 
 def check_arguments(args):
@@ -458,12 +459,13 @@ def what_broke(error, run):
     """Training ended by something that is not the model's fault: what, which checkpoint is good, and what to type."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     reason = lines[-1] if lines[0].startswith("Caught ") else lines[0]             # a worker's error comes with its traceback
-    memory_lacks, resume = is_out_of_memory(error), f"python train.py --resume {run.folder}"
+    memory_lacks, resume = is_out_of_memory(error), f"python train.py --resume {shlex.quote(run.folder)}"
     args, size = run.args, getattr(run.model.config, "image_size", None) or getattr(run.model.config, "min_size", "...")
     less = [f"{resume} --workers 0"] * (args.workers > 0) + [f"{resume} --amp bf16"] * (args.amp == "off")
     advice = [*less, f"a new run with smaller pictures or batches than its --size {size} --batch-size {run.recipe.batch_size}"]
     if not memory_lacks:
-        advice = [f"python -m minidamage.data {args.data}   (what is wrong with the pictures)", f"{resume}   (once it is mended)"]
+        advice = [f"python -m minidamage.data {shlex.quote(args.data)}   (what is wrong with the pictures)",
+                  f"{resume}   (once it is mended)"]
     return (f"{'out of memory' if memory_lacks else 'training cannot go on'} in epoch {run.state.epoch + 1}, step {run.state.step + 1}: "
             f"{reason}\n  saved  {run.path('last.pt')} is good: the run as it was last saved, after {run.state.epoch} epochs or later\n"
             + "\n".join(f"  {'try ' if i == 0 else 'or  '}   {line}" for i, line in enumerate(advice)))

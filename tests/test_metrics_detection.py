@@ -254,6 +254,8 @@ def test_wrong_class_scale_and_form_are_told():
     assert any("in another scale" in c for c in evaluate_coco_files(TRUTH, shrunk, "bbox").causes)
     corners = [dict(a, score=0.9, bbox=(np.array(a["bbox"]) @ CORNERS).tolist()) for a in TRUTH_CONTENT["annotations"]]
     assert any("x1, y1, x2, y2" in c for c in evaluate_coco_files(TRUTH, corners, "bbox").causes)
+    in_memory = by_hand({0: [(100, 100, 150, 1, 0.9)]}, truth=((100, 100, 50, 1),))   # 50 px wide, were it corners: no file, no mistake
+    assert not any("x1, y1, x2, y2" in c for c in in_memory.causes)
     apart = by_hand({1: [(10, 10, 50, 1, 0.9)]})
     assert any("do not belong together" in c for c in apart.causes)
     untrained = by_hand({0: [(60, 60, 50, 1, 0.9)]})

@@ -3,6 +3,7 @@ import argparse
 import csv
 import json
 import os
+import shlex
 import shutil
 import signal
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+import evaluate
 import minidamage
 import train
 from minidamage import training, tuning
@@ -283,6 +285,22 @@ def test_mistakes_in_the_command(command, tmp_path, capsys, more, message):
     assert train.main(arguments) == 2
     assert message in (printed := capsys.readouterr().err) and "Traceback" not in printed
     assert [name for name in os.listdir(tmp_path) if name.startswith(("context", "damagenet"))] == []
+
+
+def test_odd_names_train_and_are_typed_as_a_shell_wants_them(command, cracks, tmp_path, capfd):
+    """Spaces and quotes in the commands to type next; a name that is no UTF-8, as old archives unpack, from split.json to the report."""
+    data = tmp_path / 'my "data"'
+    for folder in ("images", "masks"):
+        (data / folder).mkdir(parents=True)
+        for file in (cracks / folder).iterdir():
+            (data / folder / os.fsdecode(file.stem.encode() + b" caf\xe9.png")).write_bytes(file.read_bytes())
+    assert train.main(command("--data", data, "--epochs", 1)) == 0
+    folder, printed = only_run(tmp_path), capfd.readouterr().out
+    best, picture = os.path.join(folder, "best.pt"), next(line for line in printed.splitlines() if "python predict.py" in line)
+    assert shlex.split(picture)[-2:] == ["--checkpoint", best] and "my \"data\"/images/" in shlex.split(picture)[2]
+    with open(os.path.join(folder, "split.json"), encoding="utf-8") as file:
+        assert all(name.endswith("\udce9.png") for name in json.load(file)["train"])
+    assert evaluate.main(["--checkpoint", best, "--device", "cpu"]) == 0
 
 
 def test_a_detector_wants_objects(cracks, tmp_path, capsys):

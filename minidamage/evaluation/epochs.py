@@ -3,6 +3,7 @@ epoch"). The project picks on its test pictures; a number picked there is no res
 import copy
 import os
 import re
+import shlex
 
 import torch
 
@@ -97,5 +98,5 @@ def finish(run, rows, select_by, shown):
     best = max(known, key=lambda row: (sign * row[select_by], -row["loss"]))
     path = os.path.join(run, f"epoch-{best['epoch']:03d}.pt")
     print(f"\nbest by {select_by}: epoch {best['epoch']} ({best[select_by]:.4f}); on the pictures kept for the report:\n"
-          f"  python evaluate.py --checkpoint {path} --part test\nwritten: {os.path.join(run, 'test-epochs.csv')}")
+          f"  python evaluate.py --checkpoint {shlex.quote(path)} --part test\nwritten: {os.path.join(run, 'test-epochs.csv')}")
     return 0

@@ -77,8 +77,11 @@ class CocoEvaluator:
         self._detections.setdefault(image_id, []).append(row)
 
     def add_picture(self, image_id, truth, detection, size):
-        """One picture's truth and detections, as a detector's data set and `detect` give them. truth: dict of boxes, labels, rles or masks
-        [G, h, w] where there are any, iscrowd and area where known; detection: dict of boxes, scores, labels, masks as RLEs; size: (h, w)."""
+        """One picture's truth and detections, as a detector's data set and `detect` give them. size: (h, w).
+
+        truth: dict of boxes, labels, rles or masks [G, h, w] where there are any, iscrowd and area where known; detection: dict of boxes,
+        scores, labels, and masks as RLEs.
+        """
         rles = truth.get("rles")
         if rles is None and truth.get("masks") is not None:
             rles = masks.encode(_array(truth["masks"], np.uint8))
@@ -180,11 +183,13 @@ class DetectionResult:
 
     stats: {"bbox/AP": ..., "segm/ARl": ...}, COCO's 12 for each IoU type; NaN where there is no truth. per_class: {name: {"truths",
     "detections", "bbox/AP", "bbox/AP50", "bbox/AP75", "bbox/AR100", ...}}. arrays: {"bbox": {"precision" [T, R, K, A, M], "recall",
-    "scores"}, ...} as in pycocotools, -1 where there is no truth. causes: why a number is NaN or 0, in words.
+    "scores"}, ...} as in pycocotools, -1 where there is no truth. causes: why a number is NaN or 0, in words. of_files: whether boxes
+    were read from files, which may hold them in another form.
     """
 
-    def __init__(self, class_names, image_ids, scored, protocol=COCO):
+    def __init__(self, class_names, image_ids, scored, protocol=COCO, of_files=False):
         self.class_names, self.image_ids, self.scored, self.protocol = tuple(class_names), image_ids, scored, protocol
+        self.of_files = of_files
         self.arrays = {t: {name: s.arrays[name] for name in ("precision", "recall", "scores")} for t, s in scored.items()}
         self.stats = {name: value for t, s in scored.items() for name, value in coco.summarize(s.arrays, f"{t}/").items()}
 
@@ -325,7 +330,7 @@ class CocoFiles:
         """Returns the DetectionResult."""
         scored = {iou_type: Scored(*pair, coco.evaluate(*pair, len(self.image_ids), len(self.class_names), keep_matches=True))
                   for iou_type, pair in self.tables.items()}
-        return DetectionResult(self.class_names, self.image_ids, scored)
+        return DetectionResult(self.class_names, self.image_ids, scored, of_files=True)
 
 
 def load_coco(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):

@@ -55,7 +55,7 @@ def write_report(path, title, sections, subtitle=""):
     contents = f'<nav aria-label="Contents"><ul>{links}</ul></nav>' if len(sections) > 2 else ""
     page = PAGE.format(title=_escaped(title), style=STYLE, contents=contents, sections="\n".join(parts),
                        subtitle=f'<p class="subtitle">{_text(subtitle)}</p>' if subtitle else "")
-    write_beside(path, lambda stream: stream.write(page.encode("utf-8")))
+    write_beside(path, lambda stream: stream.write(page.encode("utf-8", "backslashreplace")))
     return os.fspath(path)
 
 
