@@ -221,7 +221,8 @@ def validate(run, stop, progress):
     if stopped:
         return None
     names = run.identity["class_names"]
-    metrics, run.identity["thresholds"] = distributed.on_main(lambda: score_validation(gathered, run, progress))
+    metrics, chosen = distributed.on_main(lambda: score_validation(gathered, run, progress))
+    run.identity.update(chosen)
     if is_better(metrics, run):
         above = ", probability above 0.5" * (run.model.task == "segmentation" and len(names) == 1)
         title = f"Validation, epoch {run.state.epoch + 1}{above}"
@@ -287,7 +288,8 @@ def in_order(gathered):
 
 
 def score_validation(gathered, run, progress):
-    """(metrics, thresholds a class) of what the processes found, each in its share of the pictures: the numbers of one process alone."""
+    """(metrics, {"thresholds", "measured"} of the checkpoint) of what the processes found, each in its share of the pictures: the numbers
+    of one process alone."""
     rows = distributed.interleave([rows for rows, _, _ in gathered])
     result = type(gathered[0][1]).joined([evaluator for _, evaluator, _ in gathered]).evaluate()
     detects = run.model.task == "detection"
@@ -296,8 +298,10 @@ def score_validation(gathered, run, progress):
     if math.isnan(metrics[run.recipe.select_by]):
         causes = result.causes if detects else ["no damage in the validation part, and none found"]
         progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *causes]))
-    # per class, best F1 on this part; never on test
-    return metrics, result.best_thresholds() if detects else run.identity["thresholds"]
+    if not detects:
+        return metrics, {"measured": result.measured()}
+    thresholds = result.best_thresholds()                             # per class, best F1 on this part; never on test
+    return metrics, {"thresholds": thresholds, "measured": result.measured(thresholds)}
 
 
 def predict_detections(model, images, targets):

@@ -9,6 +9,7 @@ The file is a `torch.save` of one plain dict (tensors, numbers, strings, lists, 
     model         name, as in MODELS      config        dict: the fields of the model's config dataclass
     num_classes   K + 1, 0 = background   class_names   K names        category_ids  K ids of the data set
     thresholds    {class name: score}, the best F1 on the validation part
+    measured      {class name: {"precision", "recall"}} there, at these: of objects at IoU 0.5, or of pixels
     weights       state_dict; the averaged weights when EMA is on (the raw ones are then train["raw_weights"])
     train         what a resume needs: epoch, step, optimizer, scaler, rng, losses so far, metrics of past epochs;
                   of best.pt: epoch, tuned (whether the mask threshold has been chosen)

@@ -229,7 +229,8 @@ def identity(model, dataset, parts, recipe, args, checkpoint):
     side = round(float(np.median([(record.width * record.height) ** 0.5 for record in parts["train"]])))      # for predict.py's --tile
     return {"model": args.model, "config": vars(model.config), "num_classes": len(dataset.class_names) + 1,
             "class_names": list(dataset.class_names), "category_ids": list(dataset.category_ids),
-            "thresholds": checkpoint["thresholds"] if checkpoint else {}, "split": names_of(parts, dataset.path),
+            "thresholds": checkpoint["thresholds"] if checkpoint else {}, "measured": checkpoint.get("measured", {}) if checkpoint else {},
+            "split": names_of(parts, dataset.path),
             "run": {"commands": [*earlier["commands"], run_folder.command_line()],
                     "commits": [*earlier.get("commits", []), here["commit"]], "args": typed, "recipe": dataclasses.asdict(recipe),
                     "data": os.path.abspath(dataset.path), "picture_side": side, "layout": dataset.layout, "seed": args.seed,

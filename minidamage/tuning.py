@@ -45,7 +45,8 @@ def score_mask_thresholds(model, batches, class_names, iou_types, stop):
 
 
 def take_mask_threshold(checkpoint, results, default):
-    """Writes the best tau, and the score thresholds that go with it, into a checkpoint dict; nothing where every AP is 0 or NaN.
+    """Writes the best tau, the score thresholds that go with it and what they are worth into a checkpoint dict; nothing where every AP is
+    0 or NaN.
 
     Returns "segm/AP 0.123 at mask threshold 0.4", or "" where it stays as it was."""
     found = {tau: result.stats["segm/AP"] for tau, result in results.items() if result.stats["segm/AP"] > 0}      # NaN: no truth at all
@@ -53,7 +54,9 @@ def take_mask_threshold(checkpoint, results, default):
         print(f"mask threshold {default}, as it was: segm/AP on the validation part is 0, or not a number, at every other as well")
         return ""
     tau = max(found, key=lambda tau: (found[tau], -abs(tau - default)))
-    checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, results[tau].best_thresholds()
+    thresholds = results[tau].best_thresholds()
+    checkpoint["config"]["mask_threshold"], checkpoint["thresholds"] = tau, thresholds
+    checkpoint["measured"] = results[tau].measured(thresholds)
     checkpoint["metrics"] = {**checkpoint["metrics"], **results[tau].stats}
     tried = ", ".join(f"{tau} {result.stats['segm/AP']:.4f}" for tau, result in results.items())
     print(f"mask threshold {tau}, chosen on the validation part by segm/AP: {tried}")
@@ -84,7 +87,9 @@ def take_pixel_threshold(checkpoint, result, files=()):
     if not best["F1"] > 0:
         print("pixel threshold 0.5, as it was: no pixel of the validation part is found at any")
         return ""
-    checkpoint["thresholds"] = {checkpoint["class_names"][0]: best["threshold"]}
+    name = checkpoint["class_names"][0]
+    checkpoint["thresholds"] = {name: best["threshold"]}
+    checkpoint["measured"] = {name: {key: best[key] for key in ("precision", "recall")}}
     print(f"pixel threshold {best['threshold']}, chosen on the validation part: IoU {best['IoU']:.4f}, against "
           f"{checkpoint['metrics']['pixel/IoU']:.4f} at 0.5 (kept as thresholds in best.pt)")
     without = result.best_without()

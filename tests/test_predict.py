@@ -121,6 +121,19 @@ def test_score_replaces_the_thresholds_and_the_json_says_what_was_used(folder):
     assert read(folder / "b" / "car.json")["detections"] == []
 
 
+def test_what_findings_are_worth_is_said_unless_the_score_is_another(folder, monkeypatch, capsys):
+    measured = {"dent": {"precision": 0.45, "recall": 2 / 3}, "scratch": {"precision": float("nan"), "recall": 0.0}}
+    checkpoint = {"model": "red", "class_names": NAMES, "thresholds": {"dent": 0.5, "scratch": 0.6}, "measured": measured}
+    monkeypatch.setattr(predict, "load_checkpoint", lambda path, device: (RedFinder(), checkpoint))
+    photograph().save(folder / "car.png")
+    assert run("car.png", "--out", "a") == 0
+    assert "validation part: dent 67% found, 45% of its findings right; scratch 0% found, n/a of its findings right\n" in capsys.readouterr().out
+    assert read(folder / "a" / "car.json")["measured_on_validation"] == {"dent": {"precision": 0.45, "recall": 0.6667},
+                                                                        "scratch": {"precision": None, "recall": 0.0}}
+    assert run("car.png", "--out", "b", "--score", 0.5) == 0
+    assert "validation part" not in capsys.readouterr().out and "measured_on_validation" not in read(folder / "b" / "car.json")
+
+
 def test_flags_of_segmenters_are_refused(folder, capsys):
     photograph().save(folder / "car.png")
     for flag, value in (("--tile", 448), ("--overlap", 8), ("--mm-per-px", 0.5), ("--min-area", 9)):

@@ -81,6 +81,8 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert not model.training and checkpoint["class_names"] == config["class_names"] and checkpoint["split"] == split
     assert set(checkpoint["thresholds"]) <= set(checkpoint["class_names"]) and "optimizer" not in checkpoint["train"]
     assert checkpoint["config"]["mask_threshold"] in tuning.MASK_THRESHOLDS
+    assert all(numbers.keys() == {"precision", "recall"} for numbers in checkpoint["measured"].values())
+    assert list(checkpoint["measured"]) == list(checkpoint["class_names"])
     assert isinstance(model([torch.zeros(3, 48, 64, dtype=torch.uint8)])[0]["boxes"], torch.Tensor)
     printed = capsys.readouterr().out
     assert "python evaluate.py" in printed and "python predict.py" in printed and "val_predictions.png" in printed
@@ -243,10 +245,11 @@ def test_a_run_killed_before_the_mask_threshold_resumes_there(command, tmp_path,
 
 def test_mask_threshold_by_hand(capsys):
     def result(ap):
-        return argparse.Namespace(stats={"segm/AP": ap}, best_thresholds=lambda: {"dent": ap})
+        return argparse.Namespace(stats={"segm/AP": ap}, best_thresholds=lambda: {"dent": ap}, measured=lambda thresholds: (ap, thresholds))
     checkpoint = {"config": {"mask_threshold": 0.5}, "thresholds": {}, "metrics": {"loss": 1.0, "segm/AP": 0.1}}
     tuning.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.4: result(0.25), 0.5: result(0.1), 0.7: result(0.25)}, default=0.5)
-    assert checkpoint == {"config": {"mask_threshold": 0.4}, "thresholds": {"dent": 0.25}, "metrics": {"loss": 1.0, "segm/AP": 0.25}}
+    assert checkpoint == {"config": {"mask_threshold": 0.4}, "thresholds": {"dent": 0.25}, "measured": (0.25, {"dent": 0.25}),
+                          "metrics": {"loss": 1.0, "segm/AP": 0.25}}
     assert "mask threshold 0.4, " in (printed := capsys.readouterr().out) and "0.3 0.0000, 0.4 0.2500, 0.5 0.1000, 0.7 0.2500" in printed
     tuning.take_mask_threshold(checkpoint, {0.3: result(0.0), 0.5: result(math.nan)}, default=0.5)
     assert checkpoint["config"]["mask_threshold"] == 0.4 and "as it was" in capsys.readouterr().out

@@ -107,6 +107,7 @@ def test_several_classes(command, tmp_path, capsys):
     assert "threshold " not in printed and "loss_ce" in open(os.path.join(folder, "metrics.csv"), encoding="utf-8").readline()
     model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
     assert checkpoint["thresholds"] == {} and checkpoint["train"]["tuned"]
+    assert list(checkpoint["measured"]) == list(checkpoint["class_names"])
     assert model.head.out_channels == len(checkpoint["class_names"]) + 1 > 2
 
 
@@ -193,6 +194,7 @@ def test_pixel_threshold_by_hand(capsys):
     checkpoint = {"class_names": ["crack"], "thresholds": {}, "metrics": {"pixel/IoU": 0.0}}
     tuning.take_pixel_threshold(checkpoint, sweep.evaluate())
     assert checkpoint["thresholds"] == {"crack": 0.3} and "IoU 1.0000, against 0.0000 at 0.5" in capsys.readouterr().out
+    assert checkpoint["measured"] == {"crack": {"precision": 1.0, "recall": 1.0}}
     empty = ThresholdSweep()
     empty.add(torch.zeros(1, 4), torch.tensor([[0, 0, 0, 1]]))
     tuning.take_pixel_threshold(checkpoint, empty.evaluate())

@@ -240,6 +240,11 @@ class DetectionResult:
         rows = operating.at_thresholds(self.scored[self._type(iou_type)], self._threshold_list(thresholds))
         return dict(zip((*self.class_names, "all"), rows))
 
+    def measured(self, thresholds):
+        """{name: {"precision", "recall"}} of `at_thresholds`: how often a finding of the class is right, how much of it is found."""
+        rows = self.at_thresholds(thresholds)
+        return {name: {key: rows[name][key] for key in ("precision", "recall")} for name in self.class_names}
+
     def errors_by_picture(self, thresholds=0.5, iou_type=None):
         """int [I, 2]: false findings and missed truths of each picture (in the order of image_ids), at IoU 0.5."""
         return operating.errors_by_picture(self.scored[self._type(iou_type)], len(self.image_ids), self._threshold_list(thresholds))

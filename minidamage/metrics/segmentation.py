@@ -113,6 +113,10 @@ class PixelResult:
         """[N]: one metric of each picture, for intervals and paired tests (statistics.py). k: 0 as a whole, else the label."""
         return quotients(self.counts[:, k], empty)[name]
 
+    def measured(self):
+        """{name: {"precision", "recall"}} of its pixels, pooled."""
+        return {name: {key: numbers[f"pixel/{key}"] for key in ("precision", "recall")} for name, numbers in self.per_class.items()}
+
     def any_damage(self):
         """{"any-damage/IoU", "any-damage/Dice", "any-damage/accuracy"} by the rule of the car-damage segmentation project's code.
 
