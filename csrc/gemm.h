@@ -2,9 +2,10 @@
 // float or double.
 // A is read where it lies, in any strides. B is packed first into panels of NR columns, panel after panel, [K][NR] each, the last one
 // filled up with zeros: pack_panels() once, gemm_panels() for as many A as there are. gemm() does both, block by block, for operands of
-// any size. The micro-kernel holds MR x NR sums in registers and for every step of K loads two vectors of B and broadcasts MR numbers
-// of A: 2 MR fused multiply-adds for MR + 2 loads. NaN and Inf come through as in a plain triple loop; the order of summation depends on
-// the shapes alone. For cpu/*.cpp only: those are compiled for this very processor, and MR and NR with them.
+// any size, and for few rows of A reads B too where it lies. The micro-kernel holds MR x NR sums in registers and for every step of K
+// loads two vectors of B and broadcasts MR numbers of A: 2 MR fused multiply-adds for MR + 2 loads. NaN and Inf come through as in a
+// plain triple loop; the order of summation depends on the shapes alone. For cpu/*.cpp only: those are compiled for this very processor,
+// and MR and NR with them.
 // Why not the framework's product: it cannot be called on a tile without a tensor, and the library behind it reaches half the speed
 // of its own convolutions on the AVX-512 processor that this was written on. Measured: see cpu/linear_attention.cpp.
 #pragma once
@@ -118,11 +119,11 @@ int64_t panels_size(int64_t K, int64_t N) {
 template <typename T>
 void pack_panels(Strided<T> B, int64_t K, int64_t N, T* panels);
 
-// C [M, N] (+)= A [M, K] B, B in panels. panel_stride: numbers from a panel to the next, K NR where B was packed whole. bias [N] or null
-// is added once.
+// C [M, N] (+)= A [M, K] B, B in panels. panel_stride: numbers from a panel to the next, K NR where B was packed whole; panel_row: from
+// a row of a panel to the next. bias [N] or null is added once.
 template <typename T>
 void gemm_panels(int64_t M, int64_t N, int64_t K, Strided<T> A, const T* panels, int64_t panel_stride, T* C, int64_t C_row,
-                 bool accumulate, const T* bias = nullptr);
+                 bool accumulate, const T* bias = nullptr, int64_t panel_row = NR<T>);
 
 // C [M, N] (+)= A [M, K] B [K, N], operands of any size. scratch is kept between calls.
 template <typename T>

@@ -51,7 +51,7 @@ struct Attention {
 };
 
 // One work item is a head of a picture and a segment of its rows: item (b H + h) segments + s.
-// Writes output [B, N, H, d] and, unless null, log_sum_exp [B, H, N].
+// Writes output [B, N, H, d], which may be the query's own memory, and, unless null, log_sum_exp [B, H, N].
 template <typename T>
 void attention_cpu(const Attention<T>& problem, int64_t segments, T* output, T* log_sum_exp, int64_t begin, int64_t end);
 // Overwrites grad_query [B, N, H, d]; grad_keys, grad_values: [segments, B, k, H, d], to be added up over the segments. How many

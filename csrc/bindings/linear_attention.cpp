@@ -129,7 +129,7 @@ Forward forward_cpu(const Sizes& size, const Tensor& x, const Tensor& w_q, const
                     const OptionalTensor& w_o, const OptionalTensor& b_o, bool keep) {
   const auto [B, N, D, A, k, H, d] = size;
   const at::TensorOptions options = x.options();
-  Tensor query = empty_large({B, N, A}, options), attended = empty_large({B, N, A}, options);
+  Tensor query = empty_large({B, N, A}, options), attended = keep ? empty_large({B, N, A}, options) : query;  // in place: see the kernel
   Tensor projected = at::empty({2, B, k, D}, options), keys_values = at::empty({2, B, k, A}, options);
   Tensor log_sum_exp = at::empty({keep ? B : 0, H, N}, options);
   std::vector<Product<T>> products{product<T>(flat(query), {{flat(x), w_q.t()}}, b_q)};

@@ -7,6 +7,9 @@
 namespace minidamage {
 
 constexpr int64_t GEMM_DEPTH = 256;  // rows of B a block: a panel of 32 KiB stays in the first-level cache
+constexpr int64_t FEW_ROWS = 5 * MR;  // of A: up to so many, packing B costs more than it gains
+// Rows so many bytes apart fall on few sets of the first-level cache, which has fewer ways than a micro-kernel has rows.
+constexpr int64_t FAR_BYTES = 2048;
 
 template <typename T>
 void pack_panels(Strided<T> B, int64_t K, int64_t N, T* panels) {
@@ -31,17 +34,24 @@ void pack_panels(Strided<T> B, int64_t K, int64_t N, T* panels) {
 
 namespace {
 
-// C [M, columns] (+)= A [M, K] panel [K][NR]; bias [columns] or null is added once.
+// C [M, columns] (+)= A [M, K] panel [K][NR], its rows panel_row apart; bias [columns] or null is added once.
 template <int M, typename T>
-void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, int64_t columns, bool accumulate, const T* bias) {
+void micro_kernel(Strided<T> A, const T* panel, int64_t panel_row, int64_t K, T* C, int64_t C_row, int64_t columns, bool accumulate,
+                  const T* bias) {
   using Vector = vector_t<T>;
   Vector sum[M][2] = {};
-  const T* a = A.data;
-  for (int64_t p = 0; p < K; ++p, a += A.column, panel += NR<T>) {
+  // Rows in threes, each addressed from the first by the distance of a row: fourteen distances are more than there are registers.
+  constexpr int THREES = (M + 2) / 3;
+  const T* a[THREES];
+  for (int g = 0; g < THREES; ++g) a[g] = A.data + 3 * g * A.row;
+  for (int64_t p = 0; p < K; ++p, panel += panel_row) {
     const Vector b0 = load_vector(panel), b1 = load_vector(panel + VECTOR_LANES<T>);
 #pragma GCC unroll 16
     for (int i = 0; i < M; ++i) {
-      const Vector same = broadcast(a[i * A.row]);
+      const T*& first = a[i / 3];
+      if (i % 3 == 0) asm("" : "+r"(first));  // or the compiler finds the fourteen again
+      const Vector same = broadcast(first[i % 3 * A.row]);
+      if (i % 3 == 2 || i == M - 1) first += A.column;
       sum[i][0] = multiply_add(same, b0, sum[i][0]);
       sum[i][1] = multiply_add(same, b1, sum[i][1]);
     }
@@ -72,7 +82,7 @@ void micro_kernel(Strided<T> A, const T* panel, int64_t K, T* C, int64_t C_row, 
 }
 
 template <typename T>
-using MicroKernel = void (*)(Strided<T>, const T*, int64_t, T*, int64_t, int64_t, bool, const T*);
+using MicroKernel = void (*)(Strided<T>, const T*, int64_t, int64_t, T*, int64_t, int64_t, bool, const T*);
 
 template <typename T>
 MicroKernel<T> micro_kernel_of(int64_t rows) {
@@ -92,16 +102,16 @@ MicroKernel<T> micro_kernel_of(int64_t rows) {
 
 template <typename T>
 void gemm_panels(int64_t M, int64_t N, int64_t K, Strided<T> A, const T* panels, int64_t panel_stride, T* C, int64_t C_row,
-                 bool accumulate, const T* bias) {
+                 bool accumulate, const T* bias, int64_t panel_row) {
   // Even shares: 100 rows are 12 + 13 + ..., not seven times 14 and a lonely 2.
   const int64_t shares = (M + MR - 1) / MR;
   for (int64_t p0 = 0; p0 == 0 || p0 < K; p0 += GEMM_DEPTH) {
     const int64_t depth = std::min(GEMM_DEPTH, K - p0);
     for (int64_t j0 = 0; j0 < N; j0 += NR<T>) {
-      const T* panel = panels + j0 / NR<T> * panel_stride + p0 * NR<T>;
+      const T* panel = panels + j0 / NR<T> * panel_stride + p0 * panel_row;
       for (int64_t share = 0; share < shares; ++share) {
         const int64_t i0 = M * share / shares, rows = M * (share + 1) / shares - i0;
-        micro_kernel_of<T>(rows)(A.from(i0, p0), panel, depth, C + i0 * C_row + j0, C_row, std::min<int64_t>(NR<T>, N - j0),
+        micro_kernel_of<T>(rows)(A.from(i0, p0), panel, panel_row, depth, C + i0 * C_row + j0, C_row, std::min<int64_t>(NR<T>, N - j0),
                                  accumulate || p0 > 0, bias && p0 == 0 ? bias + j0 : nullptr);
       }
     }
@@ -114,16 +124,17 @@ void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int
   if (K == 0) A = B = {};
   constexpr int64_t row_block = 448;  // x GEMM_DEPTH numbers of A: half of a second-level cache of 1 MiB
   const int64_t depth_block = std::min(K, GEMM_DEPTH), column_block = std::min<int64_t>(N, 1024);
-  // Rows some KiB apart fall on few sets of the first-level cache, which has fewer ways than a micro-kernel has rows: bring them nearer.
-  const bool many_columns = N >= 2 * NR<T>, far = (A.row == 1 ? A.column : A.row) * static_cast<int64_t>(sizeof(T)) >= 2048;
-  const bool copy = many_columns && far && (A.row == 1 || A.column == 1);
+  const auto far = [](int64_t step) { return step * static_cast<int64_t>(sizeof(T)) >= FAR_BYTES; };
+  const bool many_columns = N >= 2 * NR<T>, copy = many_columns && far(A.row == 1 ? A.column : A.row) && (A.row == 1 || A.column == 1);
   const int64_t panels_end = panels_size<T>(depth_block, column_block), copy_row = (A.row == 1 ? row_block : GEMM_DEPTH) + VECTOR_LANES<T>;
   scratch.resize(std::max<size_t>(scratch.size(), panels_end + (copy ? (A.row == 1 ? GEMM_DEPTH : row_block) * copy_row : 0)));
   for (int64_t j0 = 0; j0 < N; j0 += column_block) {
     const int64_t columns = std::min(column_block, N - j0);
     for (int64_t p0 = 0; p0 == 0 || p0 < K; p0 += GEMM_DEPTH) {
       const int64_t depth = std::min(GEMM_DEPTH, K - p0);
-      pack_panels(B.from(p0, j0), depth, columns, scratch.data());
+      const Strided<T> panels = B.from(p0, j0);
+      const bool in_place = M <= FEW_ROWS && B.column == 1 && !far(B.row) && columns % NR<T> == 0;
+      if (!in_place) pack_panels(panels, depth, columns, scratch.data());
       for (int64_t i0 = 0; i0 < M; i0 += row_block) {
         const int64_t rows = std::min(row_block, M - i0);
         Strided<T> block = A.from(i0, p0);
@@ -133,8 +144,9 @@ void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int
           for (int64_t i = 0; i < count; ++i) std::memcpy(near + i * copy_row, block.data + i * step, size * sizeof(T));
           block = A.row == 1 ? Strided<T>{near, 1, copy_row} : Strided<T>{near, copy_row, 1};
         }
-        gemm_panels(rows, columns, depth, block, scratch.data(), depth * NR<T>, C + i0 * C_row + j0, C_row, accumulate || p0 > 0,
-                    bias && p0 == 0 ? bias + j0 : nullptr);
+        gemm_panels(rows, columns, depth, block, in_place ? panels.data : scratch.data(), in_place ? NR<T> : depth * NR<T>,
+                    C + i0 * C_row + j0, C_row, accumulate || p0 > 0, bias && p0 == 0 ? bias + j0 : nullptr,
+                    in_place ? panels.row : NR<T>);
       }
     }
   }
@@ -142,7 +154,7 @@ void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int
 
 #define INSTANTIATE(T)                                                                                                       \
   template void pack_panels<T>(Strided<T>, int64_t, int64_t, T*);                                                            \
-  template void gemm_panels<T>(int64_t, int64_t, int64_t, Strided<T>, const T*, int64_t, T*, int64_t, bool, const T*);       \
+  template void gemm_panels<T>(int64_t, int64_t, int64_t, Strided<T>, const T*, int64_t, T*, int64_t, bool, const T*, int64_t); \
   template void gemm<T>(int64_t, int64_t, int64_t, Strided<T>, Strided<T>, T*, int64_t, bool, std::vector<T>&, const T*);
 INSTANTIATE(float)
 INSTANTIATE(double)

@@ -2,7 +2,7 @@
 //
 // All of it is matrix products, so all of it runs at the micro-kernel's speed if the operands are near. A work item is one head of one
 // picture and a segment of rows: it packs its K and V once and walks over tiles of rows; scores, exponentials and their product with V
-// stay in the second-level cache. N d numbers are read and N d written, the N k scores go nowhere.
+// stay in the cache. N d numbers are read and N d written, the N k scores go nowhere.
 // Backward recomputes a tile's scores, which costs one of its five products and saves N k numbers.
 //
 // Measured on one core of an AMD EPYC with AVX-512, float32, processor time, others at work beside it, before a number was broadcast by
@@ -59,28 +59,23 @@ T dot(const T* a, const T* b, int64_t d) {
   return sum;
 }
 
-// scores [k] becomes exp(scores - largest), without the division; returns their sum, and the largest.
+// The k scores of a vector's worth of queries, vectors `step` numbers apart: they become exp(scores - largest), without the division.
+// Returns their sums, and the largest.
 template <typename T>
-T exponentials_of_row(T* scores, int64_t k, T& largest) {
+vector_t<T> exponentials_of_queries(T* scores, int64_t k, int64_t step, vector_t<T>& largest) {
   using Vector = vector_t<T>;
-  constexpr T infinity = std::numeric_limits<T>::infinity();
-  const int64_t end = (k + VECTOR_LANES<T> - 1) / VECTOR_LANES<T> * VECTOR_LANES<T>;
-  for (int64_t j = k; j < end; ++j) scores[j] = -infinity;
-  Vector most = load_vector(scores);
-  for (int64_t j = VECTOR_LANES<T>; j < end; j += VECTOR_LANES<T>) {
-    const Vector score = load_vector(scores + j);
-    most = most > score ? most : score;
+  largest = load_vector(scores);
+  for (int64_t j = 1; j < k; ++j) {
+    const Vector score = load_vector(scores + j * step);
+    largest = largest > score ? largest : score;  // a NaN may be lost here: its exponential is not
   }
-  largest = most[0];
-  // A NaN may be lost here: its exponential is not.
-  for (int i = 1; i < VECTOR_LANES<T>; ++i) largest = largest > most[i] ? largest : most[i];
   Vector sums = {};
-  for (int64_t j = 0; j < end; j += VECTOR_LANES<T>) {
-    const Vector power = exponential(load_vector(scores + j) - largest);
-    store_vector(scores + j, power);
+  for (int64_t j = 0; j < k; ++j) {
+    const Vector power = exponential(load_vector(scores + j * step) - largest);
+    store_vector(scores + j * step, power);
     sums += power;
   }
-  return sum_of_vector<T>(sums);
+  return sums;
 }
 
 // scores and grad_P [k]: in place P = exp(scores - log_sum_exp) and dS = P (grad_P - mean).
@@ -144,30 +139,30 @@ void product_cpu(const Product<T>& product, int64_t begin, int64_t end) {
 
 template <typename T>
 void attention_cpu(const Attention<T>& problem, int64_t segments, T* output, T* log_sum_exp, int64_t begin, int64_t end) {
-  constexpr int64_t tile = 4 * MR;
-  const int64_t N = problem.N, k = problem.k, H = problem.H, d = problem.d, row = H * d, scores_row = row_size<T>(k);
-  const int64_t filled = panels_size<T>(1, k);
+  constexpr int64_t tile = NR<T>;
+  const int64_t N = problem.N, k = problem.k, H = problem.H, d = problem.d, row = H * d;
   Workspace<T> workspace;
-  T* keys = workspace.take(panels_size<T>(d, k));    // K^T
-  T* values = workspace.take(panels_size<T>(k, d));  // V
-  T* query = workspace.take(tile * d);
-  T* scores = workspace.take(tile * scores_row);
+  T* keys = workspace.take(k * d);                       // K / sqrt(d)
+  T* values = workspace.take(panels_size<T>(k, d));      // V
+  T* queries = workspace.take(panels_size<T>(d, tile));  // Q^T
+  T* scores = workspace.take(k * tile);                  // S^T, a query a lane: no sum goes across the lanes of a vector
+  T* sums = workspace.take(tile);
   for (int64_t item = begin; item < end; ++item) {
     const int64_t s = item % segments, h = item / segments % H, b = item / segments / H;
-    pack_panels<T>({problem.keys + b * k * row + h * d, 1, row}, d, k, keys);
+    copy_rows(problem.keys + b * k * row + h * d, row, k, d, problem.scale, keys);
     pack_panels<T>({problem.values + b * k * row + h * d, row, 1}, k, d, values);
     const int64_t last = segment_begin(N, segments, s + 1);
     for (int64_t n = segment_begin(N, segments, s); n < last; n += tile) {
-      const int64_t rows = std::min(tile, last - n), offset = (b * N + n) * row + h * d;
-      copy_rows(problem.query + offset, row, rows, d, problem.scale, query);
-      gemm_panels<T>(rows, filled, d, {query, d, 1}, keys, d * NR<T>, scores, scores_row, false);
-      T sums[tile];
-      for (int64_t i = 0; i < rows; ++i) {
-        T largest;
-        sums[i] = exponentials_of_row(scores + i * scores_row, k, largest);
-        if (log_sum_exp) log_sum_exp[(b * H + h) * N + n + i] = largest + std::log(sums[i]);
+      const int64_t rows = std::min(tile, last - n), filled = panels_size<T>(1, rows), offset = (b * N + n) * row + h * d;
+      pack_panels<T>({problem.query + offset, 1, row}, d, rows, queries);
+      gemm_panels<T>(k, filled, d, {keys, d, 1}, queries, d * NR<T>, scores, tile, false);
+      for (int64_t i = 0; i < rows; i += VECTOR_LANES<T>) {
+        vector_t<T> largest;
+        store_vector(sums + i, exponentials_of_queries(scores + i, k, tile, largest));
+        for (int64_t lane = 0; log_sum_exp && lane < std::min<int64_t>(VECTOR_LANES<T>, rows - i); ++lane)
+          log_sum_exp[(b * H + h) * N + n + i + lane] = largest[lane] + std::log(sums[i + lane]);
       }
-      gemm_panels<T>(rows, d, k, {scores, scores_row, 1}, values, k * NR<T>, output + offset, row, false);
+      gemm_panels<T>(rows, d, k, {scores, 1, tile}, values, k * NR<T>, output + offset, row, false);
       for (int64_t i = 0; i < rows; ++i) {
         T* result = output + offset + i * row;
         const T scale = T(1) / sums[i];
