@@ -74,7 +74,7 @@ public:
             result_.dt_ignore.assign(p_.T() * dt_.n, 0);
             result_.dt_iou.assign(p_.T() * dt_.n, 0);
         }
-        parallel_chunks(static_cast<int64_t>(groups_.size()), 32, [&](int64_t begin, int64_t end) {
+        threaded_chunks(static_cast<int64_t>(groups_.size()), 32, [&](int64_t begin, int64_t end) {
             Scratch scratch;
             for (int64_t i = begin; i < end; i++) match_group(groups_[i], scratch);
         });
@@ -224,12 +224,12 @@ private:
         for (int64_t i = 0; i < dt_.n; i++) dt_begin[dt_.category[i] + 1]++;
         for (int64_t k = 0; k < K; k++) { gt_begin[k + 1] += gt_begin[k]; dt_begin[k + 1] += dt_begin[k]; }
         by_score_.resize(dt_.n);
-        parallel_chunks(K, 1, [&](int64_t k, int64_t) {
+        threaded_chunks(K, 1, [&](int64_t k, int64_t) {
             for (int64_t i = dt_begin[k]; i < dt_begin[k + 1]; i++) by_score_[i] = static_cast<int32_t>(i);
             std::stable_sort(by_score_.begin() + dt_begin[k], by_score_.begin() + dt_begin[k + 1],
                              [&](int32_t a, int32_t b) { return dt_.key[dt_order_[a]] > dt_.key[dt_order_[b]]; });
         });
-        parallel_chunks(K * A * M, 1, [&](int64_t index, int64_t) {
+        threaded_chunks(K * A * M, 1, [&](int64_t index, int64_t) {
             const int64_t k = index / (A * M), a = index / M % A, m = index % M;
             int64_t positives = 0;
             for (int64_t i = gt_begin[k]; i < gt_begin[k + 1]; i++) {

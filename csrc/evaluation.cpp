@@ -49,7 +49,7 @@ static py::array_t<T> array_of(std::vector<T>&& values, std::vector<py::ssize_t>
 // Bounds of each text, in parallel. sizes: [N, 2].
 static std::vector<Bounds> bounds_of(const std::vector<Text>& texts, const int64_t* sizes) {
     std::vector<Bounds> all(texts.size());
-    parallel_chunks(static_cast<int64_t>(texts.size()), 16, [&](int64_t begin, int64_t end) {
+    threaded_chunks(static_cast<int64_t>(texts.size()), 16, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; i++) all[i] = parse(texts[i], sizes[2 * i], sizes[2 * i + 1], i);
     });
     return all;
@@ -74,7 +74,7 @@ static py::list encode(const Array<uint8_t>& stack) {
     std::vector<std::string> out(N);
     {
         py::gil_scoped_release release;
-        parallel_chunks(N, 1, [&](int64_t i, int64_t) { out[i] = text_of(bounds_of_mask(data + i * H * W, H, W), pixel_count(H, W)); });
+        threaded_chunks(N, 1, [&](int64_t i, int64_t) { out[i] = text_of(bounds_of_mask(data + i * H * W, H, W), pixel_count(H, W)); });
     }
     return bytes_of(out);
 }
@@ -85,7 +85,7 @@ static py::array_t<uint8_t> decode(const py::list& counts, int64_t H, int64_t W)
     py::array_t<uint8_t> out({N, H, W});
     uint8_t* data = out.mutable_data();
     py::gil_scoped_release release;
-    parallel_chunks(N, 1, [&](int64_t i, int64_t) {
+    threaded_chunks(N, 1, [&](int64_t i, int64_t) {
         std::memset(data + i * total, 0, total);
         mask_of_bounds(parse(texts[i], H, W, i), H, W, data + i * total);
     });
@@ -162,7 +162,7 @@ static py::array_t<double> iou(const py::list& dt, const Array<int64_t>& dt_size
     std::vector<Bounds> dt_bounds = bounds_of(dt_texts, dt_size), gt_bounds = bounds_of(gt_texts, gt_size);
     std::vector<Shape> gt_shapes(G);
     for (int64_t g = 0; g < G; g++) gt_shapes[g] = shape_of(std::move(gt_bounds[g]), gt_size[2 * g]);
-    parallel_chunks(D, 8, [&](int64_t begin, int64_t end) {
+    threaded_chunks(D, 8, [&](int64_t begin, int64_t end) {
         for (int64_t d = begin; d < end; d++) {
             Shape shape = shape_of(std::move(dt_bounds[d]), dt_size[2 * d]);
             for (int64_t g = 0; g < G; g++) ious[d * G + g] = mask_iou(shape, gt_shapes[g], is_crowd[g]);
@@ -180,7 +180,7 @@ static py::list change_texts(const py::list& counts, const Array<int64_t>& sizes
     std::vector<std::string> out(texts.size());
     {
         py::gil_scoped_release release;
-        parallel_chunks(static_cast<int64_t>(texts.size()), 1, [&](int64_t i, int64_t) {
+        threaded_chunks(static_cast<int64_t>(texts.size()), 1, [&](int64_t i, int64_t) {
             const int64_t H = size[2 * i], W = size[2 * i + 1];
             out[i] = text_of(change(parse(texts[i], H, W, i), H, W), pixel_count(H, W));
         });
@@ -196,7 +196,7 @@ static py::array_t<uint8_t> change_dense(const Array<uint8_t>& stack, Change cha
     py::array_t<uint8_t> out({N, H, W});
     uint8_t* changed = out.mutable_data();
     py::gil_scoped_release release;
-    parallel_chunks(N, 1, [&](int64_t i, int64_t) {
+    threaded_chunks(N, 1, [&](int64_t i, int64_t) {
         mask_of_row_bounds(change(row_bounds(data + i * H * W, H * W), W, H), H * W, changed + i * H * W);
     });
     return out;

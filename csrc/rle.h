@@ -38,7 +38,7 @@ inline int thread_count() {
 
 // Calls work(begin, end) over chunks of [0, n); a thread takes the next chunk when it is free. The first exception is rethrown.
 template <class Work>
-void parallel_chunks(int64_t n, int64_t chunk, Work work) {
+void threaded_chunks(int64_t n, int64_t chunk, Work work) {
     int64_t chunks = (n + chunk - 1) / chunk;
     int threads = static_cast<int>(std::min<int64_t>(thread_count(), chunks));
     std::atomic<int64_t> next{0};
@@ -65,9 +65,10 @@ void parallel_chunks(int64_t n, int64_t chunk, Work work) {
 // ---- text ------------------------------------------------------------------------------------------------------------------------
 
 inline uint32_t pixel_count(int64_t height, int64_t width) {
-    if (height < 0 || width < 0 || (width > 0 && height > int64_t(UINT32_MAX - 1) / width))
-        throw std::invalid_argument("RLE: a picture has fewer than 2^32 pixels, got size [" + std::to_string(height) + ", " +
-                                    std::to_string(width) + "]");
+    const bool one_line = height > INT32_MAX || width > INT32_MAX;   // a Segment holds int32
+    if (height < 0 || width < 0 || one_line || (width > 0 && height > int64_t(UINT32_MAX - 1) / width))
+        throw std::invalid_argument("RLE: a picture has fewer than 2^32 pixels, and 2^31 a side, got size [" + std::to_string(height) +
+                                    ", " + std::to_string(width) + "]");
     return static_cast<uint32_t>(height * width);
 }
 

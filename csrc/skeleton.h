@@ -33,7 +33,7 @@ void nearest_sites(const uint8_t* mask, int64_t H, int64_t W, Found found) {
             int32_t& here = site[y * W + x];
             if (below >= 0 && (here < 0 || below - y < y - here)) here = below;
         }
-    parallel_chunks(H, 16, [&](int64_t begin, int64_t end) {
+    threaded_chunks(H, 16, [&](int64_t begin, int64_t end) {
         std::vector<int64_t> column(W), start(W), height(W);               // the envelope's parabolas, left to right
         for (int64_t y = begin; y < end; y++) {
             const int32_t* row = site.data() + y * W;

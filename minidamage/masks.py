@@ -11,6 +11,7 @@ import numpy as np
 
 from minidamage import mask_reference as reference
 
+MAX_SIDE = 1 << 24            # pixels of a picture; a dozen characters of run lengths could ask for the memory of billions of columns
 MAX_COORDINATE = 1e6        # pixels; a polygon point farther out is a mistake in the file, and would cost memory by its length
 
 
@@ -254,8 +255,9 @@ def unpack(rles):
     except (TypeError, KeyError, ValueError):
         raise ValueError('an RLE is a dict {"size": [height, width], "counts": bytes, str or list of runs}, got '
                          f"{next(r for r in rles if not _is_rle(r))!r:.120}") from None
-    if len(sizes) and sizes.min() < 0:
-        raise ValueError(f"an RLE's size is [height, width] >= 0, got {sizes.min(axis=0).tolist()}")
+    if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= MAX_SIDE:
+        wrong = next(size for size in sizes.tolist() if not 0 <= min(size) <= max(size) <= MAX_SIDE)
+        raise ValueError(f"an RLE's size is [height, width], from 0 to {MAX_SIDE} pixels a side, got {wrong}")
     return [c if isinstance(c, bytes) else c.encode("ascii", "replace") if isinstance(c, str) else _compress_list(c) for c in counts], sizes
 
 

@@ -242,6 +242,7 @@ def test_polygons_numpy_equals_native(body, monkeypatch):
     (lambda: masks.area({"size": [3, 2], "counts": [-1, 7]}), "runs >= 0"),
     (lambda: masks.area([{"counts": b"11"}]), "an RLE is a dict"),
     (lambda: masks.area(["11"]), "an RLE is a dict"),
+    (lambda: masks.decode({"size": [2 ** 31 + 100, 1], "counts": b"ZPPPPP2d0V2"}), "from 0 to 16777216 pixels a side"),
     (lambda: masks.iou([{"size": [3, 2], "counts": [6]}], [{"size": [2, 3], "counts": [6]}]), "one size"),
     (lambda: masks.merge([]), "at least one"),
     (lambda: masks.decode([]), "at least one"),

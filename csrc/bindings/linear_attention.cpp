@@ -23,6 +23,7 @@ using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // The gradients of Backward; those that are not needed stay empty.
 enum Gradient { X, W_Q, B_Q, W_K, B_K, W_V, B_V, OF_E, OF_F, W_O, B_O, GRADIENTS };
+constexpr Gradient WEIGHT[2] = {W_K, W_V}, BIAS[2] = {B_K, B_V}, PROJECTION[2] = {OF_E, OF_F};  // of keys, of values
 using Needed = std::array<bool, GRADIENTS>;
 using Gradients = std::array<Tensor, GRADIENTS>;
 
@@ -207,20 +208,20 @@ Gradients backward_cpu(const Sizes& size, const Needed& needed, const Tensor& gr
   OptionalTensor from_bias[2];
   for (int part = 0; part < 2; ++part) {
     const OptionalTensor& bias = part ? b_v : b_k;
-    if (make(B_K + 2 * part, {A})) {
+    if (make(BIAS[part], {A})) {
       const Tensor total = (part ? F : E).sum(0);
-      run<T>({product<T>(grads[B_K + 2 * part].unsqueeze(0), {{total.unsqueeze(0), sums[part]}})});
+      run<T>({product<T>(grads[BIAS[part]].unsqueeze(0), {{total.unsqueeze(0), sums[part]}})});
     }
-    if (make(W_K + 2 * part, {A, D}))
-      products.push_back(product<T>(grads[W_K + 2 * part], {{flat(grad_keys_values[part]).t(), flat(projected[part])}}));
-    if (!make(OF_E + part, {N, k})) continue;
+    if (make(WEIGHT[part], {A, D}))
+      products.push_back(product<T>(grads[WEIGHT[part]], {{flat(grad_keys_values[part]).t(), flat(projected[part])}}));
+    if (!make(PROJECTION[part], {N, k})) continue;
     if (bias.has_value()) {
       from_bias[part] = at::empty({k}, options);
       run<T>({product<T>(from_bias[part]->unsqueeze(0), {{bias->unsqueeze(0), sums[part].t()}})});
     }
     std::vector<std::pair<Tensor, Tensor>> factors;
     for (int64_t b = 0; b < B; ++b) factors.push_back({x[b], grad_projected[part][b].t()});
-    products.push_back(product<T>(grads[OF_E + part], factors, from_bias[part]));
+    products.push_back(product<T>(grads[PROJECTION[part]], factors, from_bias[part]));
   }
   run(products);
   return grads;
@@ -465,14 +466,14 @@ Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, 
   for (int part = 0; part < 2; ++part) {
     const Tensor grad_part = grad_keys_values[part], sum = sums[part], &projection = part ? F : E;
     const OptionalTensor& bias = part ? b_v : b_k;
-    if (needed[W_K + 2 * part]) grads[W_K + 2 * part] = at::matmul(flat(grad_part).t(), flat(projected[part]));
-    if (needed[B_K + 2 * part]) grads[B_K + 2 * part] = at::matmul(projection.sum(0), sum);
-    if (!needed[X] && !needed[OF_E + part]) continue;
+    if (needed[WEIGHT[part]]) grads[WEIGHT[part]] = at::matmul(flat(grad_part).t(), flat(projected[part]));
+    if (needed[BIAS[part]]) grads[BIAS[part]] = at::matmul(projection.sum(0), sum);
+    if (!needed[X] && !needed[PROJECTION[part]]) continue;
     const Tensor grad_projected = at::matmul(grad_part, part ? w_v : w_k);  // [B, k, D]
     if (needed[X]) grads[X].baddbmm_(projection.expand({B, N, k}), grad_projected);
-    if (!needed[OF_E + part]) continue;
+    if (!needed[PROJECTION[part]]) continue;
     const Tensor summaries = grad_projected.transpose(0, 1).reshape({k, B * D}).t();
-    grads[OF_E + part] = bias.has_value() ? at::addmm(at::matmul(sum, *bias), positions, summaries) : at::matmul(positions, summaries);
+    grads[PROJECTION[part]] = bias.has_value() ? at::addmm(at::matmul(sum, *bias), positions, summaries) : at::matmul(positions, summaries);
   }
   return std::tuple_cat(grads);
 }

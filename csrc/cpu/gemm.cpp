@@ -118,6 +118,15 @@ void gemm_panels(int64_t M, int64_t N, int64_t K, Strided<T> A, const T* panels,
   }
 }
 
+// A block of A, [rows, depth] with rows or columns contiguous, in memory where those lie `step` numbers apart.
+template <typename T>
+static Strided<T> near_copy(Strided<T> block, int64_t rows, int64_t depth, int64_t step, T* memory) {
+  const bool by_columns = block.row == 1;
+  const int64_t count = by_columns ? depth : rows, size = by_columns ? rows : depth, apart = by_columns ? block.column : block.row;
+  for (int64_t i = 0; i < count; ++i) std::memcpy(memory + i * step, block.data + i * apart, size * sizeof(T));
+  return by_columns ? Strided<T>{memory, 1, step} : Strided<T>{memory, step, 1};
+}
+
 template <typename T>
 void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int64_t C_row, bool accumulate, std::vector<T>& scratch,
           const T* bias) {
@@ -125,28 +134,22 @@ void gemm(int64_t M, int64_t N, int64_t K, Strided<T> A, Strided<T> B, T* C, int
   constexpr int64_t row_block = 448;  // x GEMM_DEPTH numbers of A: half of a second-level cache of 1 MiB
   const int64_t depth_block = std::min(K, GEMM_DEPTH), column_block = std::min<int64_t>(N, 1024);
   const auto far = [](int64_t step) { return step * static_cast<int64_t>(sizeof(T)) >= FAR_BYTES; };
-  const bool many_columns = N >= 2 * NR<T>, copy = many_columns && far(A.row == 1 ? A.column : A.row) && (A.row == 1 || A.column == 1);
-  const int64_t panels_end = panels_size<T>(depth_block, column_block), copy_row = (A.row == 1 ? row_block : GEMM_DEPTH) + VECTOR_LANES<T>;
-  scratch.resize(std::max<size_t>(scratch.size(), panels_end + (copy ? (A.row == 1 ? GEMM_DEPTH : row_block) * copy_row : 0)));
+  const bool by_columns = A.row == 1, copy = N >= 2 * NR<T> && (by_columns ? far(A.column) : A.column == 1 && far(A.row));
+  const int64_t lines = by_columns ? GEMM_DEPTH : row_block, step = (by_columns ? row_block : GEMM_DEPTH) + VECTOR_LANES<T>;
+  const int64_t panels_end = panels_size<T>(depth_block, column_block);
+  scratch.resize(std::max<size_t>(scratch.size(), panels_end + (copy ? lines * step : 0)));
   for (int64_t j0 = 0; j0 < N; j0 += column_block) {
     const int64_t columns = std::min(column_block, N - j0);
+    const bool in_place = M <= FEW_ROWS && B.column == 1 && !far(B.row) && columns % NR<T> == 0;
     for (int64_t p0 = 0; p0 == 0 || p0 < K; p0 += GEMM_DEPTH) {
       const int64_t depth = std::min(GEMM_DEPTH, K - p0);
-      const Strided<T> panels = B.from(p0, j0);
-      const bool in_place = M <= FEW_ROWS && B.column == 1 && !far(B.row) && columns % NR<T> == 0;
-      if (!in_place) pack_panels(panels, depth, columns, scratch.data());
+      const T* panels = in_place ? B.from(p0, j0).data : scratch.data();
+      if (!in_place) pack_panels(B.from(p0, j0), depth, columns, scratch.data());
       for (int64_t i0 = 0; i0 < M; i0 += row_block) {
         const int64_t rows = std::min(row_block, M - i0);
-        Strided<T> block = A.from(i0, p0);
-        if (copy) {
-          T* near = scratch.data() + panels_end;
-          const int64_t count = A.row == 1 ? depth : rows, size = A.row == 1 ? rows : depth, step = A.row == 1 ? A.column : A.row;
-          for (int64_t i = 0; i < count; ++i) std::memcpy(near + i * copy_row, block.data + i * step, size * sizeof(T));
-          block = A.row == 1 ? Strided<T>{near, 1, copy_row} : Strided<T>{near, copy_row, 1};
-        }
-        gemm_panels(rows, columns, depth, block, in_place ? panels.data : scratch.data(), in_place ? NR<T> : depth * NR<T>,
-                    C + i0 * C_row + j0, C_row, accumulate || p0 > 0, bias && p0 == 0 ? bias + j0 : nullptr,
-                    in_place ? panels.row : NR<T>);
+        const Strided<T> block = copy ? near_copy(A.from(i0, p0), rows, depth, step, scratch.data() + panels_end) : A.from(i0, p0);
+        gemm_panels(rows, columns, depth, block, panels, in_place ? NR<T> : depth * NR<T>, C + i0 * C_row + j0, C_row,
+                    accumulate || p0 > 0, bias && p0 == 0 ? bias + j0 : nullptr, in_place ? B.row : NR<T>);
       }
     }
   }

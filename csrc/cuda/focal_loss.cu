@@ -39,18 +39,18 @@ MD_DEVICE A block_sum(A value) {
 }
 
 // partials: [lists, FOCAL_PARTIALS], the first `blocks` of each list filled; output: [1]. One block: the sum of list 0, divided by
-// `divisor`, or where that is 0 by the sum of list 1 (at least 1).
+// `divisor`, or `by_rows` by the sum of list 1 (at least 1).
 template <typename T>
-__global__ void add_partials(const double* __restrict__ partials, int blocks, double divisor, T* __restrict__ output) {
+__global__ void add_partials(const double* __restrict__ partials, int blocks, bool by_rows, double divisor, T* __restrict__ output) {
   double sum = 0, count = 0;
   for (int b = threadIdx.x; b < blocks; b += THREADS) {
     sum += partials[b];
-    if (divisor == 0) count += partials[FOCAL_PARTIALS + b];
+    if (by_rows) count += partials[FOCAL_PARTIALS + b];
   }
   sum = block_sum(sum);
   count = block_sum(count);
   if (threadIdx.x != 0) return;
-  const double by = divisor != 0 ? divisor : count > 1 ? count : 1;
+  const double by = by_rows ? (count > 1 ? count : 1) : divisor;
   output[0] = from_accumulate<T>(static_cast<accumulate_t<T>>(sum / by));
 }
 
@@ -224,7 +224,7 @@ void sigmoid_focal_loss_cuda(const FocalLoss<A>& focal, DType dtype, const void*
           MD_LAUNCH(kernel, blocks, THREADS, 0, stream, focal, x, t, count, partials);
           const double divisor = reduction == Reduction::mean ? static_cast<double>(count) : 1;
           const auto add = &add_partials<T>;
-          MD_LAUNCH(add, 1, THREADS, 0, stream, partials, static_cast<int>(blocks), divisor, static_cast<T*>(output));
+          MD_LAUNCH(add, 1, THREADS, 0, stream, partials, static_cast<int>(blocks), false, divisor, static_cast<T*>(output));
         }
       });
     });
@@ -262,9 +262,9 @@ void softmax_focal_loss_cuda(const FocalLoss<A>& focal, DType dtype, const void*
       MD_LAUNCH(kernel, blocks, THREADS, 0, stream, focal, static_cast<const T*>(logits), labels, R, C, ignore_index, width,
                 none ? static_cast<T*>(output) : nullptr, partials);
       if (none) return;
-      const double divisor = reduction == Reduction::mean ? 0 : 1;  // 0: the rows counted
+      const bool by_rows = reduction == Reduction::mean;
       const auto add = &add_partials<T>;
-      MD_LAUNCH(add, 1, THREADS, 0, stream, partials, static_cast<int>(blocks), divisor, static_cast<T*>(output));
+      MD_LAUNCH(add, 1, THREADS, 0, stream, partials, static_cast<int>(blocks), by_rows, 1.0, static_cast<T*>(output));
     });
   });
 }
