@@ -166,11 +166,20 @@ def score_model(args):
     model, checkpoint = load_checkpoint(path, device)
     check_task(args, model)
     dataset, part, records, own = choose_pictures(args, checkpoint, path)
+    check_out_folder(args.out, dataset.path)
     covered = f", {occlusion.in_words(args.occlude)}" if args.occlude else ""
     print(f"{checkpoint['model']} from {path} on {device}, {len(records)} pictures ({part} of {dataset.path}){covered}")
     job = Job(args, model, checkpoint, path, device, dataset, part, records, own)
     {"detection": detection.score, "segmentation": segmentation.score}[model.task](job)
     return 0
+
+
+def check_out_folder(out, data):
+    """ValueError where the results would lie among a data set's own files, some of which have the same names."""
+    folder = os.path.realpath(data if os.path.isdir(data) else os.path.dirname(data) or ".")
+    if out and os.path.isdir(folder) and os.path.commonpath([folder, os.path.realpath(out)]) == folder:
+        raise ValueError(f"--out {out}: expected a folder outside of the data set ({folder}), whose files truth.json and the like would "
+                         "replace")
 
 
 def check_task(args, model):

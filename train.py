@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import dataclasses
 import math
+import os
 import shlex
 import sys
 import time
@@ -30,7 +31,7 @@ from minidamage.layers.segmenter import label_map_of
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
-from minidamage.training import DEFAULTS, iou_types, is_out_of_memory, set_up, what_broke
+from minidamage.training import DEFAULTS, iou_types, is_out_of_memory, set_up, what_broke, write_identity
 from minidamage.tuning import (add_picture, score_mask_thresholds, score_pixel_thresholds, take_mask_threshold,
                                take_pixel_threshold)
 from minidamage.visualize.plots import curves_from_csv
@@ -394,7 +395,7 @@ def finish_epoch(run, metrics, trained, progress):
     train_losses = {f"train/{name}": value / steps for name, value in state.sums.items()}
     row = {"epoch": state.epoch + 1, "lr": run.optimizer.param_groups[0]["lr"], "train/loss": sum(train_losses.values()), **train_losses,
            **{f"val/{name}": value for name, value in metrics.items()}, **trained, "seconds": round(state.seconds, 2)}
-    better = is_better(metrics, run)
+    better, before = is_better(metrics, run), (state.best, state.best_loss, state.best_epoch, state.best_box_ap)
     if better:
         state.best, state.best_loss, state.best_epoch = metrics[select_by], metrics["loss"], state.epoch
         state.best_box_ap = box_ap(metrics)
@@ -403,8 +404,8 @@ def finish_epoch(run, metrics, trained, progress):
     watch_plateau(state, run.recipe, metrics["loss"])
     keep(run, "metrics.csv", lambda path: run_folder.write_metrics(path, state.history))
     keep(run, "curves.png", lambda path: curves_from_csv(run.path("metrics.csv"), path, select_by=select_by))
-    if better:
-        save(run, "best.pt", metrics)
+    if better and not save(run, "best.pt", metrics):                  # a full disk: what best.pt does not hold is not to be beaten
+        state.best, state.best_loss, state.best_epoch, state.best_box_ap = before
     if run.args.keep_epochs:
         save(run, f"epoch-{state.epoch:03d}.pt", metrics)
     save(run, "last.pt", metrics)                                     # last: a kill between the two repeats the epoch, and its best.pt
@@ -593,6 +594,7 @@ def main(argv=None):
         with distributed.quiet():
             run = set_up(given)
         claim = run_folder.claim(run.folder) if distributed.is_main() else contextlib.nullcontext()
+        distributed.on_main(lambda: write_identity(run))              # not before: another training may hold the folder
     except (ValueError, OSError) as error:
         if distributed.first_to_say(str(error), seconds=5):
             print(f"train.py: {error}", file=sys.stderr)
@@ -655,6 +657,10 @@ def perform(run):
                   f"  {command()} --resume {shlex.quote(run.folder)}")
             run.loaders.clear()
             return max(distributed.gather(stop.exit_code))
+        if not os.path.isfile(run.path("best.pt")):
+            print(f"\ntrain.py: {run.path('best.pt')} could not be written in any epoch; free some space, and train one more:\n"
+                  f"  {command()} --resume {shlex.quote(run.folder)} --epochs {run.recipe.epochs + 1}", file=sys.stderr)
+            return 1
         tuned = tune_threshold(run, stop)
         run.loaders.clear()                                           # ends their workers in torch's order; StopSignal's is for errors
     say_goodbye(run, time.perf_counter() - start, tuned)

@@ -265,6 +265,14 @@ def set_rng_state(state):
         torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 
+def check_out(path, out):
+    """ValueError where what is made of a checkpoint would be written over it, OSError where it can't be written at all."""
+    if os.path.exists(path) and os.path.exists(out) and os.path.samefile(path, out):
+        raise ValueError(f"{out}: expected another file to write than the checkpoint itself: its thresholds and class names would be gone")
+    if os.path.isdir(out) or not os.path.isdir(os.path.dirname(os.path.abspath(out))):
+        raise OSError(f"{out}: expected a file to write, in a folder that is there")
+
+
 def _reason(error):
     """One line of torch's page-long message when a file does not load."""
     foreign = re.search(r"Unsupported \w+: (?:GLOBAL )?([\w.]+)", str(error))
@@ -304,6 +312,7 @@ def main(argv=None):
     export.add_argument("--body", action="store_true", help="the ResNet body alone")
     args = parser.parse_args(argv)
     try:
+        check_out(args.checkpoint, args.out)
         model, weights = export_weights(args.checkpoint, args.out, args.body)
     except (ValueError, OSError) as error:
         print(f"minidamage.checkpoint: {error}", file=sys.stderr)

@@ -1,6 +1,7 @@
 """What the scripts at the top read their flags with."""
 import argparse
 import difflib
+import os
 import sys
 
 
@@ -8,7 +9,9 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose mistakes are one line that names the flag meant, without a page of usage above it."""
 
     def parse_args(self, *arguments):
-        """As argparse's. From here on a file's name that is no UTF-8 is printed with escapes, where it would end the program."""
+        """As argparse's. From here on a file's name that is no UTF-8 is printed with escapes, where it would end the program; what is
+        printed without an output (a daemon's, closed) goes nowhere."""
+        sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")

@@ -19,7 +19,7 @@ import sys
 import torch
 from torch import nn
 
-from minidamage.checkpoint import choose_device, load_checkpoint
+from minidamage.checkpoint import check_out, choose_device, load_checkpoint
 from minidamage.layers.detector import resize_boxes
 from minidamage.layers.roi_heads import to_rois
 
@@ -79,9 +79,13 @@ def export_detector(model, path, height, width, batch_size=1, dtype=torch.uint8)
     images = torch.zeros(batch_size, 3, height, width, dtype=dtype, device=model.transform.image_mean.device)
     with torch.no_grad():
         program = torch.export.export(fixed, (images,))
-    partial = f"{path}.partial"
-    torch.export.save(program, partial)
-    os.replace(partial, path)
+    partial = f"{path}.partial.pt2"                                   # torch warns of another ending
+    try:
+        torch.export.save(program, partial)
+        os.replace(partial, path)
+    finally:
+        if os.path.exists(partial):                                   # a full disk, Ctrl-C
+            os.remove(partial)
     return program
 
 
@@ -97,12 +101,14 @@ def main(argv=None):
     add("--device", default="auto", help="where the program will run: cpu, cuda (default: cuda where there is one, else cpu)")
     args = parser.parse_args(argv)
     try:
-        model, _ = load_checkpoint(args.checkpoint, choose_device(args.device))
+        check_out(args.checkpoint, args.out)
+        device = choose_device(args.device)
+        model, _ = load_checkpoint(args.checkpoint, device)
         export_detector(model, args.out, args.height, args.width, args.batch_size)
     except (ValueError, OSError) as error:
         print(f"minidamage.export: {error}", file=sys.stderr)
         return 2 if isinstance(error, ValueError) else 1
-    print(f"{args.out}: {model.name} for {args.batch_size} x 3 x {args.height} x {args.width} uint8 on {args.device}; needs torch and "
+    print(f"{args.out}: {model.name} for {args.batch_size} x 3 x {args.height} x {args.width} uint8 on {device}; needs torch and "
           f"minidamage.ops ({os.path.getsize(args.out) / 2 ** 20:.0f} MB)")
     return 0
 

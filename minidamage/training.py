@@ -133,7 +133,7 @@ def set_up(given):
     model.to(args.device)
     train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
 
-    folder = os.path.dirname(path) if checkpoint else distributed.on_main(
+    folder = os.path.dirname(os.path.abspath(path)) if checkpoint else distributed.on_main(
         lambda: run_folder.new_run_folder(args.out, args.model, args.data))
     if not os.path.isdir(folder):
         raise ValueError(f"{os.path.abspath(folder)}: process {distributed.rank()} does not see the folder that process 0 made; give --out "
@@ -147,7 +147,6 @@ def set_up(given):
         restore(run, checkpoint, path)
     if args.compile:                                                  # last: the averaged copy above stays as it is
         model.compile_static(COMPILER)
-    distributed.on_main(lambda: write_identity(run))
     return run
 
 
@@ -207,6 +206,9 @@ def restore(run, checkpoint, path):
         done, asked = run.state.epoch, run.recipe.epochs
         raise ValueError(f"{path}: this run has done its {done} epoch{'s' * (done != 1)}{f', --epochs asks for {asked}' * (asked < done)}; "
                          f"to go on, give it more: --epochs {2 * done}")
+    if run.state.best is not None and not os.path.isfile(run.path("best.pt")):
+        print(f"note: {run.path('best.pt')} is not there any more; the next epoch is the best so far")
+        run.state.best = None
     if run.ema is not None:                                           # the model was built with the averaged weights
         load_weights(run.model, train["raw_weights"], path)
         run.ema.updates = train["ema_updates"]
@@ -218,7 +220,7 @@ def restore(run, checkpoint, path):
 
 def is_tuned(run):
     """Whether best.pt carries the mark of train.py's last act, the choice of the threshold: a kill may come between the two."""
-    return bool(read_checkpoint(run.path("best.pt"))["train"].get("tuned"))
+    return os.path.isfile(run.path("best.pt")) and bool(read_checkpoint(run.path("best.pt"))["train"].get("tuned"))
 
 
 def identity(model, dataset, parts, recipe, args, checkpoint):

@@ -390,6 +390,28 @@ def test_coco_orphans_double_ids_and_wrong_sizes(tmp_path):
         assert any(said in p for p in data.problems), (said, data.problems)
 
 
+def test_coco_ids_of_mixed_types_are_one(tmp_path):
+    """1, 1.0 and "1" are one id; an id beyond 64 bits is counted anew; "0" is no crowd."""
+    coco_set(tmp_path, [{**BOX, "iscrowd": "0"}, {**BOX, "iscrowd": "1"}, BOX])
+    content = json.loads((tmp_path / "annotations.json").read_text())
+    kinds = (str, float, lambda number: number)
+    for kind, annotation in zip(kinds, content["annotations"]):
+        annotation.update(image_id=kind(annotation["image_id"]), category_id=kind(annotation["category_id"]), id=2 ** 70 + annotation["id"])
+    dump(tmp_path / "annotations.json", content)
+    data = load(tmp_path)
+    [record] = data.parts["all"]
+    assert record.crowd.tolist() == [False, True, False] and record.annotation_ids.tolist() == [1, 2, 3] and not data.problems
+
+
+def test_coco_a_picture_listed_twice_has_the_objects_of_both(tmp_path):
+    coco_set(tmp_path, [BOX, {**BOX, "image_id": 8, "bbox": [1, 1, 9, 9], "segmentation": []}],
+             images=((7, "a.jpg", 64, 48), (8, "a.jpg", 64, 48)))
+    data = load(tmp_path)
+    [record] = data.parts["all"]
+    assert record.image_id == 7 and record.boxes.tolist() == [[10, 5, 30, 25], [1, 1, 10, 10]]
+    assert any("listed twice, as image 7 and 8; objects joined" in problem for problem in data.problems)
+
+
 def test_coco_ids_that_are_text(tmp_path):
     coco_set(tmp_path, [BOX, BOX])
     content = json.loads((tmp_path / "annotations.json").read_text())

@@ -343,3 +343,12 @@ def test_evaluate_model_takes_batches_of_a_data_set(damagenet_run):
     assert len(truth["images"]) == len(records) and len(truth["annotations"]) == sum(len(r.labels) for r in records)
     with pytest.raises(ValueError, match="model.eval"):
         evaluate_model(model.train(), [], checkpoint["class_names"])
+
+
+def test_results_do_not_go_among_the_data_sets_files(damagenet_run, capsys):
+    path, data = damagenet_run
+    before = sorted(os.listdir(data))
+    for out in (data, os.path.join(data, "image")):
+        assert evaluate.main(["--checkpoint", str(path), "--part", "all", "--device", "cpu", "--out", out]) == 2
+        assert "expected a folder outside of the data set" in capsys.readouterr().err
+    assert sorted(os.listdir(data)) == before

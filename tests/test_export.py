@@ -90,6 +90,10 @@ def test_from_a_checkpoint_on_the_command_line(tmp_path, capsys, narrow):
     images = torch.randint(0, 256, (1, 3, 64, 80), dtype=torch.uint8)
     found, want = torch.export.load(out).module()(images), model.detect(list(images))[0]
     torch.testing.assert_close(found["boxes"][0][found["valid"][0]], want["boxes"], rtol=1e-5, atol=1e-5)
+    whole = (tmp_path / "best.pt").read_bytes()
+    for code, wrong in ((2, "best.pt"), (1, "no/detector.pt2")):
+        assert export.main([str(tmp_path / "best.pt"), str(tmp_path / wrong), "--height", "64", "--width", "80"]) == code
+    assert (tmp_path / "best.pt").read_bytes() == whole and sorted(os.listdir(tmp_path)) == ["best.pt", "detector.pt2"]
     assert export.main([str(tmp_path / "none.pt"), str(out), "--height", "64", "--width", "80"]) == 2
     assert export.main([str(tmp_path / "best.pt"), str(out), "--height", "0", "--width", "80"]) == 2
 

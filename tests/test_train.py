@@ -287,6 +287,8 @@ def test_two_trainings_never_write_into_one_run(command, tmp_path, capsys):
     folder = only_run(tmp_path)
     with run_folder.claim(folder):
         assert train.main(["--resume", folder, "--epochs", "2"]) == 2
+        with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
+            assert json.load(file)["run"]["recipe"]["epochs"] == 1            # of the training that holds it
         assert "another process is training this run" in capsys.readouterr().err
     assert train.main(["--resume", folder, "--epochs", "2"]) == 0
     assert f"resuming {folder} after epoch 1, step 0, of 2 epochs" in capsys.readouterr().out
@@ -450,6 +452,31 @@ def test_full_disk_in_mid_run_keeps_training_and_the_older_file(command, tmp_pat
     printed = capsys.readouterr().err
     assert "No space left" in printed and "last.pt is whole" in printed
     assert len(read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))["train"]["history"]) == 3
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
+def test_a_best_epoch_that_found_no_room_is_not_called_the_best(command, tmp_path, monkeypatch, capsys):
+    """In the first two epochs best.pt cannot be written; the third, worse than they are, is what is kept and said."""
+    finish_epoch, validate = train.finish_epoch, train.validate
+
+    def full_disk(run, *arguments):
+        partial = run.path("best.pt.partial")
+        if run.state.epoch < 2:
+            os.symlink("/dev/full", partial)
+        return finish_epoch(run, *arguments)
+    monkeypatch.setattr(train, "finish_epoch", full_disk)
+    monkeypatch.setattr(train, "validate", lambda run, *rest: {**validate(run, *rest), "loss": 1.0 + run.state.epoch})
+    assert train.main(command("--epochs", 3, "--select", "loss")) == 0
+    checkpoint = read_checkpoint(os.path.join(only_run(tmp_path), "best.pt"))
+    assert checkpoint["train"]["epoch"] == 3 and "best loss 3.000 in epoch 3" in capsys.readouterr().out
+
+
+def test_a_best_pt_that_is_gone_is_said_and_made_again(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 1)) == 0
+    best = os.path.join(only_run(tmp_path), "best.pt")
+    os.remove(best)
+    assert train.main(["--resume", os.path.dirname(best), "--epochs", "2", "--lr", "1e-9"]) == 0
+    assert "best.pt is not there any more" in capsys.readouterr().out and read_checkpoint(best)["train"]["epoch"] == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")

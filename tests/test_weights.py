@@ -107,6 +107,9 @@ def test_a_head_of_other_classes_is_named_and_everything_else_is_kept(tmp_path):
 
 def test_mistakes(tmp_path, capsys):
     assert checkpoint.main(["export", str(tmp_path / "none.pt"), str(tmp_path / "out.pth")]) == 2
+    path = saved(tmp_path, small_model("fasterrcnn_resnet50_fpn"))
+    whole = path.read_bytes()
+    assert checkpoint.main(["export", str(path), str(path)]) == 2 and path.read_bytes() == whole
     assert "no such file or folder" in capsys.readouterr().err
     path = saved(tmp_path, minidamage.build_model("custom_segnet2", 2, image_size=64))
     assert checkpoint.main(["export", "--body", str(path), str(tmp_path / "out.pth")]) == 2

@@ -66,7 +66,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         raise ValueError(_no_layout(path))
     try:
         dataset = layout.read(path, images=images, attribute=attribute, voc_boxes=voc_boxes, voc_difficult=voc_difficult)
-    except (TypeError, AttributeError, KeyError, IndexError) as error:
+    except (TypeError, AttributeError, KeyError, IndexError, OverflowError, RecursionError) as error:
         name = layout.__name__.rsplit(".", 1)[-1]
         raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "
                          f"({type(error).__name__}: {error})") from error
@@ -77,6 +77,10 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         why = f"; first of {len(dataset.problems)} problems: {dataset.problems[0]}" if dataset.problems else ""
         why += f". The pictures were sought in --images {images}: is it their folder?" if images else ""
         raise ValueError(f"{path}: the data set is empty (no usable picture){why}")
+    alike = [name for name in dataset.class_names if [other.lower() for other in dataset.class_names].count(name.lower()) > 1]
+    if alike:                                  # a checkpoint's names are found again whatever their case
+        raise ValueError(f"{path}: expected classes whose names differ by more than letter case, got {', '.join(map(repr, alike))}; rename "
+                         "or join them")
     count_self_crossing(records, dataset.problems)
     if class_names is not None:
         _follow(dataset, tuple(class_names))

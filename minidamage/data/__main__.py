@@ -22,10 +22,10 @@ def main(arguments=None):
         parser.error(f"--size: expected pixels a side, 1 or more, got {args.size}")
     try:
         dataset = load_dataset(args.path, **reading(args))
-    except ValueError as error:
+        findings = check(dataset, quick=args.quick, size=args.size)
+    except (ValueError, OSError) as error:
         print(f"python -m minidamage.data: {error}", file=sys.stderr)
         return 2
-    findings = check(dataset, quick=args.quick, size=args.size)
     print(report(findings, args.examples))
     return int(any(f.level == "error" for f in findings))
 

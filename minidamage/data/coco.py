@@ -94,17 +94,28 @@ def _load(file):
     return _loaded[key]
 
 
+def _plain_id(value):
+    """1 for 1, 1.0 and "1", which some exporters mix; anything else as it is."""
+    if isinstance(value, str) and value.isdecimal() and str(int(value)) == value:
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
 def _number_text_ids(content, part, notes):
-    """Some exporters write ids as text; pictures and annotations are then counted from 1, in the file's order. Changes `content`."""
+    """Some exporters write ids as text, or as numbers beyond 64 bits; pictures and annotations are then counted from 1, in the file's
+    order. Changes `content`."""
+    for key, fields in (("images", ("id",)), ("annotations", ("id", "image_id", "category_id")), ("categories", ("id",))):
+        for entry in content[key]:
+            entry.update({field: _plain_id(entry[field]) for field in fields})
     for key, refers in (("images", "annotations"), ("annotations", None)):
-        if all(isinstance(entry["id"], int) for entry in content[key]):
+        if all(isinstance(entry["id"], int) and abs(entry["id"]) < 2 ** 63 for entry in content[key]):
             continue
         number = {}
         for entry in content[key]:
             entry["id"] = number.setdefault(str(entry["id"]), len(number) + 1)
         for entry in content[refers] if refers else ():
             entry["image_id"] = number.get(str(entry["image_id"]), -1)
-        notes.append(f"{part}: {key} have ids that are text; numbered 1 to {len(number)}")
+        notes.append(f"{part}: {key} have ids that are text, or no 64-bit numbers; numbered 1 to {len(number)}")
 
 
 def _check_fields(file, content):
@@ -186,7 +197,7 @@ def _read_part(content, label_of, finder, problems):
     by_image = {}
     for annotation in content["annotations"]:
         by_image.setdefault(annotation["image_id"], []).append(annotation)
-    records, seen = [], set()
+    records, seen, entries = [], set(), {}                     # entries: {file: (its image, annotations)}
     for image in content["images"]:
         name, annotations = os.path.basename(image["file_name"]), by_image.pop(image["id"], [])
         if image["id"] in seen:
@@ -197,8 +208,14 @@ def _read_part(content, label_of, finder, problems):
         if file is None:
             problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(annotations)} objects)")
             continue
+        if file in entries:                                    # as merged files have it
+            problems.append(f"{name}: listed twice, as image {entries[file][0]['id']} and {image['id']}; objects joined")
+            entries[file][1].extend(annotations)
+        else:
+            entries[file] = image, annotations
+    for file, (image, annotations) in entries.items():
+        name, objects = os.path.basename(image["file_name"]), []
         size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
-        objects = []
         for annotation in annotations:
             try:
                 objects.append(_raw_object(annotation, label_of, name, problems))
@@ -234,4 +251,4 @@ def _raw_object(annotation, label_of, name, problems):
     if area is not None and not (isinstance(area, (int, float)) and 0 <= area < math.inf):
         area = problems.append(f"{name}, annotation {annotation['id']}: area {area!r:.40} is no number of pixels; taken from its outline")
     return RawObject(annotation["id"], label_of[annotation["category_id"]], segmentation or None, box,
-                     bool(annotation.get("iscrowd", 0)), area)
+                     str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false"), area)

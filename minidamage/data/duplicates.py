@@ -146,8 +146,9 @@ def group_of_each(records, near=True):
 
 
 def groups_of_copies(files):
-    """Files that show the same thing, by bytes or by pixels: [(places in `files`, bits)], groups of two or more, the surest first. bits: most
-    bits of the hash that differ between two of the group that were joined; -1 where all have the same bytes.
+    """Files that show the same thing, by bytes or by pixels: [(places in `files`, bits)], groups of two or more, the surest first.
+
+    bits: the most bits of the hash that differ between two of the group that were joined; -1 where all have the same bytes.
 
     Copies of copies are in one group, and only what joins two groups is kept: of n pictures of a camera that stands still fewer than n
     links, where there are n (n - 1) / 2 pairs.

@@ -92,7 +92,7 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
     for obj in objects:
         try:
             clean = _clean(obj, width, height, name, problems)
-        except (TypeError, ValueError, IndexError, KeyError) as error:       # what nobody foresaw, once more without losing the rest
+        except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:      # what nobody foresaw, without losing the rest
             clean = problems.append(f"{name}, annotation {obj.annotation_id}: cannot be read ({error}); dropped")
         if clean is not None:
             kept.append(clean)

@@ -24,7 +24,7 @@ def read_json(file):
     if not os.path.isfile(file):
         raise ValueError(f"{file}: expected a COCO JSON file, there is none")
     try:
-        with open(file, encoding="utf-8") as stream:
+        with open(file, encoding="utf-8-sig") as stream:              # some Windows tools write a byte order mark
             return json.load(stream), file
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: expected JSON, but it breaks off or is something else ({error}); was it written to the end?") from None
