@@ -2,7 +2,7 @@
 from setuptools import setup
 
 PACKAGES = ["minidamage", "minidamage.ops", "minidamage.layers", "minidamage.models", "minidamage.data", "minidamage.metrics",
-            "minidamage.visualize"]
+            "minidamage.evaluation", "minidamage.visualize"]
 
 setup(
     name="minidamage",

@@ -7,6 +7,8 @@ gives the numbers of pycocotools' mask module, to the bit, and raises ValueError
 Each function has two bodies: the plain numpy one in `mask_reference.py` (read that to learn the rule) and a C++ twin in
 `csrc/rle.h`, used when the extension is built. Coordinates: (0, 0) is the outer corner of the first pixel, x right, y down.
 """
+import math
+
 import numpy as np
 
 from minidamage import mask_reference as reference
@@ -187,7 +189,7 @@ def fill_holes(masks):
 
 def remove_islands(masks, min_area):
     """Returns the masks without their 8-connected components of fewer than `min_area` pixels. Forms as in `fill_holes`."""
-    return _transform(masks, "remove_islands", int(min_area))
+    return _transform(masks, "remove_islands", math.ceil(min_area))
 
 
 def _transform(masks, name, min_area):

@@ -143,7 +143,7 @@ CRACKS = {
 # Context-CrackNet, Table 6: IoU without and with its two modules; which set is not said, the numbers are Table 3's of GAPs.
 CRACKS_ABLATION = {"neither": 0.4259, "RFEM alone": 0.4355, "CAGM alone": 0.4263, "both": 0.4743}
 
-# DamageNet, section IV: its numbers on 5,200 VehiDE pictures, and in points what each part is worth.
+# DamageNet, section V: its numbers on 5,200 VehiDE pictures, and in points what each part is worth.
 DAMAGENET = {"box mAP": 85.7, "mask mIoU": 82.3}
 DAMAGENET_ABLATION = {"mIoU without dilation": -4.5, "recall of small damage without the pyramid": -5.7,
                       "mask F without post-processing": -3.2, "mIoU under extreme occlusion": -2.8}

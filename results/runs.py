@@ -61,7 +61,7 @@ OCCLUDED = {"a tenth occluded": "--occlude 0.1", "a quarter occluded": "--occlud
 
 
 def car_runs(prefix, schedule, hardware, data, seeds, minutes):
-    """DamageNet's ablation (the paper's section IV) on a car set: three trainings a seed, nine rows."""
+    """DamageNet's ablation (the paper's section V) on a car set: three trainings a seed, nine rows."""
     runs = []
     for seed in seeds:
         base = f"--data {data} {schedule} --seed {seed}"
@@ -404,7 +404,7 @@ GLANCE = (
     ("FCN-ResNet50, cars: any damage, IoU (the document: other pictures)", published.SEGMENTERS["fcn_resnet50"][1],
      "segmenters-fcn-resnet50", "FCN-ResNet50", ANY_DAMAGE + "IoU", False, "120 px, 164 steps", "240 px, 5 epochs of batch 16"))
 
-DAMAGENET = "DamageNet, the ablation in its section IV's text"
+DAMAGENET = "DamageNet, the ablation in its section V's text"
 # What each table says again: where data, start weights and schedule are not the paper's.
 listed = lambda numbers: ", ".join(f"{what} {number}" for what, number in numbers.items())
 CAR_NOTE = (f"The paper: {listed(published.DAMAGENET)} on 5,200 VehiDE pictures that are not public as such, 280 epochs at 1024 px, the body "

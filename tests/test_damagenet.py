@@ -94,6 +94,14 @@ def test_loss_weights_of_equation_13():
         assert weighted[name].item() == pytest.approx(factor * plain[name].item(), rel=1e-6), name
 
 
+def test_the_dashes_of_a_broken_scratch_stay():
+    mask = np.zeros((64, 96), np.uint8)
+    for i in range(16):
+        mask[10 + i:13 + i, 6 * (i % 15):6 * (i % 15) + 3] = 1                   # sixteen parts, each a sixteenth of the mask
+    rle = rle_masks.encode(mask)
+    assert small_model("damagenet").refine_masks([rle]) == [rle]
+
+
 @pytest.mark.parametrize("fill, islands, area", [(True, True, 400), (True, False, 404), (False, True, 375), (False, False, 379)])
 def test_post_processing_by_hand(fill, islands, area):
     mask = np.zeros((40, 50), np.uint8)

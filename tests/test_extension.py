@@ -391,3 +391,8 @@ def test_jobs(monkeypatch):
     assert _toolchain.jobs() == 3
     monkeypatch.setenv("MAX_JOBS", "many")
     assert _toolchain.jobs() == os.cpu_count()
+
+
+def test_an_installation_has_every_package():
+    listed = set(re.findall(r'"(minidamage[\w.]*)"', (ROOT / "setup.py").read_text())) - {"minidamage.csrc"}
+    assert listed == {".".join(file.parent.relative_to(ROOT).parts) for file in (ROOT / "minidamage").rglob("__init__.py")}

@@ -125,11 +125,13 @@ class DamageNet(mask_rcnn.MaskRCNN):
                               config.context_groups)
 
     def refine_masks(self, rles):
-        """Post-processing of thresholded masks: holes are filled, then separate parts below `island_share` of the mask dropped."""
+        """Post-processing of thresholded masks: holes are filled, then separate parts below `island_share` of the mask dropped. Where all
+        are below it, as the dashes of a broken scratch may be, none is an island of another, and all stay."""
         if self.config.fill_holes and rles:
             rles = rle_masks.fill_holes(rles)
         if self.config.remove_islands:
-            rles = [rle_masks.remove_islands(rle, self.config.island_share * rle_masks.area(rle)) for rle in rles]
+            without = [rle_masks.remove_islands(rle, self.config.island_share * rle_masks.area(rle)) for rle in rles]
+            rles = [new if rle_masks.area(new) else rle for new, rle in zip(without, rles)]
         return rles
 
 

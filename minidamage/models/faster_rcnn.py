@@ -63,7 +63,7 @@ class FasterRCNNConfig:
     rpn_positive_fraction: float = 0.5
     rpn_score_thresh: float = 0.0
     min_proposals: int = 0                          # study: 15, better 30; NMS then leaves at least as many (0: as it comes)
-    proposals: str = "rpn+gt"                       # candidates in training: rpn+gt (torchvision) | rpn | gt (study, section 3)
+    proposals: str = "rpn+gt"                       # candidates in training: rpn+gt (torchvision) | rpn | gt (study, section 2.2)
     # box stage
     box_pool_size: int = 7                          # study
     box_head_channels: int = 1024                   # study: two layers of 1024
