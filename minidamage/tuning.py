@@ -1,8 +1,8 @@
 """The threshold that turns probabilities into pixels, chosen on the validation part once training is done; train.py writes it into best.pt.
 
 A detector's: tau of DamageNet, section III.A, tuned (section IV, figure 7 H); on which part is not stated, and ours is never the test
-part. A segmenter's of one class: where the pooled F1, and so the pooled IoU, is highest. With several classes the likeliest wins: nothing to
-choose.
+part. A segmenter's of one class: where the pooled F1, and so the pooled IoU, is highest. With several classes the likeliest wins: nothing
+to choose.
 """
 from minidamage import distributed
 from minidamage.layers.detector import masks_in_form

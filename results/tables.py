@@ -153,7 +153,8 @@ def cell(values, text):
 
 def glance_text():
     """The first table of the README: what each paper's main number is here, of all seeds that were run."""
-    lines = [line("what", "the paper", "ours, reduced (smallest to largest seed)", "one seed: 95 % over pictures", "our schedule", "the paper's"), "|---|--:|--:|--:|---|---|"]
+    lines = [line("what", "the paper", "ours, reduced (smallest to largest seed)", "one seed: 95 % over pictures", "our schedule",
+                  "the paper's"), "|---|--:|--:|--:|---|---|"]
     for what, paper, name, row, path, percent, ours, theirs in GLANCE:
         seeds = [summary["rows"][row] for _, summary in kept(row, [run for run in RUNS if run.name.partition("-seed")[0] == name])]
         form = (lambda value: f"{100 * value:.1f} %") if percent else "{:.3f}".format

@@ -1,5 +1,6 @@
 """Scores every kept epoch of a run on its validation part and names the best (the car-damage segmentation project, section 6, figures 10,
-11, 15 and 18: every epoch tested). The project picks on its test pictures; a number picked there is no result any more, so here it is always the validation part."""
+11, 15 and 18: every epoch tested). The project picks on its test pictures; a number picked there is no result any more, so here it is
+always the validation part."""
 import copy
 import os
 import re

@@ -1,4 +1,5 @@
-"""CustomUNet and CustomUNet2 of the car-damage segmentation project, section 6.2 (its second part, printed as "6.1.2"): a U-Net of three steps, without and with skips.
+"""CustomUNet and CustomUNet2 of the car-damage segmentation project, section 6.2 (its second part, printed as "6.1.2"):
+a U-Net of three steps, without and with skips.
 
     encoder1, 2, 3        two Conv-BN-ReLU, then half the size by maximum:   3-64-64, 64-128-128, 128-256-256
     bottleneck            two Conv-BN-ReLU:                                  256-512-512
