@@ -298,7 +298,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
           for run in crack_runs("cracks-quick", f"{CRACKS_QUICK} --epochs {epochs}", "cpu", which,
                                 LEADING if which == "cracks448" else ("context_cracknet", *BASELINES), (0,), (5, None),
                                 ablation=which != "cracks448", scratch=which == "cfd")),
-        *crack_runs("cracks", f"{CRACKS_QUICK} --epochs {LONGER * QUICK_EPOCHS['deepcrack']}", "cpu", "deepcrack", LEADING, (0,),
+        *crack_runs("cracks", f"{CRACKS_QUICK} --epochs {LONGER * QUICK_EPOCHS['deepcrack']}", "cpu", "deepcrack", LEADING, (0, 1, 2),
                     (30, None)),
         # Does the rate, chosen on U-Net, hold Context-CrackNet back? Its paper's is 1e-4, at batches of 32.
         Run("cracks-quick-deepcrack-context-cracknet-slower", "cracks-quick-deepcrack",
