@@ -41,7 +41,7 @@ AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FEW_STEPS = 20                                                        # of a whole run: below, a network learns next to nothing
 FEW_PICTURES = 5                                                      # of the validation part: below, chance chooses
 PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
-HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "pixel/IoU", "pixel/Dice")              # of an epoch's line
+HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "pixel/IoU", "pixel/Dice", "pixel/mIoU")  # of an epoch's line
 
 
 class NonFiniteLoss(ValueError):
@@ -290,7 +290,11 @@ def in_order(gathered):
 
 def score_validation(gathered, run, progress):
     """(metrics, {"thresholds", "measured"} of the checkpoint) of what the processes found, each in its share of the pictures: the numbers
-    of one process alone."""
+    of one process alone.
+
+    A loss is the mean over pictures of each one's own, where training's is divided by counts over the batch: a picture without objects
+    adds 0 to loss_box_reg and loss_mask, and class weights of a cross-entropy are one picture's. Compare it with validation's, not training's.
+    """
     rows = distributed.interleave([rows for rows, _, _ in gathered])
     result = type(gathered[0][1]).joined([evaluator for _, evaluator, _ in gathered]).evaluate()
     detects = run.model.task == "detection"

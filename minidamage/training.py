@@ -432,13 +432,19 @@ def iou_types(model):
 
 def metric_names(model):
     """Names of the validation metrics that may choose best.pt, without their val/ in metrics.csv."""
-    evaluator = PixelEvaluator(["damage"]) if model.task == "segmentation" else CocoEvaluator(["damage"], iou_types(model))
+    if model.task == "segmentation":
+        evaluator = PixelEvaluator([f"class {label}" for label in range(1, model.num_classes)])
+    else:
+        evaluator = CocoEvaluator(["damage"], iou_types(model))
     return ["loss", *evaluator.evaluate().stats]
 
 
 def default_metric(model):
-    """What picks best.pt where the recipe leaves it open: pooled IoU of the damage, or AP of masks, or of boxes where there are none."""
-    return "pixel/IoU" if model.task == "segmentation" else f"{iou_types(model)[-1]}/AP"
+    """What picks best.pt where the recipe leaves it open: a segmenter's pooled IoU of the damage, of several classes the mean of theirs; a
+    detector's AP of masks, or of boxes where there are none."""
+    if model.task == "segmentation":
+        return "pixel/mIoU" if model.num_classes > 2 else "pixel/IoU"
+    return f"{iou_types(model)[-1]}/AP"
 
 
 def print_report(report, path):

@@ -21,10 +21,23 @@ def test_by_hand():
              "accuracy": (5 / 6 + 1 / 2 + 1) / 3, "two-class IoU": ((3 / 4 + 2 / 3) / 2 + (0 + 1 / 2) / 2) / 2,
              "two-class Dice": ((6 / 7 + 4 / 5) / 2 + (0 + 2 / 3) / 2) / 2}
     expected = {**{f"pixel/{k}": v for k, v in pooled.items()}, **{f"pixel/image/{k}": v for k, v in image.items()}}
+    expected |= {"pixel/mIoU": (1 / 3 + 1 / 3) / 2, "pixel/mDice": (2 / 4 + 2 / 4) / 2}
     assert result.stats == pytest.approx(expected)
     assert result.per_class["dent"]["pixel/IoU"] == pytest.approx(1 / 3)             # TP 1, FN 1 + 1
     assert result.per_class["scratch"]["pixel/IoU"] == pytest.approx(1 / 3)          # TP 1, FP 2
     assert result.per_image("IoU").tolist() == pytest.approx([0.75, 0, NAN], nan_ok=True)
+
+
+def test_mean_over_classes_leaves_out_what_the_truth_does_not_have():
+    evaluator = PixelEvaluator(["dent", "scratch", "glass"])
+    assert np.isnan(evaluator.evaluate().stats["pixel/mIoU"])
+    evaluator.add_label_maps(np.array([[1, 1, 2, 2, 0]]), np.array([[1, 0, 1, 2, 3]]))
+    result = evaluator.evaluate()
+    assert result.per_class["glass"]["pixel/IoU"] == 0                               # found where there is none
+    assert result.stats["pixel/mIoU"] == pytest.approx((1 / 3 + 1 / 2) / 2)
+    assert result.stats["pixel/mDice"] == pytest.approx((2 / 4 + 2 / 3) / 2)
+    assert result.stats["pixel/IoU"] == pytest.approx(3 / 5)                         # blind to which class
+    assert "pixel/mIoU" not in PixelEvaluator(["dent"]).evaluate().stats             # it is the IoU
 
 
 def test_empty_pictures_count_as_told():

@@ -20,7 +20,7 @@ from minidamage.progress import Progress
 from minidamage.training import default_metric, iou_types
 from minidamage.tuning import add_picture
 
-SHOWN = {"segmentation": ("pixel/IoU", "pixel/Dice", "pixel/accuracy", "any-damage/Dice", "any-damage/IoU"),
+SHOWN = {"segmentation": ("pixel/IoU", "pixel/Dice", "pixel/mIoU", "pixel/accuracy", "any-damage/Dice", "any-damage/IoU"),
          "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
 
 

@@ -24,7 +24,7 @@ from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
 from minidamage.metrics.crack import CrackEvaluator, pixel_widths
 from minidamage.metrics.measure import peak_memory, speed, synchronize
-from minidamage.metrics.segmentation import PixelEvaluator, quotients
+from minidamage.metrics.segmentation import PixelEvaluator, mean_over_classes, quotients
 from minidamage.metrics.statistics import bootstrap
 from minidamage.metrics.thresholds import ThresholdSweep
 from minidamage.progress import Progress
@@ -36,7 +36,7 @@ from minidamage.visualize.report import Picture
 STATED = "at 0.5"                                             # of one class; several classes: the likeliest, whatever its probability
 LIKELIEST = "likeliest class"
 ERRORS_AT = 640                                               # pixels: the longer side of a picture of errors
-IN_SHORT = ("IoU", "Dice", "precision", "recall")             # the summary
+IN_SHORT = ("IoU", "Dice", "precision", "recall", "mIoU")     # the summary
 FEW, MOST = 0.01, 0.9                                         # shares of the damage found, and of the background called damage
 
 
@@ -181,11 +181,13 @@ class SizeScores:
 
 
 def intervals_of(result, draws):
-    """{"pixel/IoU", "pixel/Dice", "pixel/image/IoU": Interval}: whole pictures drawn again, so that pixels of one stay together."""
+    """{"pixel/IoU", "pixel/Dice", "pixel/mIoU" of several classes, "pixel/image/IoU": Interval}: whole pictures drawn again, so that pixels of one stay together."""
     whole = result.counts[:, 0]
     pooled = lambda name: lambda rows: float(quotients(rows.sum(0))[name])
     per_picture = quotients(whole)["IoU"]
     found = {f"pixel/{name}": bootstrap(whole, pooled(name), samples=draws) for name in ("IoU", "Dice")}
+    if "pixel/mIoU" in result.stats:
+        found["pixel/mIoU"] = bootstrap(result.counts, mean_over_classes, samples=draws)
     if np.isfinite(per_picture).any():
         mean = lambda rows: float(np.nanmean(rows)) if np.isfinite(rows).any() else float("nan")
         found["pixel/image/IoU"] = bootstrap(per_picture, mean, samples=draws)

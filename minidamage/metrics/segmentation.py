@@ -12,6 +12,10 @@ With TP, FP, FN, TN pixels of damage (any class) against background:
     two-class IoU, two-class Dice: the mean of damage and background. Pooled counts are summed over pictures first ("pixel/..."), per image
 they are divided first and the quotients averaged ("pixel/image/..."). A picture where a quotient is 0 / 0 (no damage there, none
 found) is left out of that mean, or counts as `empty`; the pooled numbers do not depend on it.
+
+All of these are blind to a scratch that is called a dent. With several classes there are also
+    mIoU, mDice: the mean over the classes of their pooled IoU and Dice (Context-CrackNet, eq. 25 and 26), without the background, and
+    without classes that the truth does not have.
 """
 import dataclasses
 
@@ -21,6 +25,7 @@ from minidamage import masks
 from minidamage.distributed import interleave
 
 NAMES = ("IoU", "Dice", "F1", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
+MEANS = {"mIoU": "IoU", "mDice": "Dice"}                      # over classes
 TP, FP, FN, TN = range(4)                                     # columns of the counts
 
 
@@ -36,6 +41,12 @@ def quotients(counts, empty=float("nan")):
     return {"IoU": iou, "Dice": dice, "F1": dice, "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
             "accuracy": ratio(tp + tn, tp + fp + fn + tn), "two-class IoU": (iou + background_iou) / 2,
             "two-class Dice": (dice + background_dice) / 2}
+
+
+def mean_over_classes(counts, name="mIoU"):
+    """One of MEANS of counts int64 [N, K + 1, 4], row 0 of K + 1 damage as a whole; NaN without any damage in the truth."""
+    pooled = counts.sum(0)[1:]
+    return _mean(quotients(pooled[pooled[:, TP] + pooled[:, FN] > 0])[MEANS[name]])
 
 
 class PixelEvaluator:
@@ -98,6 +109,8 @@ class PixelEvaluator:
         images = quotients(counts, self.empty)                # name: [N, K + 1]
         stats = [{**{f"pixel/{name}": float(pooled[name][k]) for name in NAMES},
                   **{f"pixel/image/{name}": _mean(images[name][:, k]) for name in NAMES}} for k in range(len(self.class_names) + 1)]
+        if len(self.class_names) > 1:
+            stats[0] |= {f"pixel/{name}": mean_over_classes(counts, name) for name in MEANS}
         return PixelResult(stats[0], dict(zip(self.class_names, stats[1:])), counts)
 
 

@@ -1,8 +1,11 @@
 """Results as tables: (caption, columns, rows), printed on the terminal and written into the report alike."""
 import math
 
+from minidamage.metrics.segmentation import MEANS
+
 KINDS = {"bbox": "box", "segm": "mask"}
 PIXEL_ROWS = ("IoU", "Dice", "F1", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
+MEAN = "mean of those in the truth"                           # over classes
 
 
 def coco_tables(result):
@@ -67,9 +70,17 @@ def pixel_tables(pixels):
     whole = [[name, pixels.stats[f"pixel/{name}"], pixels.stats[f"pixel/image/{name}"]] for name in PIXEL_ROWS]
     shown = ("IoU", "Dice", "precision", "recall")
     classes = [[name, *(numbers[f"pixel/{m}"] for m in shown), numbers["pixel/image/IoU"]] for name, numbers in pixels.per_class.items()]
+    if len(classes) > 1:
+        classes.append([MEAN, *over_classes(pixels, shown), None])
     return [("Pixels, damage against background (per picture: mean of the per-picture scores)",
              ["", "pooled", "per picture"], whole),
             ("Pixels by class", ["class", *(f"{m}, pooled" for m in shown), "IoU per picture"], classes)]
+
+
+def over_classes(pixels, shown):
+    """The last row of a table of classes: those of the shown numbers that have a mean over classes, None for the others."""
+    means = {of: pixels.stats[f"pixel/{name}"] for name, of in MEANS.items()}
+    return [means.get(name) for name in shown]
 
 
 POINT_COLUMNS = ("IoU", "Dice", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
@@ -87,6 +98,7 @@ def segmentation_tables(sizes):
         shown = ("IoU", "Dice", "precision", "recall")
         rows = [[label, name, *(numbers[f"pixel/{m}"] for m in shown), numbers["pixel/image/IoU"]]
                 for name, r in points for label, numbers in r.per_class.items()]
+        rows += [[MEAN, name, *over_classes(r, shown), None] for name, r in points]
         out.append(("By class", ["class", "", *(f"{m}, pooled" for m in shown), "IoU per picture"], rows))
     out += _interval_tables(sizes)
     swept = ("ODS F1", "ODS threshold", "OIS F1", "OIS F1, mean over pictures")
@@ -127,7 +139,7 @@ def crack_tables(sizes):
 
 def in_short(name, stats, prefix, metrics):
     """"native, at 0.3: IoU 0.512, Dice 0.677": a line for the summary."""
-    return f"{name}: " + ", ".join(f"{metric} {_cell(stats[prefix + metric], 3)}" for metric in metrics)
+    return f"{name}: " + ", ".join(f"{metric} {_cell(stats[prefix + metric], 3)}" for metric in metrics if prefix + metric in stats)
 
 
 def as_text(caption, columns, rows, digits=3):
