@@ -293,7 +293,7 @@ def score_validation(gathered, run, progress):
     of one process alone.
 
     A loss is the mean over pictures of each one's own, where training's is divided by counts over the batch: a picture without objects
-    adds 0 to loss_box_reg and loss_mask, and class weights of a cross-entropy are one picture's. Compare it with validation's, not training's.
+    adds 0 to loss_box_reg and loss_mask, class weights of a cross-entropy are one picture's. Compare it with other epochs, not with training.
     """
     rows = distributed.interleave([rows for rows, _, _ in gathered])
     result = type(gathered[0][1]).joined([evaluator for _, evaluator, _ in gathered]).evaluate()

@@ -12,9 +12,10 @@ from torch import nn
 import evaluate
 import minidamage
 from minidamage.checkpoint import save_checkpoint
-from minidamage.evaluation import complexity, epochs
+from minidamage.evaluation import comparison, complexity, epochs
 from minidamage.evaluation.segmentation import at_both_sizes, names_of_maps
 from minidamage.layers.segmenter import Segmenter, SegmenterConfig
+from minidamage.visualize.plots import SIZE, series_colour
 
 
 def read(path):
@@ -297,6 +298,30 @@ def test_compare_pairs_the_pictures_of_one_set(tmp_path, capsys):
     assert "Wilcoxon" not in (printed := capsys.readouterr().out) and "nothing is written" not in printed       # one set: nothing to rank
     assert "above 0: unet scores higher" in table["caption"]
     assert "2 models on 1 data set</title>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+def test_other_pictures_and_other_folders_are_said(tmp_path, capsys):
+    a, b = stored(tmp_path / "a", "unet", "cfd", [[1, 1, 1, 1]] * 3), stored(tmp_path / "b", "pan", "cfd", [[2, 1, 1, 1]] * 2)
+    assert evaluate.main(["--compare", a, b]) == 0
+    assert "note: cfd: pan was scored on other pictures than unet (2 and 3, 2 of them shared)" in (printed := capsys.readouterr().out)
+    assert "paired bootstrap" not in printed and "read from" not in printed
+    c = stored(tmp_path / "c", "pan", "old/cfd", [[2, 1, 1, 1]] * 3)
+    assert evaluate.main(["--compare", a, c]) == 0
+    assert "note: cfd: read from /d/cfd and /d/old/cfd; pictures of one name" in (printed := capsys.readouterr().out)
+    assert "paired bootstrap" in printed and "other pictures" not in printed
+
+
+def test_compare_draws_the_runs_by_epoch(tmp_path):
+    for seed, model, start in ((0, "unet", 0.1), (1, "unet", 0.2), (0, "pan", 0.5)):
+        stored(tmp_path / f"{model}{seed}" / "evaluation-test", model, "cfd", [[2, 1, 1, 1]], seed=seed)
+        (tmp_path / f"{model}{seed}" / "metrics.csv").write_text(f"epoch,val/loss,val/pixel/IoU\n1,{start},{start}\n2,0.4,0.3\n")
+    evaluations = comparison.join_seeds([comparison.load(str(tmp_path / name), "model", "chosen") for name in ("unet0", "unet1", "pan0")])
+    assert [len(e.paths) for e in evaluations] == [2, 1]
+    [(data, picture)] = comparison.curves(evaluations, ["IoU", "Dice"]).items()
+    assert data == "cfd" and picture.shape == (SIZE[1], 2 * SIZE[0], 3)                 # the loss and the IoU; Dice was not kept
+    for half in (picture[:, :SIZE[0]], picture[:, SIZE[0]:]):
+        for k in (0, 1):
+            assert (half == series_colour(k)).all(-1).sum() > 100
 
 
 def test_seeds_are_one_model_whose_metric_is_their_mean(tmp_path, capsys):

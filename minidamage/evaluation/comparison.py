@@ -26,7 +26,7 @@ from minidamage.metrics import tables
 from minidamage.metrics.segmentation import NAMES, quotients
 from minidamage.metrics.statistics import bootstrap, chance, holm, mean_std, percentiles, wilcoxon
 from minidamage.visualize.canvas import padded_limits
-from minidamage.visualize.plots import bar_plot, beside, box_plot
+from minidamage.visualize.plots import Series, bar_plot, beside, box_plot, line_plot, read_metrics, series_colour
 from minidamage.visualize.report import Picture, Table, write_report
 
 COLUMNS = {"segmentation": ("IoU", "Dice", "recall", "precision"),                        # the order of the paper's Table 3
@@ -42,10 +42,10 @@ class Evaluation:
     """One results.json, or several that differ in the seed alone.
 
     model: its name, and once `name_apart` has seen all of them what it was trained otherwise; settings: what --set changed in its
-    training; trained_by: its other arguments (None: an older evaluation, which did not keep them); data: the set's name and part; stats:
-    {metric: number}, the mean over S seeds, and spread: {metric: their sample standard deviation}; of the N pictures, where they are
-    known: files, their names, and counts: int64 [N, S, 4] (segmentation) or draws: {metric: [S, B]}, what it is in B bootstrap draws
-    (detection)."""
+    training; trained_by: its other arguments (None: an older evaluation, which did not keep them); data: the set's name and part; folder:
+    its path; stats: {metric: number}, the mean over S seeds, and spread: {metric: their sample standard deviation}; of the N pictures,
+    where they are known: files, their names, and counts: int64 [N, S, 4] (segmentation) or draws: {metric: [S, B]}, what it is in B
+    bootstrap draws (detection)."""
 
     paths: list
     task: str
@@ -54,6 +54,7 @@ class Evaluation:
     trained_by: dict | None
     seeds: list
     data: str
+    folder: str
     scored: str
     stats: dict
     spread: dict = dataclasses.field(default_factory=dict)
@@ -89,7 +90,8 @@ def compare(runs, metric, size, at, draws, out):
     sets = list(dict.fromkeys(e.data for e in evaluations))
     if max(map(len, by_model.values())) > 1:
         shown.append(spread_table(by_model, columns))
-    notes += [*blind(evaluations), *not_shared(by_model), *other_pixels(evaluations), *other_thresholds(evaluations)]
+    notes += [*blind(evaluations), *not_shared(by_model), *other_pictures(by_model), *other_folders(evaluations),
+              *other_pixels(evaluations), *other_thresholds(evaluations)]
     paired = paired_table(by_model, metric, draws) if draws else None
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
@@ -127,8 +129,8 @@ def from_results(path, content, pictures, size="model", at="chosen"):
     part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
     part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
     data, files = os.path.splitext(os.path.basename(content["data"]))[0] + part, pictures and pictures["files"]
-    known = {"paths": [path], "model": content["model"], "settings": list(content.get("trained_with", [])),
-             "trained_by": content.get("trained_by"), "seeds": [content.get("seed")], "data": data, "files": files}
+    known = {"paths": [path], "model": content["model"], "settings": list(content.get("trained_with", [])), "data": data,
+             "trained_by": content.get("trained_by"), "seeds": [content.get("seed")], "folder": content["data"], "files": files}
     if content.get("task") != "segmentation":
         draws = pictures and {name: np.array([row], np.float64) for name, row in pictures["draws"].items()}           # null: NaN
         return Evaluation(task="detection", scored="", stats=numbers_of(content["stats"]), draws=draws, **known)
@@ -267,6 +269,24 @@ def not_shared(by_model):
     return [f"nothing to test: {first} ({', '.join(own)}) shares no data set with {'; '.join(apart)}"] if apart else []
 
 
+def other_pictures(by_model):
+    """[a sentence] for each model and data set where other pictures were scored than the first model's."""
+    (first, own), *others = by_model.items()
+    listed = [(model, data, own[data].files, e.files) for model, found in others for data, e in found.items() if data in own]
+    return [f"{data}: {model} was scored on other pictures than {first} ({len(theirs)} and {len(ours)}, {len({*ours} & {*theirs})} of them "
+            "shared), so the two are not paired, and part of any difference is the pictures'; evaluate both on one split (--split, "
+            "--split-seed of train.py)" for model, data, ours, theirs in listed if None not in (ours, theirs) and ours != theirs]
+
+
+def other_folders(evaluations):
+    """[a sentence] for each data set that lay in several places."""
+    folders = collections.defaultdict(dict)
+    for e in evaluations:
+        folders[e.data][e.folder] = True
+    return [f"{data}: read from {' and '.join(found)}; pictures of one name are taken for the same picture"
+            for data, found in folders.items() if len(found) > 1]
+
+
 def other_pixels(evaluations):
     """[a sentence] for each data set on which the models were scored at different sizes."""
     sizes = collections.defaultdict(lambda: collections.defaultdict(list))                # data -> {"448x448": models}
@@ -367,7 +387,8 @@ def as_number(value):
 # ---------------------------------------------------------------------------------------------------------- files
 
 def write(out, shown, notes, by_model, sets, metric, evaluations):
-    """comparison.json, and report.html with bars a data set (Fig. 6 of the crack paper) and boxes over data sets (Fig. 7)."""
+    """comparison.json, and report.html with bars a data set (Fig. 6 of the crack paper), boxes over data sets (Fig. 7) and the runs' own
+    curves."""
     def values_of(name):
         return {model: [as_number(found[d].stats.get(name)) if d in found else float("nan") for d in sets]
                 for model, found in by_model.items()}
@@ -380,6 +401,8 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
         size = (min(max(720, 90 * len(values)), 1800), 460)
         pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets",
                              titled=True) for name in drawn[:2]]
+    pictures += [Picture(picture, f"validation of each run on {data}, by epoch", wide=True, titled=True)
+                 for data, picture in curves(evaluations, drawn).items()]
     numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [path for e in evaluations for path in e.paths],
                "values": {model: dict(zip(sets, row)) for model, row in values.items()},
                "tables": [{"caption": c, "columns": cols, "rows": rows} for c, cols, rows in shown], "notes": notes}
@@ -389,6 +412,23 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
         write_report(os.path.join(out, "report.html"), f"{number_of(len(by_model), 'model')} on {number_of(len(sets), 'data set')}",
                      [("Comparison", [*blocks, *notes]), ("Pictures", pictures), ("How this was made", [{"command": numbers["command"]}])])
     print(f"\nwritten: {os.path.join(out, 'report.html')}, comparison.json")
+
+
+def curves(evaluations, names):
+    """{data: picture}: validation loss and metrics by epoch of the runs whose evaluation lies in their folder, a curve a run; a model's
+    seeds have one colour (the car-damage segmentation project compares its runs so)."""
+    drawn = collections.defaultdict(lambda: collections.defaultdict(list))                # data -> {"val/loss": [Series]}
+    models = list(dict.fromkeys(e.model for e in evaluations))
+    for e in evaluations:
+        files = [os.path.join(os.path.dirname(path), os.pardir, "metrics.csv") for path in e.paths]
+        for number, file in enumerate(filter(os.path.isfile, files)):
+            columns = read_metrics(file)
+            for name in ("val/loss", *(f"val/{prefix}{name}" for name in names for prefix in ("", "pixel/"))):
+                if name in columns:
+                    label, colour = "" if number else e.model, series_colour(models.index(e.model))
+                    drawn[e.data][name].append(Series(label, columns["epoch"], columns[name], colour))
+    return {data: beside([line_plot(series, f"{name.removeprefix('val/')} on validation", "epoch", name.removeprefix("val/"))
+                          for name, series in found.items()], columns=2) for data, found in drawn.items()}
 
 
 def bars(sets, values, name):
