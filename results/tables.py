@@ -206,7 +206,7 @@ def learning_text():
 
 BENCHMARKS = ("ops", "models", "epyc-ops", "epyc-models", "epyc-segmenters", "val2017", "eval", "data", "chunked-attention",
               "call-torch2.11", "call-torch2.14")
-# The rows that the README shows; results/speed.md has all of them, and what they were measured with.
+# The rows that results/README.md shows; results/speed.md has all of them, and what they were measured with.
 SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
          "nms 20000 boxes, IoU 0.5", "decode_boxes 250000 forward, cut at the border",
          "roi_pool (2,256,100,100) 512 rois 7x7 forward+backward",
@@ -231,9 +231,14 @@ def benchmarks():
     return [json.loads(path.read_text()) for path in files if path.exists()]
 
 
+def cpu_rows():
+    """{name: row}; of a name in several measurements the first of BENCHMARKS."""
+    return {row["name"]: row for run in reversed(benchmarks()) if run["hardware"]["device"] == "cpu" for row in run["rows"]}
+
+
 def speed_summary():
     """The rows SHOWN, on a CPU: ours, and how many times longer the others take."""
-    rows = {row["name"]: row for run in reversed(benchmarks()) if run["hardware"]["device"] == "cpu" for row in run["rows"]}
+    rows = cpu_rows()
     lines = ["| what | ours, ms | the others take, times ours (smallest to largest pair) |", "|---|--:|---|"]
     for name in SHOWN:
         if name in rows:
@@ -241,7 +246,7 @@ def speed_summary():
     return "\n".join(lines)
 
 
-# The same of the GPU's: a row's name is that of either dtype, without it.
+# The same of the GPU's, float32 and bfloat16 beside each other: a row's name is that of either, without its dtype.
 SHOWN_GPU = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward",
              "multiscale_roi_align 4 levels, 1000 rois, 14x14 forward+backward", "nms 20000 boxes, IoU 0.5",
              "batched_nms 5 x 1000, IoU 0.7", "decode_boxes 250000 forward, cut at the border",
@@ -257,12 +262,18 @@ SHOWN_GPU = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align 
              "damagenet context_groups=256 inference 1024x1024, batch 4", "damagenet context_groups=256 training step 1024x1024, batch 4")
 
 
-def gpu_summary():
-    """The rows SHOWN_GPU, float32 and bfloat16 beside each other."""
+def gpu_rows():
+    """{(name without its dtype, dtype): row}"""
     rows = {}
     for path in sorted(HERE.glob("benchmark-gpu-*.json")):
         dtype = path.stem.rpartition("-")[2]
         rows |= {(row["name"].removesuffix(f", {dtype}"), dtype): row for row in json.loads(path.read_text())["rows"]}
+    return rows
+
+
+def gpu_summary():
+    """The rows SHOWN_GPU, float32 and bfloat16 beside each other."""
+    rows = gpu_rows()
     lines = ["| what | float32: ours, ms | the others take, times ours | MB | bfloat16: ours, ms | the others | MB |",
              "|---|--:|---|--:|--:|---|--:|"]
     for name in SHOWN_GPU:
@@ -273,6 +284,42 @@ def gpu_summary():
             row = rows.get((name, dtype))
             cells += ["", "", ""] if row is None else [f"{row['ours']:.4g}", ratios(row), memory(row)]
         lines.append(line(name, *cells))
+    return "\n".join(lines)
+
+
+# What the project's README shows: (what, beside what, the row of the CPU, of the GPU; "": none is kept).
+SPEED_GLANCE = (
+    ("RoIAlign, 1,024 boxes, with gradient", "torchvision", *["roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward+backward"] * 2),
+    ("RoIPool, 512 boxes, with gradient", "torchvision", *["roi_pool (2,256,100,100) 512 rois 7x7 forward+backward"] * 2),
+    ("NMS, 20,000 boxes", "torchvision", *["nms 20000 boxes, IoU 0.5"] * 2),
+    ("decoding of 250,000 boxes", "torchvision", *["decode_boxes 250000 forward, cut at the border"] * 2),
+    ("pasting of 100 masks", "torchvision", *["paste_masks 100 masks 28x28 into 1024x1024, float"] * 2),
+    ("deformable convolution (v2), with gradient", "torchvision", *["deform_conv2d v2 (2, 256, 64, 64) 3x3 forward+backward"] * 2),
+    ("linear attention, 3,136 positions, with gradient", "stock",
+     *["linear_attention (2, 3136, 256) k 64, 8 heads forward+backward"] * 2),
+    ("linear attention, 784 positions, k 256, forward", "stock", *["linear_attention (2, 784, 256) k 256, 8 heads forward"] * 2),
+    ("sigmoid focal loss, 536,000 logits, with gradient", "torchvision", *["sigmoid_focal_loss (536000, 1) sum forward+backward"] * 2),
+    ("Mask R-CNN, inference at 1024 px", "torchvision", "maskrcnn_resnet50_fpn inference 1024x1024, batch 1, float32",
+     "maskrcnn_resnet50_fpn inference 1024x1024, batch 4"),
+    ("Mask R-CNN, training step (CPU: 512 px)", "torchvision", "maskrcnn_resnet50_fpn training step 512x512, batch 1, float32",
+     "maskrcnn_resnet50_fpn training step 1024x1024, batch 4"),
+    ("Faster R-CNN, training step (CPU: 512 px)", "torchvision", "fasterrcnn_resnet50_fpn training step 512x512, batch 1, float32",
+     "fasterrcnn_resnet50_fpn training step 1024x1024, batch 4"),
+    ("DamageNet beside Mask R-CNN, training step", "plain", "", "damagenet context_groups=1 training step 1024x1024, batch 4"),
+    ("DANet's fifth phase beside Faster R-CNN, training step", "plain", "danet phase=5 training step 256x256, batch 1, float32", ""),
+    ("Context-CrackNet, training step", "stock", "context_cracknet training step 448x448, batch 2, float32", ""),
+    ("U-Net, training step", "smp", "unet training step 448x448, batch 2, float32", ""),
+    ("COCO evaluation of boxes, val2017's size", "pycocotools",
+     "COCO bbox, val2017's size (5000 pictures, 36781 truths and detections), 80 classes", ""))
+
+
+def speed_glance():
+    """SPEED_GLANCE: how many times longer the other one takes."""
+    cpu, gpu = cpu_rows(), gpu_rows()
+    lines = [line("what", "beside", "CPU", "H200, float32", "H200, bfloat16"), "|---|---|--:|--:|--:|"]
+    for what, peer, on_cpu, on_gpu in SPEED_GLANCE:
+        rows = cpu.get(on_cpu, {}), *(gpu.get((on_gpu, dtype), {}) for dtype in ("float32", "bfloat16"))
+        lines.append(line(what, peer, *(ratio(row[peer]) if peer in row else "" for row in rows)))
     return "\n".join(lines)
 
 
@@ -300,16 +347,18 @@ def others_of(row):
 
 def ratios(row):
     """How many times longer each of the others takes than ours."""
-    return ", ".join(f"{name} **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
-                     for name, value in others_of(row).items())
+    return ", ".join(f"{name} {ratio(value)}" for name, value in others_of(row).items())
+
+
+def ratio(value):
+    return f"**{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
 
 
 def beside(row):
     """The peers of a row; of the input pipeline, which has none, how many pictures a second it makes."""
     if "images/s" in row:
         return f"{row['images/s']:.0f} images/s a core"
-    return "; ".join(f"{name} {value['ms']:.4g}, **{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
-                     for name, value in others_of(row).items())
+    return "; ".join(f"{name} {value['ms']:.4g}, {ratio(value)}" for name, value in others_of(row).items())
 
 
 def share(row):
@@ -383,21 +432,23 @@ def index_text():
         waits = "" if done == len(runs) or any(run.hardware == "cpu" for run in runs) else f", wait for a GPU{table.waits}"
         lines.append(line(f"[{name}]({name}.md)", table.title, table.paper, f"{done} of {len(runs)}{waits}"))
     lines += [line(f"[{name}]({name}.md)", title, "", "") for name, (title, _) in OTHERS.items()]
-    return "\n".join([*lines, "", "Written by `python results/reproduce.py --table` from what the runs left in `<run>/`. How to make one: "
-                      "the project's README, Results."])
+    return "\n".join(lines)
 
 
 def write_tables():
-    """results/<table>.md for every table, results/README.md, and the README's parts between <!-- table: NAME --> and <!-- end -->."""
+    """results/<table>.md for every table, and the parts of the README and of results/README.md between <!-- table: NAME --> and
+    <!-- end -->."""
     texts = {name: (table.title + f" ({table.paper})" * bool(table.paper), table_text(name)) for name, table in TABLES.items()}
-    texts |= {name: (title, write()) for name, (title, write) in OTHERS.items()} | {"README": ("Results", index_text())}
+    texts |= {name: (title, write()) for name, (title, write) in OTHERS.items()}
     for name, (title, text) in texts.items():
         (HERE / f"{name}.md").write_text(f"# {title}\n\n{text}\n")
-    readme = (ROOT / "README.md").read_text()
-    for name, text in {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "speed-gpu": gpu_summary(),
-                       "cracks-quick": ranks_text(), "glance": glance_text()}.items():
-        begin, end = f"<!-- table: {name} -->", "<!-- end -->"
-        if begin in readme:
-            before, _, rest = readme.partition(begin)
-            readme = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
-    (ROOT / "README.md").write_text(readme)
+    parts = {**{name: text for name, (_, text) in texts.items()}, "speed": speed_summary(), "speed-gpu": gpu_summary(),
+             "speed-glance": speed_glance(), "cracks-quick": ranks_text(), "glance": glance_text(), "index": index_text()}
+    for path in (ROOT / "README.md", HERE / "README.md"):
+        page = path.read_text()
+        for name, text in parts.items():
+            begin, end = f"<!-- table: {name} -->", "<!-- end -->"
+            if begin in page:
+                before, _, rest = page.partition(begin)
+                page = f"{before}{begin}\n{text}\n{end}{rest.partition(end)[2]}"
+        path.write_text(page)

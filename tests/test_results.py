@@ -273,6 +273,7 @@ def test_tables_are_written_between_the_readme_s_marks(results, tmp_path, monkey
     monkeypatch.setattr(tables, "ROOT", tmp_path)
     (tmp_path / "results").mkdir()
     (tmp_path / "README.md").write_text("before\n<!-- table: complexity -->\nold\n<!-- end -->\nafter\n")
+    (tmp_path / "results" / "README.md").write_text("<!-- table: index -->\n<!-- end -->\n")
     tables.write_tables()
     said = "not run: `python evaluate.py --complexity --out results/complexity`\n"
     assert (tmp_path / "README.md").read_text() == f"before\n<!-- table: complexity -->\n{said}<!-- end -->\nafter\n"
@@ -280,4 +281,5 @@ def test_tables_are_written_between_the_readme_s_marks(results, tmp_path, monkey
     index = (tmp_path / "results" / "README.md").read_text()
     assert "| [steel](steel.md) | DANet on NEU-DET, reduced | DANet, Table 3 | 0 of 2 |" in index
     assert "| [voc-full](voc-full.md) | DANet on Pascal VOC 2007 | DANet, section IV.D | 0 of 2, wait for a GPU and for the data |" in index
-    assert "<!-- table: complexity -->" in (RESULTS.parent / "README.md").read_text()
+    for page, names in ((RESULTS.parent / "README.md", ("glance", "speed-glance")), (RESULTS / "README.md", ("index", "cars", "complexity"))):
+        assert all(f"<!-- table: {name} -->\n|" in page.read_text() for name in names)
