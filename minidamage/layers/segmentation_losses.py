@@ -94,7 +94,8 @@ def pictures(batch):
 def dice_loss(probabilities, truth, valid):
     """Eq. 19 (C = 1) and eq. 22, 23: 1 - (2 sum(p t) + eps) / (sum(p) + sum(t) + eps), the mean over classes.
 
-    probabilities, truth: [N, C, H, W]; valid: bool [N, H, W]. The sums run over one picture's pixels, as the equations have them. Not
+    probabilities, truth: [N, C, H, W], of several classes the background first among them ("each class, including the background",
+    section 3.5.2); valid: bool [N, H, W]. The sums run over one picture's pixels, as the equations have them. Not
     stated: the mean over the batch's pictures, and that a picture none of whose pixels counts adds 0.
     """
     truth = truth.to(probabilities.dtype) * valid[:, None]

@@ -20,6 +20,8 @@ Not stated in the paper, and what we take:
 Differs from the paper:
 - The sigmoids s of CBAM are doubled (`cbam_gain=1`: as printed) and their last layers start at zero: a block then starts as if it had no
   attention. Halved twice in each of 16 blocks, the features of a pre-trained body would not survive.
+- Section III.C goes from lateral to lateral and ends there; the pyramid keeps Lin et al.'s 3x3 convolution on every merged map, and a p6
+  for the largest anchors.
 - The body is not pre-trained on COCO (no such weights are at hand): whatever --pretrained gives.
 
 Read first: faster_rcnn.py.
