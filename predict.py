@@ -3,6 +3,7 @@
     python predict.py photo.jpg                                the newest run's best.pt, results in predictions/
     python predict.py photos/ more/ --checkpoint runs/damagenet-demo-001/best.pt --out found/
     python predict.py photo.jpg --explain                      also the model's stages, or where its attention lies
+    python predict.py photo.jpg --checkpoint runs/unet-cfd-001 --beside runs/pan-cfd-001      also one picture of what both find
     python predict.py wall.jpg --checkpoint runs/context_cracknet-cracks-001 --tile 448 --mm-per-px 0.3      a large picture of cracks
 
 Everything in the JSON is in pixels of the photograph as it is seen (after its EXIF rotation), whatever size the model
@@ -29,7 +30,7 @@ from minidamage.layers.segmenter import label_map_of
 from minidamage.run_folder import find_checkpoint
 from minidamage.tiling import check_tile, suggestion, tiled_probabilities
 from minidamage.visualize.label_maps import draw_attention, draw_cracks, save_label_map
-from minidamage.visualize.overlay import draw_detections, save_picture, with_label, write_beside
+from minidamage.visualize.overlay import draw_detections, grid, save_picture, with_label, write_beside
 from minidamage.visualize.stages import draw_stages
 
 FORMAT = "minidamage prediction"
@@ -49,7 +50,7 @@ MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxe
              "mm": "lengths and widths times --mm-per-px, which holds for a flat surface seen straight on"}
 THIN = 1 / 3                                                 # mean width of a line, as a share of its length
 MANY_PIECES = 100                                            # in one photograph: most of them are specks
-ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png")
+ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png", ".beside.jpg")
 DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
 
 
@@ -63,22 +64,18 @@ def main(argv=None):
         checkpoint_path = find_checkpoint(args.checkpoint, "runs", "best.pt")
         model, checkpoint = load_checkpoint(checkpoint_path, device)
         check_flags(args, model)
-        thresholds = score_thresholds(checkpoint, args.score)
+        about = what_is_asked(model, checkpoint, checkpoint_path, args)
+        others = [load_beside(run, device, args) for run in args.beside]
         if os.path.isfile(args.out):
             raise ValueError(f"--out {args.out}: expected a folder, this is a file")
         os.makedirs(args.out, exist_ok=True)
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    segments = model.task == "segmentation"
+    segments, thresholds = model.task == "segmentation", about["score_thresholds"]
     lowest = ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items())
     print(f"{checkpoint['model']} from {checkpoint_path} on {device}; "
           + ("each pixel's likeliest class" if segments and len(thresholds) > 1 else f"lowest score of a finding: {lowest}"))
-    about = {"model": checkpoint["model"], "checkpoint": checkpoint_path, "class_names": list(checkpoint["class_names"]),
-             "score_thresholds": thresholds}
-    about |= ({flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")} if segments
-              else {"mask_threshold": getattr(model.config, "mask_threshold", None)})
-
     measured = checkpoint.get("measured") if args.score is None else None       # at the checkpoint's own scores
     if measured:
         about["measured_on_validation"] = {name: {key: None if value != value else round(value, 4) for key, value in numbers.items()}
@@ -105,12 +102,14 @@ def main(argv=None):
         try:
             remarks = []
             if segments:
-                classes, words, remarks = segment(model, path, image, os.path.join(args.out, stem), thresholds, about, args.explain)
+                overlay, classes, words, remarks = segment(model, path, image, os.path.join(args.out, stem), about, args.explain)
             else:
-                detections, below, stages = detect(model, image, thresholds, about["class_names"], args.explain)
-                write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
+                detections, below, stages = detect(model, image, about, args.explain)
+                overlay = write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
                 classes = [about["class_names"][label - 1] for label in detections["labels"]]
                 words = in_words(classes, detections["scores"]) if classes else f"nothing found{below}"
+            if others:
+                write_beside_each_other(os.path.join(args.out, stem), image, overlay, about, others)
         except OSError as error:
             print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole",
                   file=sys.stderr)
@@ -140,6 +139,8 @@ def parse_arguments(argv):
         "chosen on its validation part; 0.5 where it has none)")
     add("--explain", action="store_true", help="also draw the model's stages: picture, proposals, context map, boxes, raw mask, filled "
         "mask, result; of Context-CrackNet its attention maps")
+    add("--beside", action="append", default=[], metavar="F", help="a further checkpoint or run folder: what it finds is drawn beside, as "
+        "<name>.beside.jpg; may be repeated")
     add("--tile", type=int, default=0, metavar="SIDE", help="segmentation: cut the photograph into tiles of this many pixels a side, each "
         "looked at on its own, and blend them; best as large as the pictures of the training (default: the whole photograph, reduced to "
         "the model's size)")
@@ -216,13 +217,23 @@ def mask_folders(names):
     return sorted(name for name in names if pictures and words[name] & MASK_WORDS)
 
 
-def detect(model, image, thresholds, class_names, explain=False):
+def what_is_asked(model, checkpoint, path, args):
+    """What the JSON says of the model and of how it was used. ValueError for a --score that is none."""
+    about = {"model": checkpoint["model"], "checkpoint": path, "class_names": list(checkpoint["class_names"]),
+             "score_thresholds": score_thresholds(checkpoint, args.score)}
+    if model.task == "segmentation":
+        return about | {flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")}
+    return about | {"mask_threshold": getattr(model.config, "mask_threshold", None)}
+
+
+def detect(model, image, about, explain=False):
     """(detections, words on the best one left out, picture of the stages or None) for one photograph uint8 [H, W, 3].
 
     detections: boxes [D, 4], labels [D], scores [D] as numpy and masks as RLE dicts (absent where the model has none), those at or
     above their class's threshold, best first.
     """
-    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous().to(next(model.parameters()).device)
+    thresholds, class_names = about["score_thresholds"], about["class_names"]
+    tensor = as_tensor(image).to(next(model.parameters()).device)
     with torch.inference_mode():
         result = model.detect([tensor], mask_form="rle", stages=explain)
     results, stages = result if explain else (result, [None])
@@ -273,18 +284,23 @@ def _free_for(stem, source):
 
 
 def write_results(stem, path, image, detections, stages, about):
-    """Writes <stem>.overlay.jpg, <stem>.json and, with stages, <stem>.stages.png, each whole or not at all.
+    """Writes <stem>.overlay.jpg, <stem>.json and, with stages, <stem>.stages.png, each whole or not at all; returns the overlay.
 
     The overlay of a small photograph (up to 320 pixels) is a whole number of times larger; the JSON never is.
     """
-    class_names = about["class_names"]
-    overlay = draw_detections(image, detections["boxes"], detections["labels"], detections["scores"], detections.get("masks"), class_names,
-                              enlarge=True)
-    save_picture(stem + ".overlay.jpg", overlay if len(detections["boxes"]) else with_label(overlay, "nothing found"))
+    overlay = drawn_detections(image, detections, about)
+    save_picture(stem + ".overlay.jpg", overlay)
     if stages is not None:
         save_picture(stem + ".stages.png", stages)
     text = json_text(describe(path, image, detections, about))
     write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
+    return overlay
+
+
+def drawn_detections(image, detections, about):
+    boxes, labels, scores = detections["boxes"], detections["labels"], detections["scores"]
+    overlay = draw_detections(image, boxes, labels, scores, detections.get("masks"), about["class_names"], enlarge=True)
+    return overlay if len(boxes) else with_label(overlay, "nothing found")
 
 
 def describe(path, image, detections, about):
@@ -320,31 +336,47 @@ def json_text(value):
 
 # ---------------------------------------------------------------------------------------------------------- pixel labels
 
-def segment(model, path, image, stem, thresholds, about, explain):
+def segment(model, path, image, stem, about, explain):
     """Labels one photograph uint8 [H, W, 3] and writes <stem>.mask.png, .overlay.jpg, .json and, to explain, .attention.png.
 
-    Returns (class of each piece, what to print, remarks on it).
+    Returns (overlay, class of each piece, what to print, remarks on it).
     """
     names = about["class_names"]
-    tensor = torch.from_numpy(image).permute(2, 0, 1).contiguous()
+    label_map, probabilities = labelled(model, image, about)
+    content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
+    save_label_map(stem + ".mask.png", label_map, names)
+    overlay = drawn_label_map(image, label_map, about)
+    save_picture(stem + ".overlay.jpg", overlay)
+    if explain:
+        with torch.inference_mode():
+            maps = model.attention_maps([as_tensor(image)])[0]
+        save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
+    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
+    return overlay, [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), remarks_on(content)
+
+
+def labelled(model, image, about):
+    """(label map [H, W] without the pieces that --min-area leaves out, probabilities [C, H, W]) of a photograph uint8 [H, W, 3]."""
+    tensor, names = as_tensor(image), about["class_names"]
     with torch.inference_mode():
         if about["tile"]:
             probabilities = tiled_probabilities(model, tensor, about["tile"], about["overlap"])
         else:
             probabilities = model.probabilities([tensor], at="native")[0]
-        maps = model.attention_maps([tensor])[0] if explain else None
-    label_map = label_map_of(probabilities, thresholds[names[0]]).cpu().numpy()
+    label_map = label_map_of(probabilities, about["score_thresholds"][names[0]]).cpu().numpy()
     for label in range(1, len(names) + 1) if about["min_area"] > 1 else ():
         mask = label_map == label
         label_map[mask & ~mask_codec.remove_islands(mask, about["min_area"])] = 0
-    content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
-    save_label_map(stem + ".mask.png", label_map, names)
-    overlay = draw_cracks(image, label_map, names)
-    save_picture(stem + ".overlay.jpg", overlay if content["pieces"] else with_label(overlay, "nothing found"))
-    if maps:
-        save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
-    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
-    return [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), remarks_on(content)
+    return label_map, probabilities
+
+
+def as_tensor(image):
+    return torch.from_numpy(image).permute(2, 0, 1).contiguous()
+
+
+def drawn_label_map(image, label_map, about):
+    overlay = draw_cracks(image, label_map, about["class_names"])
+    return overlay if label_map.any() else with_label(overlay, "nothing found")
 
 
 def describe_map(path, label_map, probabilities, about):
@@ -402,6 +434,34 @@ def remarks_on(content):
         return []
     which = "1 piece is" if len(thick) == 1 else f"{len(thick)} pieces are"
     return [f"{which} not thin, the widest too (mean width above a third of the length): of those length and width mean little"]
+
+
+# ---------------------------------------------------------------------------------------------------------- models beside each other
+
+def load_beside(run, device, args):
+    """(model, what is asked of it) of one --beside."""
+    path = find_checkpoint(run, "runs", "best.pt")
+    model, checkpoint = load_checkpoint(path, device)
+    check_flags(args, model)
+    return model, what_is_asked(model, checkpoint, path, args)
+
+
+def write_beside_each_other(stem, image, overlay, about, others):
+    """Writes <stem>.beside.jpg: the photograph, the first model's overlay and what each of the others finds (Context-CrackNet's Fig. 5;
+    with DamageNet's ablations its Fig. 7)."""
+    views = [image, overlay]
+    for model, asked in others:
+        views.append(drawn_label_map(image, labelled(model, image, asked)[0], asked) if model.task == "segmentation"
+                     else drawn_detections(image, detect(model, image, asked)[0], asked))
+    titles = ["photograph", *titles_of([about, *(asked for _, asked in others)])]
+    save_picture(stem + ".beside.jpg", grid(views, titles, columns=min(len(views), 4)))
+
+
+def titles_of(models):
+    """["unet, unet-cfd-001", ...]: each model and its run, by as much of its path as tells the runs apart."""
+    paths = [os.path.abspath(about["checkpoint"]) for about in models]
+    shared = os.path.commonpath([os.path.dirname(path) for path in paths])
+    return [f"{about['model']}, {os.path.relpath(path, shared).removesuffix(os.sep + 'best.pt')}" for about, path in zip(models, paths)]
 
 
 # ---------------------------------------------------------------------------------------------------------- words

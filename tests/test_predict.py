@@ -135,6 +135,23 @@ def test_what_findings_are_worth_is_said_unless_the_score_is_another(folder, mon
     assert "validation part" not in capsys.readouterr().out and "measured_on_validation" not in read(folder / "b" / "car.json")
 
 
+def test_models_beside_each_other(folder, monkeypatch, capsys):
+    photograph().save("car.png")
+    for run in ("runs/a", "runs/b"):
+        os.makedirs(run)
+        (folder / run / "best.pt").write_bytes(b"")
+    shown = []
+    monkeypatch.setattr(predict, "grid", lambda views, titles, columns: shown.append((views, titles)) or views[0])
+    assert predict.main(["car.png", "--checkpoint", "runs/a", "--beside", "runs/b", "--beside", "best.pt"]) == 0
+    [(views, titles)] = shown
+    assert titles == ["photograph", "red, runs/a", "red, runs/b", "red, best.pt"] and (views[0] == np.asarray(photograph())).all()
+    assert (views[1] == views[2]).all() and (views[1] == views[3]).all() and views[1].shape != views[0].shape     # enlarged overlays
+    assert os.path.isfile("predictions/car.beside.jpg")
+    assert predict.titles_of([{"model": "unet", "checkpoint": f"runs/{run}/best.pt"} for run in ("x", "y")]) == ["unet, x", "unet, y"]
+    assert predict.main(["car.png", "--checkpoint", "runs/a", "--beside", "runs/none"]) == 2
+    assert "runs/none: no such file or folder" in capsys.readouterr().err
+
+
 def test_flags_of_segmenters_are_refused(folder, capsys):
     photograph().save(folder / "car.png")
     for flag, value in (("--tile", 448), ("--overlap", 8), ("--mm-per-px", 0.5), ("--min-area", 9)):
