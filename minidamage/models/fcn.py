@@ -41,9 +41,10 @@ class FCNConfig(SegmenterConfig):
     aux_weight: float = 0.5                         # of its losses; torchvision's training program
 
 
-# Section 6.1, set A. Momentum of set B, set C and 240 x 240: the project's program. No augmentation and no schedule are mentioned.
+# Section 6.1, set A. Momentum of set B, set C and 240 x 240: the project's program. No augmentation and no schedule are mentioned. It
+# writes Dice, IoU and accuracy of both parts after each epoch: here of as many training pictures as it validates on.
 SET_A = Recipe(epochs=10, batch_size=16, optimizer="adam", lr=1e-3, lr_batch_size=0, weight_decay=0.0, schedule="constant",
-               warmup_iters=0, hflip=0.0)
+               warmup_iters=0, hflip=0.0, score_train=68)
 SET_B = dataclasses.replace(SET_A, batch_size=32, optimizer="sgd", lr=0.01, momentum=0.9)
 SET_C = dataclasses.replace(SET_A, batch_size=8, optimizer="adamw", lr=1e-3, weight_decay=1e-4)
 RECIPE = SET_A
