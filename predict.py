@@ -24,6 +24,7 @@ from minidamage import skeleton
 from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
 from minidamage.command_line import Parser
 from minidamage.data import read_image
+from minidamage.data.folders import walk
 from minidamage.data.mask_folders import IMAGE_WORDS, MASK_WORDS, WORDS
 from minidamage.data.pictures import is_picture_name
 from minidamage.layers.segmenter import label_map_of
@@ -196,7 +197,7 @@ def find_photographs(paths, out):
             found.append(path)
             continue
         inside = []
-        for parent, folders, files in os.walk(path):
+        for parent, folders, files in walk(path):
             masks = mask_folders(folders)
             if masks:
                 listed = ", ".join(os.path.join(parent, name) for name in masks)

@@ -16,6 +16,7 @@ import numpy as np
 
 from minidamage.data import coco, crackforest, labelme, mask_folders, vehide, via, voc, yolo
 from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
+from minidamage.data.folders import walk
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import EXTENSIONS, is_picture_name, read_image
@@ -107,14 +108,14 @@ def _no_layout(path):
 
 def _has_pictures(folder):
     """Whether there is a picture in the folder or below it."""
-    return any(is_picture_name(name) for _, _, names in itertools.islice(os.walk(folder), MOST_FOLDERS) for name in names)
+    return any(is_picture_name(name) for _, _, names in itertools.islice(walk(folder), MOST_FOLDERS) for name in names)
 
 
 def _what_is_there(path):
     """" in 30 .jpg, 30 .xml (...)": the endings of the files, so that one sees whether it is the right folder."""
     if not os.path.isdir(path):
         return ""
-    names = [n for _, _, names in itertools.islice(os.walk(path), MOST_FOLDERS) for n in names if not n.startswith(".")]
+    names = [n for _, _, names in itertools.islice(walk(path), MOST_FOLDERS) for n in names if not n.startswith(".")]
     endings = collections.Counter(os.path.splitext(n)[1].lower() or "without an ending" for n in names)
     counts = ", ".join(f"{count} {ending}" for ending, count in endings.most_common(5))
     broken = sum(endings[e] for e in (".xml", ".json", ".txt"))

@@ -15,6 +15,7 @@ import numpy as np
 from PIL import Image
 
 from minidamage import masks as mask_codec
+from minidamage.data.folders import walk
 from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, read_lines, unlisted_pictures
 from minidamage.data.pictures import READ_ERRORS
 from minidamage.data.record import Dataset
@@ -60,7 +61,7 @@ def read(path, images=None, **_):
 def _folders(path):
     """[(folder, its JSON files)] for `path` and below."""
     found, base = [], os.path.abspath(path).rstrip(os.sep).count(os.sep)
-    for folder, below, names in os.walk(path):
+    for folder, below, names in walk(path):
         below[:] = sorted(n for n in below if not n.startswith("."))
         if os.path.abspath(folder).count(os.sep) - base >= DEPTH:
             below.clear()

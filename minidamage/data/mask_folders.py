@@ -13,6 +13,7 @@ import os
 import re
 
 from minidamage.data import mask_values
+from minidamage.data.folders import walk
 from minidamage.data.label_maps import LabelMapFile
 from minidamage.data.objects import make_record, read_lines
 from minidamage.data.pictures import is_picture_name, picture_header
@@ -100,7 +101,7 @@ def _groups(path):
     """{(words of the folders' names, part): {"image": folders, "mask": folders, "either": folders}}: what belongs together."""
     groups = collections.defaultdict(lambda: {"image": [], "mask": [], "either": []})
     base = os.path.abspath(path)
-    for folder, below, names in os.walk(base):
+    for folder, below, names in walk(base):
         below[:] = sorted(n for n in below if not n.startswith("."))
         relative = os.path.relpath(folder, base)
         steps = [] if relative == "." else relative.split(os.sep)

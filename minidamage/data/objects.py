@@ -11,6 +11,7 @@ import unicodedata
 
 import numpy as np
 
+from minidamage.data.folders import walk
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Record
 
@@ -335,7 +336,7 @@ class PictureFinder:
         if self._walked is None:
             self._walked = {}
             depth = self.root.rstrip(os.sep).count(os.sep) if self.root else 0
-            for folder, below, names in os.walk(self.root) if self.root else ():
+            for folder, below, names in walk(self.root) if self.root else ():
                 if folder.count(os.sep) - depth >= 4:
                     below.clear()
                 for n in filter(is_picture_name, names):

@@ -17,6 +17,7 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 
+from minidamage.data.folders import walk
 from minidamage.data.objects import PictureFinder, RawObject, make_record, read_lines, unlisted_pictures
 from minidamage.data.pictures import EXTENSIONS, is_picture_name
 from minidamage.data.record import Dataset
@@ -91,7 +92,7 @@ def _add_notes(notes, tally, voc_boxes, voc_difficult, parts, files):
 def _xml_folders(path):
     """Folders, `path` or below, that hold XML with <annotation> as its root; the first readable file of each is looked at."""
     found, base = [], os.path.abspath(path).rstrip(os.sep).count(os.sep)
-    for folder, below, names in os.walk(os.path.abspath(path)):
+    for folder, below, names in walk(os.path.abspath(path)):
         below.sort()
         if folder.count(os.sep) - base >= DEPTH:
             below.clear()

@@ -17,6 +17,7 @@ import shutil
 import numpy as np
 
 from minidamage import masks as mask_codec
+from minidamage.data.folders import walk
 from minidamage.data.objects import RawObject, make_record, not_utf8, read_lines
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Dataset
@@ -71,7 +72,7 @@ def _is_yaml(file):
 def _label_folders(path):
     """[(folder, names of .txt files)] for `path` and below; files that hold class names or remarks are no labels."""
     found, base = [], os.path.abspath(path).rstrip(os.sep).count(os.sep)
-    for folder, below, names in os.walk(os.path.abspath(path)):
+    for folder, below, names in walk(os.path.abspath(path)):
         below[:] = sorted(n for n in below if not n.startswith("."))
         if folder.count(os.sep) - base >= DEPTH:
             below.clear()
