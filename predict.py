@@ -27,6 +27,7 @@ from minidamage.data import read_image
 from minidamage.data.folders import walk
 from minidamage.data.mask_folders import IMAGE_WORDS, MASK_WORDS, WORDS
 from minidamage.data.pictures import is_picture_name
+from minidamage.data.record import number_of
 from minidamage.layers.segmenter import label_map_of
 from minidamage.run_folder import find_checkpoint
 from minidamage.tiling import check_tile, suggestion, tiled_probabilities
@@ -51,6 +52,7 @@ MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxe
              "mm": "lengths and widths times --mm-per-px, which holds for a flat surface seen straight on"}
 THIN = 1 / 3                                                 # mean width of a line, as a share of its length
 MANY_PIECES = 100                                            # in one photograph: most of them are specks
+OTHER_FORMATS = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # of photographs
 ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png", ".beside.jpg")
 DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
 
@@ -196,8 +198,8 @@ def find_photographs(paths, out):
         if not os.path.isdir(path):
             found.append(path)
             continue
-        inside = []
-        for parent, folders, files in walk(path):
+        inside, others, closed = [], [], []
+        for parent, folders, files in walk(path, onerror=closed.append):
             masks = mask_folders(folders)
             if masks:
                 listed = ", ".join(os.path.join(parent, name) for name in masks)
@@ -205,10 +207,27 @@ def find_photographs(paths, out):
             folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(parent, name)) != out
                                 and not name.startswith(".") and name not in masks)
             inside += [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
+            others += [os.path.join(parent, name) for name in sorted(files)
+                       if name.lower().endswith(OTHER_FORMATS) and not name.startswith(".")]
+        say_passed_over(others, closed)
         if not inside:
             raise ValueError(f"{path}: expected a folder with photographs (.jpg, .png, .bmp, .tif, .webp), found none in it")
         found += inside
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def say_passed_over(others, closed):
+    """Warns of photographs in formats that are not read, and of folders (the OSErrors they were met with) that cannot be listed."""
+    if others:
+        print(f"WARNING: passed over {number_of(len(others), 'photograph')} in formats that are not read: {first_few(others)}; convert "
+              "them to JPEG", file=sys.stderr)
+    if closed:
+        print(f"WARNING: passed over {number_of(len(closed), 'folder')} that cannot be listed ({closed[0].strerror}): "
+              f"{first_few([str(error.filename) for error in closed])}", file=sys.stderr)
+
+
+def first_few(names, most=3):
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
 def mask_folders(names):

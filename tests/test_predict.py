@@ -206,6 +206,28 @@ def test_a_folder_is_searched_to_any_depth_but_not_its_own_results(folder, capsy
     assert read(folder / "shoot" / "found" / "a [ 1 ].json")["photograph"].endswith("a [ 1 ].png")
 
 
+def test_photographs_of_other_formats_and_closed_folders_are_named(folder, monkeypatch, capsys):
+    for name in ("a.heic", "b.CR2", "c.nef", "d.dng", "notes.txt", ".hidden.heic"):
+        (folder / "shoot" / name).parent.mkdir(exist_ok=True)
+        (folder / "shoot" / name).write_bytes(b"")
+    (folder / "shoot" / "closed").mkdir()
+    scandir = os.scandir
+
+    def refused(path):
+        if os.path.basename(path) == "closed":
+            raise PermissionError(13, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)                        # rights alone do not stop root
+    assert run("shoot") == 2
+    err = capsys.readouterr().err
+    assert "WARNING: passed over 4 photographs in formats that are not read: shoot/a.heic, shoot/b.CR2, shoot/c.nef and 1 more; convert" in err
+    assert "WARNING: passed over 1 folder that cannot be listed (Permission denied): shoot/closed" in err and "found none" in err
+    photograph().save(folder / "shoot" / "car.png")
+    assert run("shoot") == 0
+    assert "4 photographs in formats" in capsys.readouterr().err
+
+
 def test_unreadable_files_are_named_counted_and_skipped(folder, capsys):
     photograph().save(folder / "good.png")
     (folder / "bad.jpg").write_bytes(b"no picture at all")
