@@ -10,6 +10,7 @@ Everything in the JSON is in pixels of the photograph as it is seen (after its E
 works at. The photographs themselves are never written to.
 """
 import collections
+import errno
 import json
 import os
 import re
@@ -114,6 +115,10 @@ def main(argv=None):
             if others:
                 write_beside_each_other(os.path.join(args.out, stem), image, overlay, about, others)
         except OSError as error:
+            if error.errno == errno.ENAMETOOLONG:
+                skipped.append(f"{path}: the names of its results are too long for --out {args.out}; give the photograph a shorter name")
+                print(f"{number}/{len(photographs)} skipped  {skipped[-1]}", file=sys.stderr)
+                continue
             print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole",
                   file=sys.stderr)
             return 1
@@ -506,7 +511,7 @@ def print_summary(found, skipped, args, segments):
     print(f"\n{len(found)} photograph{'s' * (len(found) != 1)}: {damaged} with findings, {len(found) - damaged} without"
           + f" ({', '.join(f'{name} {number}' for name, number in counts.most_common())})" * bool(counts))
     if skipped:
-        print(f"{len(skipped)} could not be read, see above")
+        print(f"{len(skipped)} could not be read or written, see above")
     if found:
         print(f"overlays: {os.path.join(args.out, '*.overlay.jpg')}   data: {os.path.join(args.out, '*.json')}"
               + f"   masks: {os.path.join(args.out, '*.mask.png')}" * segments

@@ -278,6 +278,18 @@ def test_a_full_disk_says_so_and_leaves_no_half_file(folder, monkeypatch, capsys
     assert "No space left" in capsys.readouterr().err and not (folder / "predictions" / "car.json").exists()
 
 
+def test_a_name_too_long_for_its_results_fails_alone(folder, capsys):
+    long = "x" * 248                                                   # with .png and .json a name, with .overlay.jpg too long for one
+    photograph().save(folder / f"{long}.png")
+    photograph().save(folder / "z.png")
+    assert run(f"{long}.png", "z.png") == 0
+    out, err = capsys.readouterr()
+    assert f"1/2 skipped  {long}.png: the names of its results are too long for --out predictions" in err and "shorter name" in err
+    assert "1 could not be read or written" in out
+    assert sorted(os.listdir(folder / "predictions")) == ["z.json", "z.overlay.jpg"]
+    assert run(f"{long}.png") == 1
+
+
 def test_json_keeps_lists_of_numbers_on_one_line_and_names_as_they_are():
     value = {"name": "a [ 1,  2 ]\n[\n3 ]", "box": [1.5, -2, 3e-9], "rings": [[[0, 0], [1, 0]], []], "objects": [{"x": [1]}, {}]}
     text = predict.json_text(value)
