@@ -10,6 +10,7 @@ Everything in the JSON is in pixels of the photograph as it is seen (after its E
 works at. The photographs themselves are never written to.
 """
 import collections
+import contextlib
 import errno
 import json
 import os
@@ -102,19 +103,23 @@ def main(argv=None):
             skipped.append(str(error))
             print(f"{number}/{len(photographs)} skipped  {error}", file=sys.stderr)
             continue
-        stem = output_stem(path, args.out, names)
+        stem = os.path.join(args.out, output_stem(path, args.out, names))
+        written_before = os.path.lexists(stem + ".json")
         try:
             remarks = []
             if segments:
-                overlay, classes, words, remarks = segment(model, path, image, os.path.join(args.out, stem), about, args.explain)
+                overlay, classes, words, remarks = segment(model, path, image, stem, about, args.explain)
             else:
                 detections, below, stages = detect(model, image, about, args.explain)
-                overlay = write_results(os.path.join(args.out, stem), path, image, detections, stages, about)
+                overlay = write_results(stem, path, image, detections, stages, about)
                 classes = [about["class_names"][label - 1] for label in detections["labels"]]
                 words = in_words(classes, detections["scores"]) if classes else f"nothing found{below}"
             if others:
-                write_beside_each_other(os.path.join(args.out, stem), image, overlay, about, others)
+                write_beside_each_other(stem, image, overlay, about, others)
         except OSError as error:
+            for ending in () if written_before else ENDINGS:
+                with contextlib.suppress(OSError):
+                    os.remove(stem + ending)
             if error.errno == errno.ENAMETOOLONG:
                 skipped.append(f"{path}: the names of its results are too long for --out {args.out}; give the photograph a shorter name")
                 print(f"{number}/{len(photographs)} skipped  {skipped[-1]}", file=sys.stderr)
@@ -124,7 +129,7 @@ def main(argv=None):
             return 1
         found.append(classes)
         print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {words}"
-              f"  {time.perf_counter() - began:.2f} s  -> {os.path.join(args.out, stem)}.overlay.jpg", flush=True)
+              f"  {time.perf_counter() - began:.2f} s  -> {stem}.overlay.jpg", flush=True)
         if segments and not args.tile and not advised:
             advice = suggestion(*image.shape[:2], model.config.image_size, trained_side)
             remarks, advised = remarks + [advice] * bool(advice), bool(advice)
@@ -309,16 +314,17 @@ def _free_for(stem, source):
 
 
 def write_results(stem, path, image, detections, stages, about):
-    """Writes <stem>.overlay.jpg, <stem>.json and, with stages, <stem>.stages.png, each whole or not at all; returns the overlay.
+    """Writes <stem>.json, <stem>.overlay.jpg and, with stages, <stem>.stages.png, each whole or not at all; returns the overlay. The JSON
+    comes first: it says whose the others are, which a run that ends between them leaves behind (`output_stem`).
 
     The overlay of a small photograph (up to 320 pixels) is a whole number of times larger; the JSON never is.
     """
+    text = json_text(describe(path, image, detections, about))
+    write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
     overlay = drawn_detections(image, detections, about)
     save_picture(stem + ".overlay.jpg", overlay)
     if stages is not None:
         save_picture(stem + ".stages.png", stages)
-    text = json_text(describe(path, image, detections, about))
-    write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
     return overlay
 
 
@@ -362,13 +368,14 @@ def json_text(value):
 # ---------------------------------------------------------------------------------------------------------- pixel labels
 
 def segment(model, path, image, stem, about, explain):
-    """Labels one photograph uint8 [H, W, 3] and writes <stem>.mask.png, .overlay.jpg, .json and, to explain, .attention.png.
+    """Labels one photograph uint8 [H, W, 3] and writes <stem>.json, .mask.png, .overlay.jpg and, to explain, .attention.png.
 
     Returns (overlay, class of each piece, what to print, remarks on it).
     """
     names = about["class_names"]
     label_map, probabilities = labelled(model, image, about)
     content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
+    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
     save_label_map(stem + ".mask.png", label_map, names)
     overlay = drawn_label_map(image, label_map, about)
     save_picture(stem + ".overlay.jpg", overlay)
@@ -376,7 +383,6 @@ def segment(model, path, image, stem, about, explain):
         with torch.inference_mode():
             maps = model.attention_maps([as_tensor(image)])[0]
         save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
-    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
     return overlay, [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), remarks_on(content)
 
 

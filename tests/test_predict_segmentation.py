@@ -61,6 +61,21 @@ def photograph(path, height=90, width=160):
     return pixels
 
 
+def test_what_a_stopped_photograph_left_makes_way_for_it(folder, monkeypatch):
+    path, _, _ = folder
+
+    def stopped(*arguments):
+        raise KeyboardInterrupt
+
+    photograph(path / "wall.png")
+    for writes in ("write_beside", "save_label_map", "save_picture"):
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(predict, writes, stopped)
+            run("wall.png", "--out", writes)
+        assert run("wall.png", "--out", writes) == 0
+        assert sorted(os.listdir(path / writes)) == ["wall.json", "wall.mask.png", "wall.overlay.jpg"]
+
+
 def test_lengths_and_widths_by_hand(folder, capsys):
     path, _, _ = folder
     photograph(path / "wall.png")
