@@ -73,9 +73,30 @@ def test_a_set_that_was_interrupted_is_finished(tmp_path, monkeypatch):
     monkeypatch.setattr(synthetic, "draw_picture", stop_at_three)
     with pytest.raises(KeyboardInterrupt):
         make_demo(folder, images=4, size=64)
+    assert os.listdir(tmp_path) == []
     monkeypatch.undo()
     make_demo(folder, images=4, size=64)
     assert sum(len(r) for r in load_dataset(folder, quiet=True).parts.values()) == 4
+
+
+def test_of_two_that_draw_at_once_the_first_to_finish_is_used_by_both(tmp_path, monkeypatch):
+    folder, real, written = str(tmp_path / "demo"), synthetic.draw_picture, []
+    times = lambda: {os.path.join(here, name): os.stat(os.path.join(here, name)).st_mtime_ns for here, _, names in os.walk(folder)
+                     for name in names}
+
+    def beside_another(*args, **kwargs):
+        monkeypatch.setattr(synthetic, "draw_picture", real)
+        make_demo(folder, images=4, size=64)                                        # starts later, ends before
+        written.append(times())
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(synthetic, "draw_picture", beside_another)
+    make_demo(folder, images=4, size=64)
+    assert times() == written[0] and len(written[0]) == 4 + 2 + 1 and os.listdir(tmp_path) == ["demo"]
+    (tmp_path / "demo" / "mine.txt").write_text("kept")
+    monkeypatch.setattr(synthetic, "draw_picture", beside_another)
+    make_demo(folder, images=4, size=64, seed=1)
+    assert written[1] != written[0] and (tmp_path / "demo" / "mine.txt").read_text() == "kept" and os.listdir(tmp_path) == ["demo"]
 
 
 @pytest.mark.parametrize("number", range(12))

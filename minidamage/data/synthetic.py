@@ -8,9 +8,10 @@ polygons by the same matrix as pixels.
 
 Read `draw_picture` first; this file decides what is where, synthetic_paint.py draws it.
 """
+import contextlib
 import datetime
 import os
-import shutil
+import tempfile
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -32,24 +33,28 @@ def make_demo(folder, images=240, size=256, seed=0, val_fraction=0.2):
 
     A share of val_fraction goes to VehiDE's `validation/`. Every picture is drawn from (seed, its number): no vehicle repeats,
     within or across the parts. A finished set of the same images, size and seed is left as it is, another one is replaced; a folder
-    with anything else in it is a ValueError.
+    with anything else in it is a ValueError. It is drawn beside and renamed into place, whole or not at all.
     """
     if images < 2 or size < 64 or not 0 < val_fraction < 1:
         raise ValueError("the demo set needs at least 2 pictures of 64 pixels and a validation share between 0 and 1, got "
                          f"images={images}, size={size}, val_fraction={val_fraction}")
-    stamp = os.path.join(folder, STAMP)
     wanted = f"images={images} size={size} seed={seed} val_fraction={val_fraction} drawing={DRAWING}\n"
-    before = _read_stamp(folder, stamp)
-    if before == wanted:
+    if _read_stamp(folder) == wanted:
         return folder
-    if before and wanted not in before:
-        for _, pictures in vehide.FILES.values():
-            shutil.rmtree(os.path.join(folder, pictures), ignore_errors=True)
-    _write_text(stamp, "unfinished " + wanted)
+    place = os.path.realpath(folder)
+    os.makedirs(os.path.dirname(place), exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f"{os.path.basename(place)}.drawing-", dir=os.path.dirname(place)) as beside:
+        _draw(os.path.join(beside, "new"), images, size, seed, val_fraction)
+        _write_text(os.path.join(beside, "new", STAMP), wanted)
+        _put_in_place(place, beside, wanted)
+    return folder
+
+
+def _draw(folder, images, size, seed, val_fraction):
     number, val_count = 0, min(images - 1, max(1, round(images * val_fraction)))
     for part, count in (("train", images - val_count), ("val", val_count)):
         below = os.path.join(folder, vehide.FILES[part][1], vehide.FILES[part][1])
-        os.makedirs(below, exist_ok=True)
+        os.makedirs(below)
         pictures = {}
         for number in range(number, number + count):
             image, objects = draw_picture(size, [seed, number], damaged=number % UNDAMAGED_EVERY != UNDAMAGED_EVERY - 1)
@@ -59,17 +64,34 @@ def make_demo(folder, images=240, size=256, seed=0, val_fraction=0.2):
             pictures[name] = objects
         number += 1
         vehide.write(folder, part, pictures)
-    _write_text(stamp, wanted)
-    return folder
 
 
-def _read_stamp(folder, stamp):
+def _put_in_place(place, beside, wanted):
+    """Renames beside/new to its place. Of two trainings that draw at once the second to finish finds the first one's set and leaves it;
+    another set makes way, but not what somebody has put beside its files."""
+    new, old = os.path.join(beside, "new"), os.path.join(beside, "old")
+    with contextlib.suppress(OSError):
+        os.rmdir(place)                                                 # an empty one
+    if _read_stamp(place) == wanted:
+        return
+    if os.path.exists(place):
+        os.rename(place, old)
+    try:
+        os.rename(new, place)
+    except OSError:
+        if _read_stamp(place) != wanted:
+            raise
+    for name in set(os.listdir(old) if os.path.exists(old) else ()) - {STAMP, *(name for names in vehide.FILES.values() for name in names)}:
+        os.rename(os.path.join(old, name), os.path.join(place, name))
+
+
+def _read_stamp(folder):
     """What the folder holds: "" for nothing, else the stamp's line. ValueError when it holds something that is not a demo set."""
-    os.makedirs(folder, exist_ok=True)
+    stamp = os.path.join(folder, STAMP)
     if os.path.exists(stamp):
         with open(stamp, encoding="utf-8") as handle:
             return handle.read()
-    if os.listdir(folder):
+    if os.path.exists(folder) and os.listdir(folder):
         raise ValueError(f"{folder} is not empty and holds no demo set; give an empty folder, nothing was written")
     return ""
 
