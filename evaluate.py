@@ -23,7 +23,7 @@ import sys
 
 from minidamage import distributed, run_folder
 from minidamage.checkpoint import choose_device, load_checkpoint
-from minidamage.command_line import Parser
+from minidamage.command_line import Parser, ended
 from minidamage.data import load_dataset
 from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
 from minidamage.data.split import from_names
@@ -42,6 +42,8 @@ def main(argv=None):
             code = answer(args)
         distributed.end()
         return code
+    except BrokenPipeError:                                   # | head: `ended`
+        raise
     except (ValueError, OSError) as error:
         if distributed.first_to_say(str(error), seconds=5):
             print(f"evaluate.py: {error}", file=sys.stderr)
@@ -235,7 +237,7 @@ def is_own(dataset, split, trained_on):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(ended(main))
     except KeyboardInterrupt:
         print("\nevaluate.py: stopped, nothing was written", file=sys.stderr)
         sys.exit(130)

@@ -24,7 +24,7 @@ import torch
 from minidamage import masks as mask_codec
 from minidamage import skeleton
 from minidamage.checkpoint import choose_device, load_checkpoint, score_thresholds
-from minidamage.command_line import Parser
+from minidamage.command_line import Parser, ended
 from minidamage.data import read_image
 from minidamage.data.folders import walk
 from minidamage.data.mask_folders import IMAGE_WORDS, MASK_WORDS, WORDS
@@ -74,6 +74,8 @@ def main(argv=None):
         if os.path.isfile(args.out):
             raise ValueError(f"--out {args.out}: expected a folder, this is a file")
         os.makedirs(args.out, exist_ok=True)
+    except BrokenPipeError:                                   # | head: `ended`
+        raise
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
@@ -526,7 +528,7 @@ def print_summary(found, skipped, args, segments):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(ended(main))
     except KeyboardInterrupt:
         print("\npredict.py: stopped; the results so far are whole", file=sys.stderr)
         sys.exit(130)

@@ -1,8 +1,25 @@
-"""What the scripts at the top read their flags with."""
+"""What the scripts at the top read their flags with, and how they end where their output is read no further."""
 import argparse
 import difflib
 import os
 import sys
+
+
+CLOSED_PIPE = 141                                             # as a shell has it: 128 + SIGPIPE
+
+
+def ended(main):
+    """main()'s exit code, with all that was printed written out; where the reader has closed the pipe (| head), a quiet CLOSED_PIPE."""
+    try:
+        try:
+            return main()
+        finally:
+            if sys.stdout:
+                sys.stdout.flush()
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):               # Python flushes them once more at the very end
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        return CLOSED_PIPE
 
 
 class Parser(argparse.ArgumentParser):

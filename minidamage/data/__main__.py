@@ -1,7 +1,7 @@
 """`python -m minidamage.data PATH`: checks a data set before training. Exit code 0: usable; 1: errors found; 2: cannot be read."""
 import sys
 
-from minidamage.command_line import Parser
+from minidamage.command_line import Parser, ended
 from minidamage.data import load_dataset
 from minidamage.data.check import check, report
 from minidamage.data.check_masks import SIZE
@@ -23,6 +23,8 @@ def main(arguments=None):
     try:
         dataset = load_dataset(args.path, **reading(args))
         findings = check(dataset, quick=args.quick, size=args.size)
+    except BrokenPipeError:                                   # | head: `ended`
+        raise
     except (ValueError, OSError) as error:
         print(f"python -m minidamage.data: {error}", file=sys.stderr)
         return 2
@@ -31,4 +33,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended(main))
