@@ -68,6 +68,16 @@ def test_data_yaml(tmp_path, content, names):
     assert load(tmp_path / "data.yaml").class_names == names
 
 
+@pytest.mark.parametrize("content, names", [
+    ("names:\n  '0': dent\n  \"1\": scratch\n", ("dent", "scratch")), ("names: {'0': dent, \"1\": '2'}\n", ("dent", "2")),
+    ("names: ['dent # 1', \"scratch #2\"]  # all\n", ("dent # 1", "scratch #2")),
+    ("names:  # 'two'\n- 'dent # 1'  # it's one\n- driver's # door's\n", ("dent # 1", "driver's")),
+    ("names:\n  0: \"a \\\" # b\"\n  1: c#d\n", ('a \\" # b', "c#d"))])
+def test_data_yaml_with_quotes(tmp_path, content, names):
+    text(yolo_set(tmp_path) / "data.yaml", content)
+    assert load(tmp_path).class_names == names
+
+
 def test_data_yaml_says_the_parts(tmp_path):
     yolo_set(tmp_path, "images/one/{}.jpg", "labels/one/{}.txt", "abc")
     yolo_set(tmp_path, "images/two/{}.jpg", "labels/two/{}.txt", "de")

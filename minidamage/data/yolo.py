@@ -172,7 +172,7 @@ def read_yaml(file):
     out, key, begun = {}, None, ""                        # begun: a list or mapping in brackets that goes on in the next line
     with not_utf8(file), open(file, encoding="utf-8-sig") as handle:
         for number, raw in enumerate(handle, 1):
-            line = re.sub(r"(^|\s)#.*$", "", raw.rstrip())
+            line = _without_comment(raw)
             if not line.strip() or line.strip() == "---":
                 continue
             if begun:
@@ -186,7 +186,7 @@ def read_yaml(file):
                 if inner["item"] is not None:
                     out[key] = [*(out[key] or []), _scalar(inner["item"])]
                 else:
-                    out[key] = {**(out[key] or {}), _scalar(inner["key"]): _scalar(inner["value"])}
+                    out[key] = {**(out[key] or {}), _key(inner["key"]): _scalar(inner["value"])}
             elif outer and not line[0].isspace():
                 key = outer["key"].strip("\"'")
                 begun = outer["value"].strip()
@@ -199,6 +199,11 @@ def read_yaml(file):
     return out
 
 
+def _without_comment(line):
+    """The line up to a # at its start or behind a space; one in quotes is none. Quotes begin a key, a value or an item, not mid-word."""
+    return re.match(r"""(?:(?<![^\s\[{,:])(?:'[^']*'|"(?:[^"\\]|\\.)*")|(?<=\S)#|[^#])*""", line)[0].rstrip()
+
+
 def _is_closed(text):
     """False for a list or mapping in brackets whose end is not there yet."""
     return text[:1] not in ("[", "{") or text[-1:] == {"[": "]", "{": "}"}[text[0]]
@@ -209,7 +214,7 @@ def _flow(text):
     if text[:1] == "[" and text[-1:] == "]":
         return [_scalar(v) for v in _split(text[1:-1])]
     if text[:1] == "{" and text[-1:] == "}":
-        return {_scalar(k): _scalar(v) for k, _, v in (item.partition(":") for item in _split(text[1:-1]))}
+        return {_key(k): _scalar(v) for k, _, v in (item.partition(":") for item in _split(text[1:-1]))}
     return _scalar(text)
 
 
@@ -223,6 +228,12 @@ def _scalar(text):
     if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
         return text[1:-1]
     return int(text) if re.fullmatch(r"-?\d+", text) else text or None
+
+
+def _key(text):
+    """A key; of digits, in quotes too, a number."""
+    key = _scalar(text)
+    return int(key) if re.fullmatch(r"\d+", str(key)) else key
 
 
 # ---- classes
