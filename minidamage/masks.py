@@ -254,9 +254,11 @@ def unpack(rles):
     try:
         counts = [r["counts"] for r in rles]
         sizes = np.array([r["size"] for r in rles], np.int64).reshape(-1, 2)
-    except (TypeError, KeyError, ValueError):
+        if len(sizes) != len(counts):
+            raise ValueError
+    except (TypeError, KeyError, ValueError, OverflowError):
         raise ValueError('an RLE is a dict {"size": [height, width], "counts": bytes, str or list of runs}, got '
-                         f"{next(r for r in rles if not _is_rle(r))!r:.120}") from None
+                         f"{next((r for r in rles if not _is_rle(r)), None)!r:.120}") from None
     if len(sizes) and not 0 <= sizes.min() <= sizes.max() <= MAX_SIDE:
         wrong = next(size for size in sizes.tolist() if not 0 <= min(size) <= max(size) <= MAX_SIDE)
         raise ValueError(f"an RLE's size is [height, width], from 0 to {MAX_SIDE} pixels a side, got {wrong}")
@@ -264,7 +266,10 @@ def unpack(rles):
 
 
 def _is_rle(value):
-    return isinstance(value, dict) and "counts" in value and np.shape(value.get("size")) == (2,)
+    try:
+        return "counts" in value and np.array(value["size"], np.int64).shape == (2,)
+    except (TypeError, KeyError, ValueError, OverflowError):
+        return False
 
 
 def _compress_list(runs):

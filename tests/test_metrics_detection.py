@@ -277,6 +277,9 @@ def test_an_untrained_model_is_not_told_that_its_scale_is_wrong(truth_side):
 
 # ---- mistakes ----------------------------------------------------------------------------------------------------------------------
 
+HUGE = 10 ** 400                                                                    # JSON has no largest number, floats have
+
+
 def changed(content, change):
     content = copy.deepcopy(content)
     change(content)
@@ -302,12 +305,38 @@ def changed(content, change):
     (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(segmentation=[[1, 2, 3]])), "segm", "detection 3"),
     (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].pop("segmentation")), FOUND_CONTENT, "segm", "annotation 2"),
     (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].pop("category_id")), FOUND_CONTENT, "bbox", "category_id"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(image_id=[7])), "bbox", '"image_id" and "category_id"'),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(bbox=["x", 5, 3, 2])), "bbox", "detection 3, got"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(bbox=[5, 5, HUGE, 2])), "bbox", "detection 3, got"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(score=HUGE)), "bbox", 'a number as "score" of every detection'),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(score=None)), "bbox", "detection 3 has score nan"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(score={})), "bbox", 'a number as "score" of every detection'),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(segmentation=[[HUGE] * 6])), "segm", "detection 3"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(segmentation={"size": [HUGE, 9], "counts": "1"})), "segm", "detection 3"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(segmentation={"size": [9, 9], "counts": [HUGE]})), "segm", "detection 3"),
+    (TRUTH_CONTENT, changed(FOUND_CONTENT, lambda c: c[3].update(segmentation={"size": [None, 9], "counts": "1"})), "segm", "detection 3"),
+    (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].update(segmentation={"size": [], "counts": [1]})), [], "segm", "annotation 2"),
+    (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].update(area=HUGE)), [], "bbox", '"area" of every annotation'),
+    (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].update(area=float("inf"))), [], "bbox", '"area" of every annotation'),
+    (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].update(id=HUGE)), [], "bbox", '"id" of every annotation'),
+    (changed(TRUTH_CONTENT, lambda c: c["annotations"][2].update(id={})), [], "bbox", '"id" of every annotation'),
+    (changed(TRUTH_CONTENT, lambda c: c["images"].insert(0, None)), [], "bbox", '"images" to have an "id", got None'),
+    (changed(TRUTH_CONTENT, lambda c: c["images"][0].update(width=float("inf"))), FOUND_CONTENT, "segm", "of picture .* got inf"),
+    (changed(TRUTH_CONTENT, lambda c: c["images"][0].update(width="wide")), FOUND_CONTENT, "segm", "of picture .* got 'wide'"),
     ("no/such/file.json", FOUND_CONTENT, "bbox", "there is none"),
     (TRUTH_CONTENT, FOUND_CONTENT, "keypoints", "bbox or segm"),
 ])
 def test_faults_of_files_are_named(truth, found, iou_type, message):
     with pytest.raises(ValueError, match=message):
         evaluate_coco_files(truth, found, iou_type)
+
+
+def test_sides_in_text_and_areas_of_null_are_understood():
+    written = lambda c: [image.update(width=str(image["width"]), height=str(image["height"])) for image in c["images"]]
+    assert evaluate_coco_files(changed(TRUTH_CONTENT, written), FOUND, "segm").stats == evaluate_coco_files(TRUTH, FOUND, "segm").stats
+    null, none = (changed(TRUTH_CONTENT, lambda c: [change(a) for a in c["annotations"]]) for change in
+                  (lambda a: a.update(area=None), lambda a: a.pop("area")))
+    assert evaluate_coco_files(null, FOUND, "bbox").stats == evaluate_coco_files(none, FOUND, "bbox").stats
 
 
 def test_broken_json_is_named(tmp_path):

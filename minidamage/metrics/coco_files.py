@@ -52,9 +52,9 @@ def read_truth(content, name, iou_type):
     if not content["images"]:
         raise ValueError(f"{name}: expected at least one picture in \"images\", got none")
     for key in ("images", "categories"):
-        broken = next((o for o in content[key] if not isinstance(o, dict) or "id" not in o), None)
-        if broken is not None:
-            raise ValueError(f'{name}: expected every entry of "{key}" to have an "id", got {broken!r:.120}')
+        broken = [o for o in content[key] if not isinstance(o, dict) or not _is_id(o.get("id"))]
+        if broken:
+            raise ValueError(f'{name}: expected every entry of "{key}" to have an "id", got {broken[0]!r:.120}')
         kinds = {type(entry["id"]).__name__ for entry in content[key]}
         if len(kinds) > 1:
             raise ValueError(f'{name}: expected the ids of "{key}" to be of one type, got {" and ".join(sorted(kinds))}')
@@ -68,12 +68,13 @@ def read_truth(content, name, iou_type):
         table["box"] = _boxes(annotations, name, "annotation")
     else:
         table["counts"], table["size"] = _masks(annotations, images, name, "annotation")
-    missing_area = any("area" not in a for a in annotations)
-    try:
-        table["area"] = _areas(table) if missing_area else np.array([a["area"] for a in annotations], np.float64)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f'{name}: expected a number of pixels as "area" of every annotation ({error})') from None
-    return table, sorted(images), categories, np.array([a.get("id", i + 1) for i, a in enumerate(annotations)], np.int64), images
+    missing_area = any(a.get("area") is None for a in annotations)
+    table["area"] = _areas(table) if missing_area else _numbers([a["area"] for a in annotations], "area", name, "annotation")
+    if not np.isfinite(table["area"]).all():
+        row = int(np.flatnonzero(~np.isfinite(table["area"]))[0])
+        raise ValueError(f'{name}: expected a finite number as "area" of every annotation, got {table["area"][row]} in annotation {row}')
+    ids = _numbers([a.get("id", i + 1) for i, a in enumerate(annotations)], "id", name, "annotation", np.int64)
+    return table, sorted(images), categories, ids, images
 
 
 def read_detections(content, name, iou_type, image_ids, categories, images, area_from_boxes=False):
@@ -87,7 +88,7 @@ def read_detections(content, name, iou_type, image_ids, categories, images, area
     if broken is not None:
         raise ValueError(f"{name}: expected each detection to be like {EXAMPLE}, got {broken!r:.120}")
     table = _common(content, image_ids, [c["id"] for c in categories], name, "detection", "detections")
-    table["score"] = np.array([d["score"] for d in content], np.float64)
+    table["score"] = _numbers([d["score"] for d in content], "score", name, "detection")
     if not np.isfinite(table["score"]).all():
         row = int(np.flatnonzero(~np.isfinite(table["score"]))[0])
         raise ValueError(f"{name}: detection {row} has score {table['score'][row]}; a score is a finite number")
@@ -119,7 +120,8 @@ def _common(objects, image_ids, category_ids, name, kind, plural):
         category_position = {c: k for k, c in enumerate(category_ids)}
         category = np.array([category_position.get(o["category_id"], -1) for o in objects], np.int32)
     except (KeyError, TypeError):
-        broken = next(o for o in objects if not isinstance(o, dict) or not {"image_id", "category_id"} <= o.keys())
+        keys = ("image_id", "category_id")
+        broken = next((o for o in objects if not isinstance(o, dict) or not all(key in o and _is_id(o[key]) for key in keys)), None)
         raise ValueError(f'{name}: expected every {kind} to have "image_id" and "category_id", got {broken!r:.120}') from None
     if (image < 0).any():
         unknown = list(dict.fromkeys(o["image_id"] for o, i in zip(objects, image) if i < 0))
@@ -134,6 +136,18 @@ def _common(objects, image_ids, category_ids, name, kind, plural):
     return {"image": image, "category": category}
 
 
+def _is_id(value):
+    return not isinstance(value, (list, dict, type(None)))
+
+
+def _numbers(values, key, name, kind, dtype=np.float64):
+    """One array of a field's values; ValueError where one is none, or larger than the type holds (JSON has no largest number)."""
+    try:
+        return np.array(values, dtype)
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(f'{name}: expected a number as "{key}" of every {kind} ({error})') from None
+
+
 def _listed(values, most=6):
     return ", ".join(map(repr, values[:most])) + (", ..." if len(values) > most else "")
 
@@ -141,8 +155,8 @@ def _listed(values, most=6):
 def _boxes(objects, name, kind):
     try:
         box = np.array([o["bbox"] for o in objects], np.float64).reshape(len(objects), 4)
-    except (KeyError, ValueError, TypeError):
-        row = next(i for i, o in enumerate(objects) if np.shape(o.get("bbox")) != (4,))
+    except (KeyError, ValueError, TypeError, OverflowError):
+        row = next(i for i, o in enumerate(objects) if not _is_box(o.get("bbox")))
         hint = "; it has a segmentation: score masks only (--iou-type segm)" if "segmentation" in objects[row] else ""
         got = objects[row].get("bbox")
         raise ValueError(f'{name}: expected "bbox": [x, y, width, height] in {kind} {row}, got {got!r:.80}{hint}') from None
@@ -151,6 +165,13 @@ def _boxes(objects, name, kind):
         raise ValueError(f"{name}: {kind} {row} has box {box[row].tolist()}; expected x, y, width, height, finite, sides >= 0. Is it "
                          "x1, y1, x2, y2?")
     return box
+
+
+def _is_box(value):
+    try:
+        return np.shape(np.array(value, np.float64)) == (4,)
+    except (ValueError, TypeError, OverflowError):
+        return False
 
 
 def _masks(objects, images, name, kind, or_box=False):
@@ -167,13 +188,21 @@ def _masks(objects, images, name, kind, or_box=False):
                     x, y, w, h = o["bbox"]
                     segmentation = [[x, y, x, y + h, x + w, y + h, x + w, y]]
                 image = images[o["image_id"]]
-                rle = masks.segmentation_to_rle(segmentation, image["height"], image["width"])
+                rle = masks.segmentation_to_rle(segmentation, _side(image, "height"), _side(image, "width"))
             sizes[i] = rle["size"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, KeyError, TypeError, OverflowError) as error:
             what = f"picture {o['image_id']} has no {error} in the truth file" if isinstance(error, KeyError) else error
             raise ValueError(f"{name}: {kind} {i} (picture {o['image_id']!r}): {what}") from None
         counts.append(rle["counts"])
     return counts, sizes
+
+
+def _side(image, key):
+    """The picture's height or width, which some exporters write as text."""
+    try:
+        return int(image[key])
+    except (ValueError, TypeError, OverflowError):
+        raise ValueError(f'expected a number of pixels as "{key}" of picture {image["id"]!r} in the truth file, got {image[key]!r:.60}') from None
 
 
 def _areas(table):
