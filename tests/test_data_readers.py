@@ -371,6 +371,15 @@ def test_coco_categories_join_by_name_across_parts(tmp_path):
     assert data.parts["val"][0].file.endswith("val2017/a.jpg") and any("joined by name" in n for n in data.notes)
 
 
+def test_coco_sides_in_text_and_numbers_beyond_a_float(tmp_path):
+    root = coco_set(tmp_path, [{"bbox": [5, 5, 20, 20]}, {"bbox": [1.5, 5, 10 ** 400, 20]}, {"bbox": [5, 5, 20, 20], "area": 10 ** 400}])
+    content = json.loads((root / "annotations.json").read_text())
+    content["images"][0].update(width="64", height=48.0)
+    dump(root / "annotations.json", content)
+    data = load_dataset(root, quiet=True)
+    assert len(data.parts["all"][0].labels) == 1 and len(data.problems) == 2 and all("too large" in line for line in data.problems)
+
+
 def test_coco_files_beside_the_picture_folders(tmp_path):
     picture(tmp_path / "pics/one/a.jpg")
     picture(tmp_path / "validation/validation/a.jpg", seed=5)

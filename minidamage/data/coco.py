@@ -94,7 +94,7 @@ def _load(file):
     return _loaded[key]
 
 
-def _plain_id(value):
+def _plain_number(value):
     """1 for 1, 1.0 and "1", which some exporters mix; anything else as it is."""
     if isinstance(value, str) and value.isdecimal() and str(int(value)) == value:
         return int(value)
@@ -106,7 +106,7 @@ def _number_text_ids(content, part, notes):
     order. Changes `content`."""
     for key, fields in (("images", ("id",)), ("annotations", ("id", "image_id", "category_id")), ("categories", ("id",))):
         for entry in content[key]:
-            entry.update({field: _plain_id(entry[field]) for field in fields})
+            entry.update({field: _plain_number(entry[field]) for field in fields})
     for key, refers in (("images", "annotations"), ("annotations", None)):
         if all(isinstance(entry["id"], int) and abs(entry["id"]) < 2 ** 63 for entry in content[key]):
             continue
@@ -215,11 +215,11 @@ def _read_part(content, label_of, finder, problems):
             entries[file] = image, annotations
     for file, (image, annotations) in entries.items():
         name, objects = os.path.basename(image["file_name"]), []
-        size = (image["width"], image["height"]) if image.get("width") and image.get("height") else None
+        size = (_plain_number(image["width"]), _plain_number(image["height"])) if image.get("width") and image.get("height") else None
         for annotation in annotations:
             try:
                 objects.append(_raw_object(annotation, label_of, name, problems))
-            except (TypeError, AttributeError, IndexError) as error:
+            except (TypeError, AttributeError, IndexError, OverflowError) as error:
                 objects.append(problems.append(f"{name}, annotation {annotation['id']}: cannot be read ({error}); dropped"))
         record = make_record(file, image["id"], objects, problems, listed_size=size)
         if record is not None:

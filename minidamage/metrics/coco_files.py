@@ -202,7 +202,8 @@ def _side(image, key):
     try:
         return int(image[key])
     except (ValueError, TypeError, OverflowError):
-        raise ValueError(f'expected a number of pixels as "{key}" of picture {image["id"]!r} in the truth file, got {image[key]!r:.60}') from None
+        raise ValueError(f'expected a number of pixels as "{key}" of picture {image["id"]!r} in the truth file, got '
+                         f"{image[key]!r:.60}") from None
 
 
 def _areas(table):
