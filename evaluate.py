@@ -89,6 +89,8 @@ def check_numbers(args):
             raise ValueError(f"--{flag}: expected {meaning}, got {value}")
     if args.mm_per_px is not None and not 0 < args.mm_per_px < float("inf"):
         raise ValueError(f"--mm-per-px: expected millimetres a pixel above 0, got {args.mm_per_px}")
+    if args.ceiling is not None:
+        ceiling.check_size(args.ceiling)
     if args.occlude is not None:
         occlusion.check_share(args.occlude)
 

@@ -53,6 +53,7 @@ MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxe
                       "wide are left out",
              "mm": "lengths and widths times --mm-per-px, which holds for a flat surface seen straight on"}
 THIN = 1 / 3                                                 # mean width of a line, as a share of its length
+MOST_PIXELS = 10 ** 9                                        # no photograph that is read has as many
 MANY_PIECES = 100                                            # in one photograph: most of them are specks
 OTHER_FORMATS = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # of photographs
 ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png", ".beside.jpg")
@@ -172,8 +173,8 @@ def check_numbers(args):
     """ValueError for a number that makes no sense, whatever the model; fills in --overlap."""
     if args.mm_per_px is not None and not 0 < args.mm_per_px < float("inf"):
         raise ValueError(f"--mm-per-px: expected millimetres a pixel above 0, got {args.mm_per_px}")
-    if args.min_area < 0:
-        raise ValueError(f"--min-area: expected 0 or more pixels, got {args.min_area}")
+    if not 0 <= args.min_area < MOST_PIXELS:
+        raise ValueError(f"--min-area: expected 0 or more pixels, fewer than {MOST_PIXELS:,}, got {args.min_area}")
     if args.overlap is None:
         args.overlap = args.tile // 4
     if args.tile:

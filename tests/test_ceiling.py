@@ -73,6 +73,13 @@ def test_beside_a_model(drawn, tmp_path, capsys, narrow):
     assert json.loads((tmp_path / "out/results.json").read_text())["ceiling"]["segm/AP"] == pytest.approx(0.5, abs=0.01)
 
 
+@pytest.mark.parametrize("size", ["1", "-28", "0", "1025", "1" + 30 * "0"])
+@pytest.mark.parametrize("what", [["--data", "nowhere"], ["--checkpoint", "none.pt"]])
+def test_a_size_that_no_head_has_is_refused_first(capsys, what, size):
+    assert evaluate.main(["--ceiling", size, *what]) == 2
+    assert f"--ceiling: expected the mask head's resolution, 2 to 1024 pixels a side such as 28, got {size}\n" in capsys.readouterr().err
+
+
 def test_boxes_alone_have_no_ceiling(tmp_path, capsys):
     content = coco_content([{"bbox": [1, 1, 20, 20], "area": 400, "segmentation": []}])
     root = coco_set(tmp_path, [])

@@ -205,7 +205,8 @@ def test_masks_beside_pictures_are_no_photographs(folder, capsys):
 
 @pytest.mark.parametrize("arguments, message", [
     (["--tile", "8"], "at least 16 pixels"), (["--tile", "64", "--overlap", "40"], "0 to half a tile"),
-    (["--overlap", "8"], "expected --tile SIDE"), (["--min-area", "-1"], "--min-area: expected 0 or more")])
+    (["--overlap", "8"], "expected --tile SIDE"), (["--min-area", "-1"], "--min-area: expected 0 or more"),
+    (["--min-area", "1" + 30 * "0"], "--min-area: expected 0 or more pixels, fewer than")])
 def test_mistakes_end_with_2(folder, capsys, arguments, message):
     photograph(folder[0] / "wall.png")
     assert run("wall.png", *arguments) == 2

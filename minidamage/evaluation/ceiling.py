@@ -16,6 +16,15 @@ from minidamage.metrics import tables
 from minidamage.metrics.detection import CocoEvaluator
 
 
+LARGEST = 1024                                                # pixels a side: of one mask the head's own numbers take 4 MB
+
+
+def check_size(size):
+    """ValueError for a --ceiling that no mask head has."""
+    if not 2 <= size <= LARGEST:
+        raise ValueError(f"--ceiling: expected the mask head's resolution, 2 to {LARGEST} pixels a side such as 28, got {size}")
+
+
 def mask_ceiling(records, class_names, size=28):
     """A CocoEvaluator that holds the truth, and as detections its own masks, sampled to size x size inside their boxes as in training and
     pasted back, all of score 1. records: with outlines; crowd regions are truth, and no detection is made of them.
@@ -46,8 +55,6 @@ def through_the_head(rle, box, picture_size, size):
 
 def report(size, data, part, out, **reading):
     """Prints (and with `out` writes) the ceiling of a data set's parts, or of one of them: what evaluate.py --ceiling does."""
-    if size < 2:
-        raise ValueError(f"--ceiling: expected the mask head's resolution, 2 or more pixels a side such as 28, got {size}")
     dataset = load_dataset(data, **reading)
     parts = {name: records for name, records in dataset.parts.items() if records}
     if part not in (None, "all", *parts):
