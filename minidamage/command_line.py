@@ -4,6 +4,7 @@ import difflib
 import os
 import sys
 
+from minidamage.ops._extension import kernels_mode
 
 CLOSED_PIPE = 141                                             # as a shell has it: 128 + SIGPIPE
 
@@ -26,13 +27,18 @@ class Parser(argparse.ArgumentParser):
     """argparse's, whose mistakes are one line that names the flag meant, without a page of usage above it."""
 
     def parse_args(self, *arguments):
-        """As argparse's. From here on a file's name that is no UTF-8 is printed with escapes, where it would end the program; what is
-        printed without an output (a daemon's, closed) goes nowhere."""
+        """As argparse's; an unknown MINIDAMAGE_KERNELS is a mistake as an unknown flag is. From here on a file's name that is no UTF-8 is
+        printed with escapes, where it would end the program; what is printed without an output (a daemon's, closed) goes nowhere."""
         sys.stdout, sys.stderr = (stream or open(os.devnull, "w", encoding="utf-8") for stream in (sys.stdout, sys.stderr))
         for stream in (sys.stdout, sys.stderr):
             if hasattr(stream, "reconfigure"):
                 stream.reconfigure(errors="backslashreplace")
-        return super().parse_args(*arguments)
+        parsed = super().parse_args(*arguments)
+        try:
+            kernels_mode()
+        except ValueError as error:
+            self.exit(2, f"{self.prog}: {error}\n")
+        return parsed
 
     def error(self, message):
         unknown = [word.partition("=")[0] for word in message.split() if word.startswith("--")] * message.startswith("unrecognized")

@@ -1,11 +1,16 @@
-"""The scripts' end where nobody reads what they print: `| head` closes the pipe, and no traceback comes of it."""
+"""The scripts' end where nobody reads what they print: `| head` closes the pipe, and no traceback comes of it; and a setting that
+all of them read."""
 import os
 import subprocess
 import sys
 
 import pytest
 
+import evaluate
+import predict
+import train
 from data_sets import coco_content, coco_set, dump
+from minidamage.data import __main__ as doctor
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BOX = {"bbox": [10, 10, 20, 20], "area": 400, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}
@@ -23,3 +28,14 @@ def test_a_closed_pipe_ends_a_script_quietly(tmp_path, command, unbuffered):
                                env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": unbuffered})
     process.stdout.close()
     assert process.stderr.read() == b"" and process.wait() in (0, 141)                              # 0: argparse lets its own go
+
+
+@pytest.mark.parametrize("main, arguments", [(train.main, []), (evaluate.main, []), (predict.main, ["a.jpg"]), (doctor.main, ["set"])])
+def test_an_unknown_kernel_mode_is_one_line_before_anything_is_done(tmp_path, monkeypatch, capsys, main, arguments):
+    monkeypatch.setenv("MINIDAMAGE_KERNELS", "bogus")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main(arguments)
+    err = capsys.readouterr().err
+    assert stopped.value.code == 2 and err.endswith("MINIDAMAGE_KERNELS='bogus': expected one of auto, require, off\n")
+    assert err.count("\n") == 1 and os.listdir(tmp_path) == []
