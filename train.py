@@ -580,7 +580,8 @@ def say_goodbye(run, seconds, tuned):
     if state.best == 0 and not tuned and "loss" not in select_by:
         print(f"WARNING:  nothing was learned yet ({select_by} is 0): train longer, a new run with --epochs {4 * run.recipe.epochs} or so")
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
-    print(f"next:     python evaluate.py --checkpoint {shlex.quote(checkpoint)}\n"
+    part = "" if run.identity["split"].get("test") else " --part val    # there is no test part: these pictures chose best.pt"
+    print(f"next:     python evaluate.py --checkpoint {shlex.quote(checkpoint)}{part}\n"
           f"          python predict.py {shlex.quote(run.val_set.records[0].file)} --checkpoint {shlex.quote(checkpoint)}")
     if run.args.keep_epochs:
         print(f"          python evaluate.py --test-epochs {shlex.quote(run.folder)}")

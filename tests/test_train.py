@@ -7,6 +7,7 @@ import json
 import math
 import multiprocessing
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -16,6 +17,7 @@ import numpy as np
 import pytest
 import torch
 
+import evaluate
 import minidamage
 import train
 from minidamage import run_folder, training, tuning
@@ -86,6 +88,14 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert isinstance(model([torch.zeros(3, 48, 64, dtype=torch.uint8)])[0]["boxes"], torch.Tensor)
     printed = capsys.readouterr().out
     assert "python evaluate.py" in printed and "python predict.py" in printed and "val_predictions.png" in printed
+
+
+def test_what_is_typed_next_works_without_a_test_part(command, tmp_path, capsys):
+    assert train.main(command("--epochs", 1, "--split", "60/40/0")) == 0
+    typed = next(line for line in capsys.readouterr().out.splitlines() if "python evaluate.py" in line)
+    assert typed.endswith("--part val    # there is no test part: these pictures chose best.pt")
+    words = shlex.split(typed.partition("evaluate.py")[2], comments=True)
+    assert evaluate.main([*words, "--device", "cpu", "--draws", "0"]) == 0
 
 
 def test_limit_patience_and_select(command, data, tmp_path, capsys):
