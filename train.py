@@ -409,7 +409,7 @@ def finish_epoch(run, metrics, trained, progress):
     keep(run, "metrics.csv", lambda path: run_folder.write_metrics(path, state.history))
     keep(run, "curves.png", lambda path: curves_from_csv(run.path("metrics.csv"), path, select_by=select_by))
     if better and not save(run, "best.pt", metrics):                  # a full disk: what best.pt does not hold is not to be beaten
-        state.best, state.best_loss, state.best_epoch, state.best_box_ap = before
+        better, (state.best, state.best_loss, state.best_epoch, state.best_box_ap) = False, before
     if run.args.keep_epochs:
         save(run, f"epoch-{state.epoch:03d}.pt", metrics)
     save(run, "last.pt", metrics)                                     # last: a kill between the two repeats the epoch, and its best.pt

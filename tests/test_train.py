@@ -478,7 +478,10 @@ def test_a_best_epoch_that_found_no_room_is_not_called_the_best(command, tmp_pat
     monkeypatch.setattr(train, "validate", lambda run, *rest: {**validate(run, *rest), "loss": 1.0 + run.state.epoch})
     assert train.main(command("--epochs", 3, "--select", "loss")) == 0
     checkpoint = read_checkpoint(os.path.join(only_run(tmp_path), "best.pt"))
-    assert checkpoint["train"]["epoch"] == 3 and "best loss 3.000 in epoch 3" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert checkpoint["train"]["epoch"] == 3 and "best loss 3.000 in epoch 3" in printed
+    lines = [line for line in printed.splitlines() if "  val loss " in line]
+    assert [line.endswith("  best loss") for line in lines] == [False, False, True]
 
 
 def test_a_best_pt_that_is_gone_is_said_and_made_again(command, tmp_path, capsys):
