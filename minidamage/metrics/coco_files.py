@@ -69,10 +69,11 @@ def read_truth(content, name, iou_type):
     else:
         table["counts"], table["size"] = _masks(annotations, images, name, "annotation")
     missing_area = any(a.get("area") is None for a in annotations)
-    table["area"] = _areas(table) if missing_area else _numbers([a["area"] for a in annotations], "area", name, "annotation")
+    table["area"] = (_areas(table) if missing_area else
+                     _numbers([a["area"] for a in annotations], "area", name, "annotation", what="a number of pixels"))
     if not np.isfinite(table["area"]).all():
         row = int(np.flatnonzero(~np.isfinite(table["area"]))[0])
-        raise ValueError(f'{name}: expected a finite number as "area" of every annotation, got {table["area"][row]} in annotation {row}')
+        raise ValueError(f'{name}: expected a number of pixels as "area" of every annotation, got {table["area"][row]} in annotation {row}')
     ids = _numbers([a.get("id", i + 1) for i, a in enumerate(annotations)], "id", name, "annotation", np.int64)
     return table, sorted(images), categories, ids, images
 
@@ -140,12 +141,12 @@ def _is_id(value):
     return not isinstance(value, (list, dict, type(None)))
 
 
-def _numbers(values, key, name, kind, dtype=np.float64):
+def _numbers(values, key, name, kind, dtype=np.float64, what="a number"):
     """One array of a field's values; ValueError where one is none, or larger than the type holds (JSON has no largest number)."""
     try:
         return np.array(values, dtype)
     except (ValueError, TypeError, OverflowError) as error:
-        raise ValueError(f'{name}: expected a number as "{key}" of every {kind} ({error})') from None
+        raise ValueError(f'{name}: expected {what} as "{key}" of every {kind} ({error})') from None
 
 
 def _listed(values, most=6):
