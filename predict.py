@@ -34,7 +34,7 @@ from minidamage.layers.segmenter import label_map_of
 from minidamage.run_folder import find_checkpoint
 from minidamage.tiling import check_tile, suggestion, tiled_probabilities
 from minidamage.visualize.label_maps import draw_attention, draw_cracks, save_label_map
-from minidamage.visualize.overlay import draw_detections, grid, save_picture, with_label, write_beside
+from minidamage.visualize.overlay import draw_detections, grid, save_picture, write_beside
 from minidamage.visualize.stages import draw_stages
 
 FORMAT = "minidamage prediction"
@@ -43,7 +43,8 @@ NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes ar
          "polygons": "each has an outer ring and holes; they run along pixel edges and enclose exactly the mask's pixels",
          "rle": "the same mask as COCO run lengths (columns first, compressed)",
          "area_share": "of the photograph, not of the car: it changes with the distance the photograph was taken from"}
-MAP_NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes are x1, y1, x2, y2, with (0, 0) the outer corner of the "
+MAP_NOTES = {"score_thresholds": "of several classes none: each pixel has its likeliest",
+             "pixels": "of the photograph as seen, after its EXIF rotation; boxes are x1, y1, x2, y2, with (0, 0) the outer corner of the "
                        "first pixel; <name>.mask.png holds the label of every pixel",
              "pieces": "connected pixels of one class (8 neighbours), the largest first",
              "totals": "of all pieces of a class; the mean width weighs each by its length",
@@ -80,15 +81,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    segments, thresholds = model.task == "segmentation", about["score_thresholds"]
-    lowest = ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items())
-    print(f"{checkpoint['model']} from {checkpoint_path} on {device}; "
-          + ("each pixel's likeliest class" if segments and len(thresholds) > 1 else f"lowest score of a finding: {lowest}"))
-    measured = checkpoint.get("measured") if args.score is None else None       # at the checkpoint's own scores
-    if measured:
-        about["measured_on_validation"] = {name: {key: None if value != value else round(value, 4) for key, value in numbers.items()}
-                                           for name, numbers in measured.items()}
-        print(f"on the run's validation part: {worth(measured, segments)}")
+    segments = model.task == "segmentation"
+    for asked, segmenter in ((about, segments), *((asked, other.task == "segmentation") for other, asked in others)):
+        introduce(asked, segmenter, device)
     if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
         about["note"] = DEMO_NOTE
         print(f"note: {DEMO_NOTE}")
@@ -252,11 +247,26 @@ def mask_folders(names):
 
 def what_is_asked(model, checkpoint, path, args):
     """What the JSON says of the model and of how it was used. ValueError for a --score that is none."""
-    about = {"model": checkpoint["model"], "checkpoint": path, "class_names": list(checkpoint["class_names"]),
-             "score_thresholds": score_thresholds(checkpoint, args.score)}
-    if model.task == "segmentation":
-        return about | {flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")}
-    return about | {"mask_threshold": getattr(model.config, "mask_threshold", None)}
+    segments, names, thresholds = model.task == "segmentation", list(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
+    about = {"model": checkpoint["model"], "checkpoint": path, "class_names": names,
+             "score_thresholds": None if segments and len(names) > 1 else thresholds}
+    about |= ({flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")} if segments
+              else {"mask_threshold": getattr(model.config, "mask_threshold", None)})
+    if checkpoint.get("measured") and args.score is None:                       # at the checkpoint's own scores
+        about["measured_on_validation"] = {name: {key: None if value != value else round(value, 4) for key, value in numbers.items()}
+                                           for name, numbers in checkpoint["measured"].items()}
+    return about
+
+
+def introduce(about, segments, device):
+    """Says which model it is, from which score a finding counts, and how it did on its validation part."""
+    thresholds = about["score_thresholds"]
+    lowest = ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items()) if thresholds else ""
+    print(f"{about['model']} from {about['checkpoint']} on {device}; "
+          + (f"lowest score of a finding: {lowest}" if thresholds else "each pixel's likeliest class"))
+    if "measured_on_validation" in about:
+        print(f"  on the run's validation part, which chose this checkpoint too (expect less elsewhere): "
+              f"{worth(about['measured_on_validation'], segments)}")
 
 
 def detect(model, image, about, explain=False):
@@ -278,7 +288,8 @@ def detect(model, image, about, explain=False):
     below = ""
     if len(left_out) and left_out.max() > -1:
         nearest = int(left_out.argmax())
-        below = f" (nearest: {class_names[labels[nearest] - 1]} {scores[nearest]:.2f}, needs {needed[nearest]:.2f})"
+        digits = 2 if f"{scores[nearest]:.2f}" != f"{needed[nearest]:.2f}" else 4
+        below = f" (nearest: {class_names[labels[nearest] - 1]} {scores[nearest]:.{digits}f}, needs {needed[nearest]:.{digits}f})"
     kept = torch.nonzero(scores >= needed).flatten()
     kept = kept[torch.argsort(scores[kept], descending=True, stable=True)]
     detections = {"boxes": found["boxes"].float().cpu()[kept].numpy(), "labels": labels[kept].numpy(), "scores": scores[kept].numpy()}
@@ -332,9 +343,8 @@ def write_results(stem, path, image, detections, stages, about):
 
 
 def drawn_detections(image, detections, about):
-    boxes, labels, scores = detections["boxes"], detections["labels"], detections["scores"]
-    overlay = draw_detections(image, boxes, labels, scores, detections.get("masks"), about["class_names"], enlarge=True)
-    return overlay if len(boxes) else with_label(overlay, "nothing found")
+    return draw_detections(image, detections["boxes"], detections["labels"], detections["scores"], detections.get("masks"),
+                           about["class_names"], enlarge=True)
 
 
 def describe(path, image, detections, about):
@@ -380,7 +390,7 @@ def segment(model, path, image, stem, about, explain):
     content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
     write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
     save_label_map(stem + ".mask.png", label_map, names)
-    overlay = drawn_label_map(image, label_map, about)
+    overlay = draw_cracks(image, label_map, names)
     save_picture(stem + ".overlay.jpg", overlay)
     if explain:
         with torch.inference_mode():
@@ -397,7 +407,8 @@ def labelled(model, image, about):
             probabilities = tiled_probabilities(model, tensor, about["tile"], about["overlap"])
         else:
             probabilities = model.probabilities([tensor], at="native")[0]
-    label_map = label_map_of(probabilities, about["score_thresholds"][names[0]]).cpu().numpy()
+    threshold = about["score_thresholds"][names[0]] if about["score_thresholds"] else 0.5                  # of several classes: not used
+    label_map = label_map_of(probabilities, threshold).cpu().numpy()
     for label in range(1, len(names) + 1) if about["min_area"] > 1 else ():
         mask = label_map == label
         label_map[mask & ~mask_codec.remove_islands(mask, about["min_area"])] = 0
@@ -406,11 +417,6 @@ def labelled(model, image, about):
 
 def as_tensor(image):
     return torch.from_numpy(image).permute(2, 0, 1).contiguous()
-
-
-def drawn_label_map(image, label_map, about):
-    overlay = draw_cracks(image, label_map, about["class_names"])
-    return overlay if label_map.any() else with_label(overlay, "nothing found")
 
 
 def describe_map(path, label_map, probabilities, about):
@@ -485,7 +491,7 @@ def write_beside_each_other(stem, image, overlay, about, others):
     with DamageNet's ablations its Fig. 7)."""
     views = [image, overlay]
     for model, asked in others:
-        views.append(drawn_label_map(image, labelled(model, image, asked)[0], asked) if model.task == "segmentation"
+        views.append(draw_cracks(image, labelled(model, image, asked)[0], asked["class_names"]) if model.task == "segmentation"
                      else drawn_detections(image, detect(model, image, asked)[0], asked))
     titles = ["photograph", *titles_of([about, *(asked for _, asked in others)])]
     save_picture(stem + ".beside.jpg", grid(views, titles, columns=min(len(views), 4)))
@@ -501,8 +507,8 @@ def titles_of(models):
 # ---------------------------------------------------------------------------------------------------------- words
 
 def worth(measured, segments, most=8):
-    """"dent 61% found, 45% of its findings right, ..." of a checkpoint's `measured`."""
-    share = lambda value: "n/a" if value != value else f"{value:.0%}"                  # NaN: no truth of the class, or no finding
+    """"dent 61% found, 45% of its findings right, ..." of the JSON's measured_on_validation."""
+    share = lambda value: "n/a" if value is None else f"{value:.0%}"                   # None: no truth of the class, or no finding
     found, right = ("of its pixels found", "of what it marks right") if segments else ("found", "of its findings right")
     listed = [f"{name} {share(numbers['recall'])} {found}, {share(numbers['precision'])} {right}" for name, numbers in measured.items()]
     return "; ".join(listed[:most]) + (f"; and {len(listed) - most} more classes" if len(listed) > most else "")
@@ -518,13 +524,14 @@ def print_summary(found, skipped, args, segments):
     counts = collections.Counter(name for classes in found for name in classes)
     damaged, explained = sum(map(bool, found)), "attention" if segments else "stages"
     print(f"\n{len(found)} photograph{'s' * (len(found) != 1)}: {damaged} with findings, {len(found) - damaged} without"
-          + f" ({', '.join(f'{name} {number}' for name, number in counts.most_common())})" * bool(counts))
+          + f" (findings: {', '.join(f'{name} {number}' for name, number in counts.most_common())})" * bool(counts))
     if skipped:
         print(f"{len(skipped)} could not be read or written, see above")
     if found:
         print(f"overlays: {os.path.join(args.out, '*.overlay.jpg')}   data: {os.path.join(args.out, '*.json')}"
               + f"   masks: {os.path.join(args.out, '*.mask.png')}" * segments
-              + f"   {explained}: {os.path.join(args.out, f'*.{explained}.png')}" * args.explain)
+              + f"   {explained}: {os.path.join(args.out, f'*.{explained}.png')}" * args.explain
+              + f"   beside each other: {os.path.join(args.out, '*.beside.jpg')}" * bool(args.beside))
 
 
 if __name__ == "__main__":

@@ -225,7 +225,9 @@ def validate(run, stop, progress):
     metrics, chosen = distributed.on_main(lambda: score_validation(gathered, run, progress))
     run.identity.update(chosen)
     if is_better(metrics, run):
-        above = ", probability above 0.5" * (run.model.task == "segmentation" and len(names) == 1)
+        scores = ", ".join(f"{name} {score:.2f}" for name, score in run.identity["thresholds"].items())
+        above = (f"; findings from this epoch's scores: {scores}" * bool(scores) if run.model.task == "detection" else
+                 ", probability above 0.5" * (len(names) == 1))
         title = f"Validation, epoch {run.state.epoch + 1}{above}"
         keep(run, "val_predictions.png", lambda path: draw_predictions(path, in_order(gathered), names, run.identity["thresholds"], title))
     return metrics
@@ -293,7 +295,7 @@ def score_validation(gathered, run, progress):
     of one process alone.
 
     A loss is the mean over pictures of each one's own, where training's is divided by counts over the batch: a picture without objects
-    adds 0 to loss_box_reg and loss_mask, class weights of a cross-entropy are one picture's. Compare it with other epochs, not with training.
+    adds 0 to loss_box_reg and loss_mask, class weights of a cross-entropy are one picture's. Compare it with other epochs' alone.
     """
     rows = distributed.interleave([rows for rows, _, _ in gathered])
     result = type(gathered[0][1]).joined([evaluator for _, evaluator, _ in gathered]).evaluate()
@@ -559,7 +561,7 @@ def introduce(run):
     print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
     print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in in_use(run.recipe).items())}")
     if warmup_of(run.recipe, steps) < run.recipe.warmup_iters:
-        print(f"warm-up: {warmup_of(run.recipe, steps)} of the {run.recipe.warmup_iters} steps, a third of this run of {steps}")
+        print(f"warm-up: shortened from {run.recipe.warmup_iters} to {warmup_of(run.recipe, steps)} steps, a third of this run's {steps}")
     print(f"run folder: {run.folder} (every field stands in its config.json)\n", flush=True)
 
 

@@ -127,7 +127,7 @@ def test_what_findings_are_worth_is_said_unless_the_score_is_another(folder, mon
     monkeypatch.setattr(predict, "load_checkpoint", lambda path, device: (RedFinder(), checkpoint))
     photograph().save(folder / "car.png")
     assert run("car.png", "--out", "a") == 0
-    said = "validation part: dent 67% found, 45% of its findings right; scratch 0% found, n/a of its findings right\n"
+    said = "validation part, which chose this checkpoint too (expect less elsewhere): dent 67% found, 45% of its findings right; scratch 0% found, n/a of its findings right\n"
     assert said in capsys.readouterr().out
     assert read(folder / "a" / "car.json")["measured_on_validation"] == {"dent": {"precision": 0.45, "recall": 0.6667},
                                                                         "scratch": {"precision": None, "recall": 0.0}}
@@ -143,7 +143,8 @@ def test_models_beside_each_other(folder, monkeypatch, capsys):
     shown = []
     monkeypatch.setattr(predict, "grid", lambda views, titles, columns: shown.append((views, titles)) or views[0])
     assert predict.main(["car.png", "--checkpoint", "runs/a", "--beside", "runs/b", "--beside", "best.pt"]) == 0
-    [(views, titles)] = shown
+    [(views, titles)], printed = shown, capsys.readouterr().out
+    assert printed.count("lowest score of a finding: dent 0.50, scratch 0.60") == 3 and "beside each other: predictions/*.beside.jpg" in printed
     assert titles == ["photograph", "red, runs/a", "red, runs/b", "red, best.pt"] and (views[0] == np.asarray(photograph())).all()
     assert (views[1] == views[2]).all() and (views[1] == views[3]).all() and views[1].shape != views[0].shape     # enlarged overlays
     assert os.path.isfile("predictions/car.beside.jpg")
@@ -202,7 +203,7 @@ def test_a_folder_is_searched_to_any_depth_but_not_its_own_results(folder, capsy
     (folder / "shoot" / "notes.txt").write_text("no picture")
     for _ in range(2):
         assert run("shoot", "shoot/clean.png", "--out", "shoot/found") == 0
-        assert "2 photographs: 1 with findings, 1 without (dent 1)" in capsys.readouterr().out
+        assert "2 photographs: 1 with findings, 1 without (findings: dent 1)" in capsys.readouterr().out
     assert read(folder / "shoot" / "found" / "a [ 1 ].json")["photograph"].endswith("a [ 1 ].png")
 
 

@@ -107,8 +107,13 @@ def test_truth_from_polygons_says_crowd():
     assert (plain[55, 35] != 128).any() and (plain != crowd).any()
 
 
-def test_nothing_found_leaves_the_picture_as_it_is():
-    np.testing.assert_array_equal(overlay.draw_detections(GREY, np.zeros((0, 4)), [], [], np.zeros((0, 120, 160), bool), NAMES), GREY)
+def test_a_picture_with_nothing_on_it_says_so():
+    nothing, boxes = np.zeros((120, 160), np.uint8), np.zeros((0, 4))
+    found, undamaged = overlay.with_label(GREY, "nothing found"), overlay.with_label(GREY, "no damage")
+    np.testing.assert_array_equal(overlay.draw_detections(GREY, boxes, [], [], np.zeros((0, 120, 160), bool), NAMES), found)
+    np.testing.assert_array_equal(overlay.draw_truth(GREY, boxes, [], None, NAMES), undamaged)
+    np.testing.assert_array_equal(overlay.draw_label_map(GREY, nothing, NAMES), undamaged)
+    np.testing.assert_array_equal(overlay.draw_label_map(GREY, nothing, NAMES, empty="nothing found"), found)
 
 
 def test_a_label_on_the_whole_picture_is_a_tag_in_its_corner():

@@ -191,6 +191,6 @@ def confusion_picture(result, thresholds):
     """The confusion matrix at the thresholds in use, for the report."""
     matrix = result.confusion(thresholds)
     matrix[-1, -1] = -1                                       # nothing taken for nothing: not counted, left blank
-    title = "Confusion at the thresholds in use, IoU 0.5"
+    title = "Confusion at the thresholds in use, IoU 0.5 (colour: share of its row)"
     drawn = matrix_plot(matrix, [*result.class_names, "false alarm"], [*result.class_names, "missed"], title)
     return [Picture(drawn, title, titled=True)] if len(result.class_names) <= tables.MOST_COLUMNS else []

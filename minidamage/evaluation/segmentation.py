@@ -181,7 +181,8 @@ class SizeScores:
 
 
 def intervals_of(result, draws):
-    """{"pixel/IoU", "pixel/Dice", "pixel/mIoU" of several classes, "pixel/image/IoU": Interval}: whole pictures drawn again, so that pixels of one stay together."""
+    """{"pixel/IoU", "pixel/Dice", "pixel/mIoU" of several classes, "pixel/image/IoU": Interval}: whole pictures drawn again, so that pixels
+    of one stay together."""
     whole = result.counts[:, 0]
     pooled = lambda name: lambda rows: float(quotients(rows.sum(0))[name])
     per_picture = quotients(whole)["IoU"]
@@ -268,12 +269,14 @@ def draw_worst(job, result, threshold):
         image, target = dataset[index]
         truth = target["label_map"].numpy()
         found = label_map_of(at_both_sizes(job.model, image)["native"], threshold).cpu().numpy()
-        views = [draw_label_map(image, truth, job.names, enlarge=True), draw_label_map(image, found, job.names, enlarge=True),
+        views = [draw_label_map(image, truth, job.names, enlarge=True),
+                 draw_label_map(image, found, job.names, enlarge=True, empty="nothing found"),
                  draw_errors(image, truth, found, enlarge=True, longest=ERRORS_AT)]
-        _, fp, fn, _ = result.counts[index, 0].tolist()
-        caption = f"{os.path.basename(target['file'])}: IoU {iou[index]:.3f}, {fp:,} px too many, {fn:,} px missed{covered}"
+        tp, fp, fn, _ = result.counts[index, 0].tolist()
+        undamaged = "" if tp + fn else " (undamaged)"
+        caption = f"{os.path.basename(target['file'])}{undamaged}: IoU {iou[index]:.3f}, {fp:,} px too many, {fn:,} px missed{covered}"
         path = os.path.join(job.folder, f"worst-{rank:02d}.jpg")
-        titles = ["truth", "prediction", "green right, red too much, blue missed"]
+        titles = ["truth", "prediction", "green right, orange too much, violet missed"]
         save_picture(path, grid(views, titles, columns=3, title=caption))
         drawn.append((path, caption))
     return drawn

@@ -9,11 +9,11 @@ from PIL import Image
 
 from minidamage.skeleton import squared_distances
 from minidamage.visualize.overlay import (NOT_JUDGED, class_colours, enlarged, enlargement, grid, line_width, paint_mask, repeated,
-                                          to_picture, with_legend, write_beside)
+                                          to_picture, with_label, with_legend, write_beside)
 from minidamage.visualize.stages import heat
 
-# Right, too much, missed: green, red and blue differ in lightness too, so that colour-blind readers tell them apart.
-RIGHT, FALSE, MISSED = (60, 190, 90), (215, 30, 40), (40, 110, 255)
+# Right, too much, missed: they differ in lightness too, so that colour-blind readers tell them apart, and are no damage's colours.
+RIGHT, FALSE, MISSED = (60, 190, 90), (255, 150, 20), (165, 70, 255)
 DIMMED = 0.45                                                 # of the photograph's brightness under the errors
 SHOWN_AT = 900                                                # pixels: the longer side at which people look at a picture on a screen
 ATTENTION_TITLES = {"rfem3": "RFEM, stride 16", "rfem2": "RFEM, stride 8", "rfem1": "RFEM, stride 4", "rfem0": "RFEM, stride 2",
@@ -21,7 +21,7 @@ ATTENTION_TITLES = {"rfem3": "RFEM, stride 16", "rfem2": "RFEM, stride 8", "rfem
 
 
 def draw_errors(image, truth, prediction, enlarge=False, longest=None):
-    """Returns the dimmed photograph with right (green), falsely found (red) and missed (blue) pixels, opaque: every pixel shows.
+    """Returns the dimmed photograph with right (green), falsely found (orange) and missed (violet) pixels, opaque: every pixel shows.
 
     image: as in `draw_detections`. truth, prediction: [H, W] integers, 0 background, 255 in the truth is not judged (grey). A damage
     taken for another class is drawn half and half: missed and false, in stripes. longest: a larger picture is reduced, by a whole
@@ -59,7 +59,8 @@ def reduced(layers, reduction):
 
 
 def draw_cracks(image, label_map, class_names):
-    """Returns a copy of the photograph with each class's pixels tinted and outlined, thin ones with a halo that survives the screen.
+    """Returns a copy of the photograph with each class's pixels tinted and outlined, thin ones with a halo that survives the screen; a tag
+    says where nothing is found.
 
     image: uint8 [H, W, 3]; label_map: [H, W] integers 0..K. A crack of 3 pixels on a 12-megapixel photograph is less than one pixel
     wide on a screen: pixels around it, up to about one on the screen to each side, get a translucent halo of its colour. The
@@ -69,6 +70,8 @@ def draw_cracks(image, label_map, class_names):
     H, W, _ = canvas.shape
     factor = enlargement(H, W)
     canvas, colours = enlarged(canvas, factor), class_colours(class_names)
+    if not label_map.any():
+        return with_label(canvas, "nothing found")
     halo = round(1.5 * max(H, W) / SHOWN_AT) if factor == 1 else 0
     for label in np.unique(label_map[label_map > 0]).tolist():
         mask, colour = label_map == label, colours[class_names[label - 1]]

@@ -35,8 +35,8 @@ def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=Fa
     image: uint8 [H, W, 3] RGB (a [3, H, W] tensor, uint8 or float 0..1, is converted). boxes: [D, 4] xyxy, pixels of the
     image. labels: [D] int, 1..K. scores: [D] or None. masks: bool [D, H, W] (or [D, 1, H, W]), a list of RLE dicts, a list of
     polygon lists, or None. class_names: K names, label k is class_names[k - 1]. enlarge: draw a small picture 2, 3, ... times as large
-    (`enlargement`), so that tags hide less of it; the picture that comes back is then larger than the one handed in.
-    Raises ValueError where lengths or sizes do not agree.
+    (`enlargement`), so that tags hide less of it; the picture that comes back is then larger than the one handed in. Without any
+    detection a tag says so. Raises ValueError where lengths or sizes do not agree.
     """
     image = to_picture(image)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
@@ -46,27 +46,29 @@ def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=Fa
     else:
         scores = np.asarray(scores, dtype=np.float64).reshape(-1)
         order, texts = np.argsort(-scores, kind="stable"), [f"{n} {s:.2f}" for n, s in zip(names, scores)]
-    return _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge)
+    return _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge, "nothing found")
 
 
 def draw_truth(image, boxes, labels, masks, class_names, crowd=None, enlarge=False):
     """Returns a copy of the photograph with the annotated objects drawn over it; arguments as in `draw_detections`.
 
-    crowd: [G] bool or None; crowd regions say so in their tags, since they are neither target nor false alarm.
+    crowd: [G] bool or None; crowd regions say so in their tags, since they are neither target nor false alarm. Of an undamaged picture a
+    tag says that.
     """
     image = to_picture(image)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
     names = [_class_name(label, class_names) for label in np.asarray(labels).reshape(-1).tolist()]
     crowd = np.zeros(len(names), bool) if crowd is None else np.asarray(crowd).reshape(-1)
     texts = [f"{name} (crowd)" if flag else name for name, flag in zip(names, crowd)]
-    return _draw_objects(image, boxes, names, texts, masks, np.arange(len(boxes)), class_names, enlarge)
+    return _draw_objects(image, boxes, names, texts, masks, np.arange(len(boxes)), class_names, enlarge, "no damage")
 
 
-def draw_label_map(image, label_map, class_names, enlarge=False):
+def draw_label_map(image, label_map, class_names, enlarge=False, empty="no damage"):
     """Returns a copy of the photograph with each class's pixels tinted and outlined, in the colours that its objects would have.
 
     image: as in `draw_detections`. label_map: [H, W] integers (array or CPU tensor), 0 background, 1..K, 255 not judged (grey).
-    Of several classes, tags in a corner name those on the picture. Raises ValueError where the sizes differ.
+    Of several classes, tags in a corner name those on the picture; where there is none, a tag says `empty`. Raises ValueError where the
+    sizes differ.
     """
     image, label_map = to_picture(image), np.asarray(label_map)
     if label_map.shape != image.shape[:2]:
@@ -77,15 +79,19 @@ def draw_label_map(image, label_map, class_names, enlarge=False):
     for label in np.unique(label_map[label_map > 0]).tolist():
         colour = NOT_JUDGED if label == 255 else colours[_class_name(label, class_names)]
         paint_mask(canvas, repeated(label_map == label, factor), colour, line)
+    if not label_map.any():
+        return with_label(canvas, empty)
     return with_legend(canvas, repeated(label_map, factor), class_names)
 
 
-def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge):
+def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge, empty):
     """Masks first (large ones below small ones), then boxes, then tags, so that nothing hides a tag."""
     H, W, _ = image.shape
     _check_lengths(boxes, names, texts, masks)
     factor = enlargement(H, W) if enlarge else 1
     canvas, boxes = enlarged(image, factor), boxes * factor
+    if len(boxes) == 0:
+        return with_label(canvas, empty)
     colours = class_colours(list(class_names) + names)
     line = line_width(H * factor, W * factor)
     areas = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])

@@ -120,7 +120,7 @@ def precision_recall_plot(curves, title="Precision and recall", colours=None, si
         area = f"{precision.mean():.3f}" if len(precision) and np.isfinite(precision).all() else "n/a"
         reached = np.flatnonzero(precision > 0)               # COCO writes 0 past the last recall that was reached
         end = reached[-1] + 1 if len(reached) else 0
-        series.append(Series(f"{name}  {area}", list(recall)[:end], list(precision)[:end], (colours or {}).get(name)))
+        series.append(Series(f"{name}: area {area}", list(recall)[:end], list(precision)[:end], (colours or {}).get(name)))
     return line_plot(series, title, "recall", "precision", x_limits=(0.0, 1.0), y_limits=(0.0, 1.03), size=size)
 
 
@@ -141,9 +141,11 @@ def curves_from_csv(csv_path, png_path, title="", select_by=""):
         known = [(x, y) for x, y in zip(epochs, columns.get(column, [])) if math.isfinite(y)]
         return Series(name, [x for x, _ in known], [y for _, y in known], colour, **style)
 
-    losses = [curve(f"{part}/loss", part, SERIES[k]) for k, part in enumerate(("train", "val")) if f"{part}/loss" in columns]
+    chosen_by_loss = select_by == "loss"
+    losses = [curve(f"{part}/loss", part, SERIES[k], width=THICK if chosen_by_loss and part == "val" else 2.0)
+              for k, part in enumerate(("train", "val")) if f"{part}/loss" in columns]
     if losses:
-        plots.append(line_plot(losses, "Loss", "epoch", "sum of the loss terms"))
+        plots.append(line_plot(losses, "Loss" + " (thick: chooses best.pt)" * chosen_by_loss, "epoch", "sum of the loss terms"))
     metrics = [name.removeprefix("val/") for name in columns if name.startswith("val/") and not _is_loss(name)]
     known = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "pixel/IoU", "pixel/mIoU", "pixel/precision", "pixel/recall")
     shown = [name for name in known if name in metrics] or metrics[:6]
@@ -160,7 +162,7 @@ def curves_from_csv(csv_path, png_path, title="", select_by=""):
         curves = [curve(f"train/{term}", term.removeprefix("loss_"), SERIES[k % len(SERIES)]) for k, term in enumerate(terms)]
         dashed = [curve(f"val/{term}", "", SERIES[k % len(SERIES)], dash=True)
                   for k, term in enumerate(terms) if f"val/{term}" in columns]
-        plots.append(line_plot(curves + dashed, "Loss terms" + " (dashed: val)" * bool(dashed), "epoch", "loss", log_y=True))
+        plots.append(line_plot(curves + dashed, "Loss terms" + " (dashed: val)" * bool(dashed), "epoch", "loss, logarithmic", log_y=True))
     if "lr" in columns:
         plots.append(line_plot([curve("lr", "", SERIES[7])], "Learning rate", "epoch", "learning rate"))
     return save_picture(png_path, beside(plots, 2, title))

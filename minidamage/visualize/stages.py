@@ -10,7 +10,7 @@ from PIL import Image
 
 from minidamage import ops
 from minidamage.visualize.overlay import (class_colours, draw_detections, enlarged, enlargement, grid, line_width, mask_array, paint_mask,
-                                          repeated, to_picture)
+                                          repeated, to_picture, with_label)
 
 PROPOSALS_SHOWN = 60
 FILLED = (255, 214, 0)                        # pixels that hole filling added
@@ -43,7 +43,8 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
     pictures = {
         f"A  picture, {W} x {H}": image,
         f"B  proposals, the best {shown} of {len(proposals)}": _draw_proposals(small, proposals * scale, stages["objectness"]),
-        f"C  features {'with' if context else 'without'} dilated context, {span}": _draw_map(small, stages["features"]),
+        f"C  features {'with' if context else 'without'} dilated context, {span}; scale: this picture's":
+            _draw_map(small, stages["features"]),
         f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True)}
     if "masks_raw" in stages:
         pictures["E  raw mask, probability"] = _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)
@@ -117,6 +118,7 @@ def _draw_change(image, labels, masks, changed, colour, class_names):
     for label, mask, change in zip(labels, masks, changed):
         paint_mask(canvas, repeated(mask, factor), colours[class_names[label - 1]], line_width(H * factor, W * factor))
         canvas[repeated(change, factor)] = colour
+    canvas = canvas if len(labels) else with_label(canvas, "nothing found")
     return sum(int(change.sum()) for change in changed), canvas
 
 

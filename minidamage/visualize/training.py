@@ -21,8 +21,10 @@ def draw_predictions(path, shown, class_names, thresholds, title):
     """
     pictures, titles = [], []
     for image, target, prediction in shown:
-        found = (draw_label_map(image, prediction["label_map"], class_names, enlarge=True) if "label_map" in prediction
-                 else _draw_detections(image, prediction, class_names, thresholds))
+        if "label_map" in prediction:
+            found = draw_label_map(image, prediction["label_map"], class_names, enlarge=True, empty="nothing found")
+        else:
+            found = _draw_detections(image, prediction, class_names, thresholds)
         pictures += [_draw_target(image, target, class_names), found]
         titles += [f"{_file_name(target['file'])}: truth", "prediction"]
     return save_picture(path, grid(pictures, titles, columns=2, title=title))
