@@ -51,21 +51,21 @@ class Draw:
 def draw(recipe, rng):
     """One Draw from a Recipe's ranges. Every number is drawn whatever the ranges, so that switching one augmentation off leaves the
     others as they were under the same seed."""
-    u = rng.random(5)
-    v = rng.random(9)
-    w = rng.random(4)
-    low, high = recipe.jitter_scale or (1.0, 1.0)
-    spread = lambda width, v: 1.0 + width * (2.0 * v - 1.0)
-    moved = v[0] < recipe.shift_scale_rotate
-    return Draw(flip=bool(u[0] < recipe.hflip), angle=recipe.rotate * (2.0 * u[1] - 1.0) if moved else 0.0,
-                brightness=spread(recipe.brightness, u[2]), contrast=spread(recipe.contrast, u[3]),
-                saturation=spread(recipe.saturation, u[4]), vflip=bool(v[1] < recipe.vflip),
-                quarter_turns=1 + int(3 * v[3]) if v[2] < recipe.rot90 else 0,
-                shift=(recipe.shift * (2.0 * v[4] - 1.0), recipe.shift * (2.0 * v[5] - 1.0)) if moved else (0.0, 0.0),
-                scale=spread(recipe.scale, v[6]) if moved else 1.0, hue=recipe.hue * (2.0 * v[7] - 1.0),
-                noise=recipe.noise * v[8], noise_seed=int(v[8] * 2 ** 53) if recipe.noise else 0,
-                jitter=low + (high - low) * w[0], cut=(w[1], w[2]) if recipe.jitter_scale else (0.0, 0.0),
-                shorter_side=recipe.multi_scale[int(w[3] * len(recipe.multi_scale))] if recipe.multi_scale else 0)
+    flip, angle, brightness, contrast, saturation = rng.random(5)                  # each 0 <= number < 1; the order is part of a seed
+    moved, vflip, turned, turns, right, down, scale, hue, noise = rng.random(9)
+    jitter, cut_left, cut_top, shorter_side = rng.random(4)
+    either_way = lambda width, number: width * (2.0 * number - 1.0)                # -width <= result < width
+    moved = moved < recipe.shift_scale_rotate
+    smallest, largest = recipe.jitter_scale or (1.0, 1.0)
+    return Draw(flip=bool(flip < recipe.hflip), vflip=bool(vflip < recipe.vflip),
+                quarter_turns=1 + int(3 * turns) if turned < recipe.rot90 else 0,
+                angle=either_way(recipe.rotate, angle) if moved else 0.0, scale=1.0 + either_way(recipe.scale, scale) if moved else 1.0,
+                shift=(either_way(recipe.shift, right), either_way(recipe.shift, down)) if moved else (0.0, 0.0),
+                brightness=1.0 + either_way(recipe.brightness, brightness), contrast=1.0 + either_way(recipe.contrast, contrast),
+                saturation=1.0 + either_way(recipe.saturation, saturation), hue=either_way(recipe.hue, hue),
+                noise=recipe.noise * noise, noise_seed=int(noise * 2 ** 53) if recipe.noise else 0,
+                jitter=smallest + (largest - smallest) * jitter, cut=(cut_left, cut_top) if recipe.jitter_scale else (0.0, 0.0),
+                shorter_side=recipe.multi_scale[int(shorter_side * len(recipe.multi_scale))] if recipe.multi_scale else 0)
 
 
 def jitter_geometry(draw, width, height):
