@@ -59,21 +59,25 @@ class RPNHead(nn.Module):
         whole maps without, the head needs no dense backward: an eighth of a ResNet-50's training step, and its largest map.
         """
         conv, A = self.conv[0][0], self.cls_logits.out_channels
-        N, C = features[0].shape[:2]
-        cells = torch.cat([feature.permute(0, 2, 3, 1).reshape(N, -1, C) for feature in features], dim=1)      # [N, cells of all levels, C]
-        cell, shape = anchors // A, anchors % A                                                                # [N, S]
-        y, x, h, w = cell_places(features)[cell][..., None, None].unbind(2)                                    # [N, S, 1, 1]
-        step = torch.arange(-1, 2, device=cells.device)
-        near_y, near_x = y + step[:, None], x + step                                                           # [N, S, 3, 1], [N, S, 1, 3]
-        inside = (near_y >= 0) & (near_y < h) & (near_x >= 0) & (near_x < w)                                   # [N, S, 3, 3]
-        near = (cell[..., None, None] + (near_y - y) * w + (near_x - x)).masked_fill(~inside, 0)
-        windows = gather_rows(cells, near.flatten(1)) * inside.flatten(1)[..., None]                           # [N, S * 9, C]
-        weight = conv.weight.permute(2, 3, 1, 0).reshape(9 * C, -1)
-        hidden = (windows.view(N, -1, 9 * C) @ weight + conv.bias).relu_()                                     # [N, S, channels]
+        cell, own = anchors // A, (anchors % A)[..., None]                                                     # own: which of the cell's A
+        weight = conv.weight.permute(2, 3, 1, 0).flatten(0, 2)                                                 # [9 C, channels]
+        hidden = (windows_around(features, cell) @ weight + conv.bias).relu_()                                 # [N, S, channels]
         objectness = F.linear(hidden, self.cls_logits.weight.flatten(1), self.cls_logits.bias)                 # [N, S, A]
         bbox_deltas = F.linear(hidden, self.bbox_pred.weight.flatten(1), self.bbox_pred.bias).unflatten(2, (A, 4))
-        own = shape[..., None]
         return objectness.gather(2, own).squeeze(2), bbox_deltas.gather(2, own[..., None].expand(-1, -1, 1, 4)).squeeze(2)
+
+
+def windows_around(features, cell):
+    """The 3x3 cells that a padded convolution sees around each of cell [N, S], counted over all levels: [N, S, 9 C]."""
+    N, C = features[0].shape[:2]
+    levels = [feature.permute(0, 2, 3, 1).reshape(N, -1, C) for feature in features]
+    cells = torch.cat([*levels, levels[0].new_zeros(N, 1, C)], dim=1)                  # the last one is the padding around every level
+    y, x, h, w = cell_places(features)[cell][..., None, None].unbind(2)                # [N, S, 1, 1]
+    step = torch.arange(-1, 2, device=cell.device)
+    near_y, near_x = y + step[:, None], x + step                                       # [N, S, 3, 1], [N, S, 1, 3]
+    inside = (near_y >= 0) & (near_y < h) & (near_x >= 0) & (near_x < w)               # [N, S, 3, 3]
+    near = torch.where(inside, cell[..., None, None] + step[:, None] * w + step, cells.shape[1] - 1)
+    return gather_rows(cells, near.flatten(1)).view(N, -1, 9 * C)
 
 
 def cell_places(features):
