@@ -122,30 +122,44 @@ def roi_axis(low, high, spatial_scale, bins, sampling_ratio, aligned):
     return start, bin, grid
 
 
-def axis_weights(start, bin, grid, bins, size):
-    """Ay (or Ax) of all RoIs, [R, bins, size], without the division by the number of samples."""
-    R, step = len(start), bin / grid
+def sample_range(start, bin, grid, bins, size):
+    """[first, last), [R] int64 each: a RoI's samples that can touch the picture, and a few more, numbered through all its bins from 0 to
+    bins grid - 1. Most samples of a box far larger than the picture do not; a box that is not finite has none."""
     sane = (start.abs() < FARTHEST) & (bin.abs() < FARTHEST) & (grid >= 1)
-    # Samples are numbered through all bins, k = 0 ... bins grid - 1. A box far larger than the picture has most of them outside.
-    first, last = torch.zeros_like(start, dtype=torch.float64), grid.double() * bins
-    forward = sane & (step > 0)
-    enter, leave = (-1 - start.double()) / step.double() - 2, (size - start.double()) / step.double() + 2
-    first, last = torch.where(forward, enter.clamp(min=0), first), torch.where(forward, torch.minimum(leave, last), last)
-    first, last = (torch.where(sane, end, 0).ceil().long() for end in (first - 1, last))
-    first = first.clamp(min=0)
-    K = max(0, int((last - first).max())) if R else 0
-    k = first[:, None] + torch.arange(K, device=start.device)                                 # [R, K]
-    start, bin, grid = start[:, None], bin[:, None], torch.where(sane, grid, 1)[:, None]
-    p, i = k // grid.long(), (k % grid.long()).to(start.dtype)                                # bin, and sample in it
-    y = start + p.to(start.dtype) * bin + (i + 0.5) * bin / grid
-    inside = (y >= -1) & (y <= size) & (k < last[:, None])
+    start, step, last = start.double(), (bin / grid).double(), grid.double() * bins
+    enter, leave = (-1 - start) / step - 3, (size - start) / step + 2
+    last = torch.where(step > 0, torch.minimum(leave, last), last)
+    first = torch.minimum(torch.where(step > 0, enter, 0), last)
+    return tuple(torch.where(sane, end, 0).ceil().clamp(min=0).long() for end in (first, last))
+
+
+def sample_positions(start, bin, grid, k):
+    """Where samples k [R, K] stand: p, their bin, and y, in feature pixels; [R, K] each. sample_position() of csrc/roi_align.h."""
+    start, bin, grid = start[:, None], bin[:, None], grid[:, None]
+    p, i = k // grid.long(), (k % grid.long()).to(start.dtype)
+    return p, start + p.to(start.dtype) * bin + (i + 0.5) * bin / grid
+
+
+def clamped_taps(y, size):
+    """Of positions y: whether they count, the pixels low and high beside them, the weight of high. clamped_taps() of csrc/bilinear.h."""
+    inside = (y >= -1) & (y <= size)                                                          # false for NaN
     y = torch.where(inside, y, 0).clamp(0, size - 1)
     low = y.long()
-    weight_high = y - low.to(y.dtype)
-    weights = start.new_zeros((R, bins * size))
-    for pixel, weight in ((low, 1 - weight_high), ((low + 1).clamp(max=size - 1), weight_high)):
+    return inside, low, (low + 1).clamp(max=size - 1), y - low.to(y.dtype)
+
+
+def axis_weights(start, bin, grid, bins, size):
+    """Ay (or Ax) of all RoIs, [R, bins, size], without the division by the number of samples: a bin's bilinear weights added up."""
+    first, last = sample_range(start, bin, grid, bins, size)
+    K = int((last - first).max()) if len(start) else 0
+    k = first[:, None] + torch.arange(K, device=start.device)                                 # [R, K], of the longest range
+    p, y = sample_positions(start, bin, torch.where(last > first, grid, 1), k)
+    inside, low, high, weight_high = clamped_taps(y, size)
+    inside &= k < last[:, None]
+    weights = start.new_zeros((len(start), bins * size))
+    for pixel, weight in ((low, 1 - weight_high), (high, weight_high)):
         weights.scatter_add_(1, torch.where(inside, p * size + pixel, 0), torch.where(inside, weight, 0))
-    return weights.view(R, bins, size)
+    return weights.view(len(start), bins, size)
 
 
 def _windows(rois, levels, N, sizes, output_size, spatial_scales, sampling_ratio, aligned):
