@@ -1,5 +1,20 @@
-// Linear attention: tensors in, a chain of matrix products and one attention core out (see tensors.h). The steps have the names of
-// linear_attention_reference in minidamage/ops/linear_attention.py.
+// Linear attention: tensors in, a chain of matrix products around one attention core out (see tensors.h). The names are those of
+// linear_attention_reference in minidamage/ops/linear_attention.py. For each picture X [N, D], values (F, w_v, b_v) as keys (E, w_k, b_k):
+//     query         Q = X W_q^T + b_q                         [N, A]
+//     projected     X_E = E^T X                               [k, D]
+//     keys_values   K = X_E W_k^T + (E^T 1) b_k^T             [k, A]
+//     attended      O = softmax(Q K^T / sqrt(d)) V            [N, A]: the core, head by head
+//     output        Y = O W_o^T + b_o                         [N, D_o]; O itself without w_o
+// Backward from grad = dY; sums are over the pictures, 1 is a column of ones:
+//     grad_attended    dO = dY W_o
+//     grad_query, grad_keys_values   dQ, dK, dV from dO: the core, whose formulas are in linear_attention.h
+//     grad_projected   dX_E = dK W_k
+//     dX = dQ W_q + E dX_E + F dX_F,   dE = sum X dX_E^T + 1 (b_k^T sum dK^T)
+//     dW_q = sum dQ^T X,   dW_k = sum dK^T X_E,           dW_o = sum dY^T O
+//     db_q = sum 1^T dQ,   db_k = (E^T 1)^T sum dK,       db_o = sum 1^T dY
+// On a CPU every product is product_cpu(), the core attention_cpu() and attention_backward_cpu(). On a GPU the products are the
+// framework's, + (E^T 1) b_k^T is attention_add_bias_cuda(), and the core is that of cuda/fused_attention.cu or, in chunks of rows,
+// products of the framework with the kernels of cuda/linear_attention.cu between them.
 #include "linear_attention.h"
 
 #include <ATen/ops/addmm.h>
@@ -19,7 +34,29 @@
 namespace minidamage {
 namespace {
 
-using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+struct Sizes {
+  int64_t B, N, D, A, k, H, d;
+  double scale() const { return 1 / std::sqrt(static_cast<double>(d)); }  // of the scores
+};
+
+// The op's arguments. Of what keys and values have one each, [0] is the keys' and [1] the values'.
+struct Layers {
+  Tensor x, w_q;            // [B, N, D], [A, D]
+  OptionalTensor b_q;       // [A]
+  Tensor weight[2];         // w_k, w_v [A, D]
+  OptionalTensor bias[2];   // b_k, b_v [A]
+  Tensor projection[2];     // E, F [N, k]
+  OptionalTensor w_o, b_o;  // [D_o, A], [D_o]
+  Sizes size;
+};
+
+// What the forward keeps for the backward.
+struct Kept {
+  Tensor query, projected, keys_values, attended;  // [B, N, A], [2, B, k, D], [2, B, k, A], [B, N, A]
+  Tensor log_sum_exp;                              // [B, H, N], float32 or float64
+};
+
+using Forward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // output, then Kept
 using Backward = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 // The gradients of Backward; those that are not needed stay empty.
 enum Gradient { X, W_Q, B_Q, W_K, B_K, W_V, B_V, OF_E, OF_F, W_O, B_O, GRADIENTS };
@@ -27,20 +64,18 @@ constexpr Gradient WEIGHT[2] = {W_K, W_V}, BIAS[2] = {B_K, B_V}, PROJECTION[2] =
 using Needed = std::array<bool, GRADIENTS>;
 using Gradients = std::array<Tensor, GRADIENTS>;
 
-Gradients no_gradients(const Tensor& x) {
-  Gradients grads;
-  for (Tensor& grad : grads) grad = at::empty({0}, x.options());
-  return grads;
+// ---- the ops, on either machine ------------------------------------------------------------------------------------------
+
+void expect(const char* name, const OptionalTensor& t, at::IntArrayRef sizes, at::ScalarType type, const Tensor& x) {
+  TORCH_CHECK_VALUE(!t.has_value() || (t->sizes() == sizes && t->scalar_type() == type && t->device() == x.device()),
+                    "linear_attention: ", name, " must be ", sizes, " ", type, " on ", x.device(), ", got ", t->sizes(), " ",
+                    t->scalar_type(), " on ", t->device());
 }
 
-struct Sizes {
-  int64_t B, N, D, A, k, H, d;
-};
-
-// Shapes, dtypes and devices of all that a kernel reads; w_o, b_* where they are given.
-Sizes check(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k, const OptionalTensor& b_k, const Tensor& w_v,
-            const OptionalTensor& b_v, const Tensor& E, const Tensor& F, int64_t num_heads, const OptionalTensor& w_o,
-            const OptionalTensor& b_o) {
+// Shapes, dtypes and devices of all that a kernel reads.
+Layers checked(Layers layers, int64_t num_heads) {
+  const auto& [x, w_q, b_q, weight, bias, projection, w_o, b_o, size] = layers;
+  const Tensor& E = projection[0];
   TORCH_CHECK_VALUE(x.dim() == 3 && w_q.dim() == 2 && E.dim() == 2, "linear_attention: x must be [B, N, D], w_q [A, D], E [N, k], got ",
                     x.sizes(), ", ", w_q.sizes(), ", ", E.sizes());
   const int64_t B = x.size(0), N = x.size(1), D = x.size(2), A = w_q.size(0), k = E.size(1);
@@ -48,37 +83,60 @@ Sizes check(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const
                     " channels, or k = 0");
   TORCH_CHECK_VALUE(!w_o.has_value() || w_o->dim() == 2, "linear_attention: w_o must be [D_o, A]");
   TORCH_CHECK_VALUE(w_o.has_value() || !b_o.has_value(), "linear_attention: b_o without w_o");
-  const auto expect = [&](const char* name, const OptionalTensor& t, std::vector<int64_t> sizes) {
-    TORCH_CHECK_VALUE(!t.has_value() || (t->sizes() == at::IntArrayRef(sizes) && t->scalar_type() == x.scalar_type() &&
-                                         t->device() == x.device()),
-                      "linear_attention: ", name, " must be ", at::IntArrayRef(sizes), " ", x.scalar_type(), " on ", x.device(), ", got ",
-                      t.has_value() ? t->sizes() : at::IntArrayRef());
-  };
-  const OptionalTensor matrices[] = {w_q, w_k, w_v}, biases[] = {b_q, b_k, b_v}, projections[] = {E, F};
-  for (const auto& t : matrices) expect("w_q, w_k, w_v", t, {A, D});
-  for (const auto& t : biases) expect("b_q, b_k, b_v", t, {A});
-  for (const auto& t : projections) expect("E, F", t, {N, k});
+  const at::ScalarType type = x.scalar_type();
+  for (const Tensor& t : {w_q, weight[0], weight[1]}) expect("w_q, w_k, w_v", t, {A, D}, type, x);
+  for (const OptionalTensor& t : {b_q, bias[0], bias[1]}) expect("b_q, b_k, b_v", t, {A}, type, x);
+  for (const Tensor& t : projection) expect("E, F", t, {N, k}, type, x);
   if (w_o.has_value()) {
-    expect("w_o", w_o, {w_o->size(0), A});
-    expect("b_o", b_o, {w_o->size(0)});
+    expect("w_o", w_o, {w_o->size(0), A}, type, x);
+    expect("b_o", b_o, {w_o->size(0)}, type, x);
   }
-  return {B, N, D, A, k, num_heads, A / num_heads};
+  layers.size = {B, N, D, A, k, num_heads, A / num_heads};
+  for (OptionalTensor* t : {&layers.b_q, &layers.bias[0], &layers.bias[1], &layers.b_o}) *t = contiguous(*t);
+  return layers;
 }
 
-// What the forward kept, as the backward is about to read it.
-void check_kept(const Tensor& grad, const Sizes& size, const Tensor& x, const OptionalTensor& w_o, const Tensor& attended,
-                const Tensor& query, const Tensor& projected, const Tensor& keys_values, const Tensor& log_sum_exp) {
-  const auto expect = [&](const char* name, const Tensor& t, std::vector<int64_t> sizes, at::ScalarType type) {
-    TORCH_CHECK_VALUE(t.sizes() == at::IntArrayRef(sizes) && t.scalar_type() == type && t.device() == x.device(), "linear_attention: ",
-                      name, " must be ", at::IntArrayRef(sizes), " ", type, " on ", x.device(), ", got ", t.sizes(), " ", t.scalar_type());
-  };
+// The same of what the backward is about to read.
+Kept checked(const Kept& kept, const Layers& layers, const Tensor& grad) {
+  const auto [B, N, D, A, k, H, d] = layers.size;
+  const Tensor& x = layers.x;
   const at::ScalarType type = x.scalar_type();
-  expect("grad", grad, {size.B, size.N, w_o.has_value() ? w_o->size(0) : size.A}, type);
-  expect("attended", attended, {size.B, size.N, size.A}, type);
-  expect("query", query, {size.B, size.N, size.A}, type);
-  expect("projected", projected, {2, size.B, size.k, size.D}, type);
-  expect("keys_values", keys_values, {2, size.B, size.k, size.A}, type);
-  expect("log_sum_exp", log_sum_exp, {size.B, size.H, size.N}, type == at::kDouble ? at::kDouble : at::kFloat);
+  expect("grad", grad, {B, N, layers.w_o.has_value() ? layers.w_o->size(0) : A}, type, x);
+  expect("attended", kept.attended, {B, N, A}, type, x);
+  expect("query", kept.query, {B, N, A}, type, x);
+  expect("projected", kept.projected, {2, B, k, D}, type, x);
+  expect("keys_values", kept.keys_values, {2, B, k, A}, type, x);
+  expect("log_sum_exp", kept.log_sum_exp, {B, H, N}, type == at::kDouble ? at::kDouble : at::kFloat, x);
+  return {kept.query.contiguous(), kept.projected.contiguous(), kept.keys_values.contiguous(), kept.attended.contiguous(),
+          kept.log_sum_exp.contiguous()};
+}
+
+// What each machine implements: the output and, if keep, what is kept; the gradients that are needed, never w_o's without w_o.
+using RunForward = std::pair<Tensor, Kept>(const Layers& layers, bool keep);
+using RunBackward = Gradients(const Layers& layers, const Kept& kept, const Tensor& grad, const Needed& needed);
+
+template <RunForward run>
+Forward linear_attention(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k, const OptionalTensor& b_k,
+                         const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F, int64_t num_heads,
+                         const OptionalTensor& w_o, const OptionalTensor& b_o, bool keep) {
+  const auto [output, kept] = run(checked({x, w_q, b_q, {w_k, w_v}, {b_k, b_v}, {E, F}, w_o, b_o, {}}, num_heads), keep);
+  const auto none = [&] { return at::empty({0}, x.options()); };
+  if (!keep) return {output, none(), none(), none(), none(), none()};
+  return {output, kept.query, kept.projected, kept.keys_values, w_o.has_value() ? kept.attended : none(), kept.log_sum_exp};
+}
+
+template <RunBackward run>
+Backward linear_attention_backward(const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k, const OptionalTensor& b_k,
+                                   const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F, int64_t num_heads,
+                                   const OptionalTensor& w_o, const Tensor& attended, const Tensor& query, const Tensor& projected,
+                                   const Tensor& keys_values, const Tensor& log_sum_exp, Needed needed) {
+  const Layers layers = checked({x, w_q, {}, {w_k, w_v}, {b_k, b_v}, {E, F}, w_o, {}, {}}, num_heads);
+  const Kept kept = checked({query, projected, keys_values, attended, log_sum_exp}, layers, grad);
+  if (!w_o.has_value()) needed[W_O] = needed[B_O] = false;
+  Gradients grads = run(layers, kept, grad, needed);
+  for (Tensor& t : grads)
+    if (!t.defined()) t = at::empty({0}, x.options());
+  return std::tuple_cat(grads);
 }
 
 // [B, N, C] to [B N, C]
@@ -87,35 +145,56 @@ inline Tensor flat(const Tensor& t) { return t.reshape({t.size(0) * t.size(1), t
 #if !defined(MINIDAMAGE_EMULATED)
 // ---- CPU -----------------------------------------------------------------------------------------------------------------
 
-// C = bias + sum of A B, 2-dimensional tensors of any strides; C is contiguous. Borrows: the tensors must outlive the run.
+struct Factors {
+  Tensor A, B;
+};
+
+// Products that do not depend on each other, run together.
 template <typename T>
-Product<T> product(const Tensor& C, std::vector<std::pair<Tensor, Tensor>> factors, const OptionalTensor& bias = std::nullopt) {
-  Product<T> result{C.size(0), C.size(1), C.mutable_data_ptr<T>(), C.stride(0), pointer_or_null<T>(bias), {}};
-  for (const std::pair<Tensor, Tensor>& factor : factors) {
-    const Tensor &A = factor.first, &B = factor.second;
-    result.terms.push_back({A.size(1), A.const_data_ptr<T>(), A.stride(0), A.stride(1), B.const_data_ptr<T>(), B.stride(0), B.stride(1)});
+class Products {
+ public:
+  // C = bias + sum of A B over the terms: [rows, columns] of any strides, but C's rows contiguous; C, if a vector, is one row.
+  void add(const Tensor& C, const std::vector<Factors>& terms, const OptionalTensor& bias = std::nullopt) {
+    const int64_t columns = C.size(-1);
+    Product<T> product{C.dim() == 1 ? 1 : C.size(0), columns, C.mutable_data_ptr<T>(), columns, pointer_or_null<T>(bias), {}};
+    for (const Factors& f : terms)
+      product.terms.push_back({f.A.size(1), f.A.const_data_ptr<T>(), f.A.stride(0), f.A.stride(1), f.B.const_data_ptr<T>(), f.B.stride(0),
+                               f.B.stride(1)});
+    products.push_back(product);
+    held.insert(held.end(), terms.begin(), terms.end());
   }
-  return result;
+
+  // All blocks of all products, each to the thread that is free first.
+  void run() const {
+    std::vector<int64_t> first{0};
+    for (const auto& p : products) first.push_back(first.back() + product_blocks(p));
+    parallel_chunks(first.back(), 1, [&](int64_t begin, int64_t end) {
+      for (int64_t block = begin; block < end; ++block) {
+        const size_t i = std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1;
+        product_cpu(products[i], block - first[i], block - first[i] + 1);
+      }
+    });
+  }
+
+ private:
+  std::vector<Product<T>> products;
+  std::vector<Factors> held;  // until the products, which have pointers alone, have run
+};
+
+// A B + bias for each row of A [B, N, K] flattened.
+template <typename T>
+Tensor product(const Tensor& A, const Tensor& B, const OptionalTensor& bias = std::nullopt) {
+  const Tensor C = empty_large({A.size(0), A.size(1), B.size(1)}, A.options());
+  Products<T> alone;
+  alone.add(flat(C), {{flat(A), B}}, bias);
+  alone.run();
+  return C;
 }
 
-// All blocks of all products, which do not depend on each other.
 template <typename T>
-void run(const std::vector<Product<T>>& products) {
-  std::vector<int64_t> first{0};
-  for (const auto& p : products) first.push_back(first.back() + product_blocks(p));
-  parallel_chunks(first.back(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t block = begin; block < end; ++block) {
-      const size_t i = std::upper_bound(first.begin(), first.end(), block) - first.begin() - 1;
-      product_cpu(products[i], block - first[i], block - first[i] + 1);
-    }
-  });
-}
-
-template <typename T>
-Attention<T> attention_of(const Sizes& size, const Tensor& query, const Tensor& keys_values) {
-  const T* keys = keys_values.const_data_ptr<T>();
-  return {size.B, size.N, size.k, size.H, size.d, T(1 / std::sqrt(double(size.d))), query.const_data_ptr<T>(), keys,
-          keys + size.B * size.k * size.A};
+Attention<T> attention_of(const Sizes& size, const Kept& kept) {
+  const T* keys = kept.keys_values.const_data_ptr<T>();
+  return {size.B, size.N, size.k, size.H, size.d, T(size.scale()), kept.query.const_data_ptr<T>(), keys, keys + size.B * size.k * size.A};
 }
 
 // Items enough for many cores, rows enough to pay for the packing of K and V; from the shapes alone.
@@ -125,147 +204,110 @@ int64_t segments_of(const Sizes& size, int64_t least_rows, int64_t most_rows) {
 }
 
 template <typename T>
-Forward forward_cpu(const Sizes& size, const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k,
-                    const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F,
-                    const OptionalTensor& w_o, const OptionalTensor& b_o, bool keep) {
-  const auto [B, N, D, A, k, H, d] = size;
-  const at::TensorOptions options = x.options();
-  Tensor query = empty_large({B, N, A}, options), attended = keep ? empty_large({B, N, A}, options) : query;  // in place: see the kernel
-  Tensor projected = at::empty({2, B, k, D}, options), keys_values = at::empty({2, B, k, A}, options);
-  Tensor log_sum_exp = at::empty({keep ? B : 0, H, N}, options);
-  std::vector<Product<T>> products{product<T>(flat(query), {{flat(x), w_q.t()}}, b_q)};
-  for (int64_t b = 0; b < B; ++b) {
-    products.push_back(product<T>(projected[0][b], {{E.t(), x[b]}}));
-    products.push_back(product<T>(projected[1][b], {{F.t(), x[b]}}));
-  }
-  run(products);
-  products.clear();
-  const Tensor totals[2] = {E.sum(0).repeat({B}), F.sum(0).repeat({B})};  // E^T 1, F^T 1, for every picture
+std::pair<Tensor, Kept> forward_cpu(const Layers& layers, bool keep) {
+  const auto [B, N, D, A, k, H, d] = layers.size;
+  const Tensor x = layers.x.contiguous(), query = empty_large({B, N, A}, x.options());
+  const Kept kept = {query, at::empty({2, B, k, D}, x.options()), at::empty({2, B, k, A}, x.options()),
+                     keep ? empty_large({B, N, A}, x.options()) : query,  // in place: see the kernel
+                     at::empty({keep ? B : 0, H, N}, x.options())};
+
+  Products<T> of_x, of_projected;
+  of_x.add(flat(query), {{flat(x), layers.w_q.t()}}, layers.b_q);
+  for (int64_t b = 0; b < B; ++b)
+    for (int part = 0; part < 2; ++part) of_x.add(kept.projected[part][b], {{layers.projection[part].t(), x[b]}});
+  of_x.run();
   for (int part = 0; part < 2; ++part) {
-    std::vector<std::pair<Tensor, Tensor>> factors{{flat(projected[part]), (part ? w_v : w_k).t()}};
-    const OptionalTensor& bias = part ? b_v : b_k;
-    if (bias.has_value()) factors.push_back({totals[part].unsqueeze(1), bias->unsqueeze(0)});
-    products.push_back(product<T>(flat(keys_values[part]), factors));
+    std::vector<Factors> terms{{flat(kept.projected[part]), layers.weight[part].t()}};
+    if (const OptionalTensor& bias = layers.bias[part]; bias.has_value())
+      terms.push_back({layers.projection[part].sum(0).repeat({B}).unsqueeze(1), bias->unsqueeze(0)});  // (E^T 1) b_k^T
+    of_projected.add(flat(kept.keys_values[part]), terms);
   }
-  run(products);
-  const Attention<T> attention = attention_of<T>(size, query, keys_values);
-  const int64_t segments = segments_of(size, 64, 1024);
+  of_projected.run();
+
+  const Attention<T> attention = attention_of<T>(layers.size, kept);
+  const int64_t segments = segments_of(layers.size, 64, 1024);
   parallel_chunks(B * H * segments, 1, [&](int64_t begin, int64_t end) {
-    attention_cpu(attention, segments, attended.mutable_data_ptr<T>(), keep ? log_sum_exp.mutable_data_ptr<T>() : nullptr, begin, end);
+    attention_cpu(attention, segments, kept.attended.mutable_data_ptr<T>(), keep ? kept.log_sum_exp.mutable_data_ptr<T>() : nullptr,
+                  begin, end);
   });
-  Tensor output = attended;
-  if (w_o.has_value()) {
-    output = empty_large({B, N, w_o->size(0)}, options);
-    run<T>({product<T>(flat(output), {{flat(attended), w_o->t()}}, b_o)});
-  }
-  const Tensor none = at::empty({0}, options);
-  if (!keep) return {output, none, none.clone(), none.clone(), none.clone(), none.clone()};
-  return {output, query, projected, keys_values, w_o.has_value() ? attended : none, log_sum_exp};
+  return {layers.w_o.has_value() ? product<T>(kept.attended, layers.w_o->t(), layers.b_o) : kept.attended, kept};
+}
+
+// The core's: dQ [B, N, A], and dK and dV [2, B, k, A], from dO.
+template <typename T>
+std::pair<Tensor, Tensor> attention_backward_on_cpu(const Sizes& size, const Kept& kept, const Tensor& grad_attended) {
+  const auto [B, N, D, A, k, H, d] = size;
+  const int64_t segments = segments_of(size, 512, 1 << 30);
+  const Tensor grad_query = empty_large({B, N, A}, grad_attended.options());
+  const Tensor parts = at::empty({2, segments, B, k, A}, grad_attended.options());
+  const Attention<T> attention = attention_of<T>(size, kept);
+  parallel_chunks(B * H * segments, 1, [&](int64_t begin, int64_t end) {
+    T *grad_keys = parts.mutable_data_ptr<T>(), *grad_values = grad_keys + parts.numel() / 2;
+    attention_backward_cpu(attention, segments, kept.attended.const_data_ptr<T>(), kept.log_sum_exp.const_data_ptr<T>(),
+                           grad_attended.const_data_ptr<T>(), grad_query.mutable_data_ptr<T>(), grad_keys, grad_values, begin, end);
+  });
+  const Tensor grad_keys_values = parts.select(1, 0);
+  for (int64_t s = 1; s < segments; ++s) grad_keys_values.add_(parts.select(1, s));  // in order: the bytes do not depend on the threads
+  return {grad_query, grad_keys_values};
 }
 
 template <typename T>
-Gradients backward_cpu(const Sizes& size, const Needed& needed, const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
-                       const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F,
-                       const OptionalTensor& w_o, const Tensor& attended, const Tensor& query, const Tensor& projected,
-                       const Tensor& keys_values, const Tensor& log_sum_exp) {
-  const auto [B, N, D, A, k, H, d] = size;
-  const at::TensorOptions options = x.options();
-  Tensor grad_attended = grad;
-  if (w_o.has_value()) {
-    grad_attended = empty_large({B, N, A}, options);
-    run<T>({product<T>(flat(grad_attended), {{flat(grad), *w_o}})});
-  }
-  const int64_t segments = segments_of(size, 512, 1 << 30);
-  Tensor grad_query = empty_large({B, N, A}, options), grad_parts = at::empty({2, segments, B, k, A}, options);
-  const Attention<T> attention = attention_of<T>(size, query, keys_values);
-  parallel_chunks(B * H * segments, 1, [&](int64_t begin, int64_t end) {
-    T* grad_keys = grad_parts.mutable_data_ptr<T>();
-    attention_backward_cpu(attention, segments, attended.const_data_ptr<T>(), log_sum_exp.const_data_ptr<T>(),
-                           grad_attended.const_data_ptr<T>(), grad_query.mutable_data_ptr<T>(), grad_keys,
-                           grad_keys + segments * B * k * A, begin, end);
-  });
-  Tensor grad_keys_values = grad_parts.select(1, 0);  // added up in order, so that the bytes do not depend on the threads
-  if (segments > 1) grad_keys_values = grad_keys_values.clone();
-  for (int64_t s = 1; s < segments; ++s) grad_keys_values.add_(grad_parts.select(1, s));
-  const Tensor sums = grad_keys_values.sum(1), grad_projected = at::empty({2, B, k, D}, options);  // sums [2, k, A]: over the batch
-  run<T>({product<T>(flat(grad_projected[0]), {{flat(grad_keys_values[0]), w_k}}),
-          product<T>(flat(grad_projected[1]), {{flat(grad_keys_values[1]), w_v}})});
+Gradients backward_cpu(const Layers& layers, const Kept& kept, const Tensor& grad, const Needed& needed) {
+  const auto [B, N, D, A, k, H, d] = layers.size;
+  const Tensor x = layers.x.contiguous(), grad_attended = layers.w_o.has_value() ? product<T>(grad, *layers.w_o) : grad;
+  const auto [grad_query, grad_keys_values] = attention_backward_on_cpu<T>(layers.size, kept, grad_attended);
 
-  Gradients grads = no_gradients(x);
-  const auto make = [&](int i, at::IntArrayRef sizes) {
-    if (needed[i]) grads[i] = empty_large(sizes, options);
-    return needed[i];
-  };
-  const Tensor ones = at::ones({1, 1}, options).expand({1, B * N});
-  std::vector<Product<T>> products;
-  if (make(W_Q, {A, D})) products.push_back(product<T>(grads[W_Q], {{flat(grad_query).t(), flat(x)}}));
-  if (make(B_Q, {A})) products.push_back(product<T>(grads[B_Q].unsqueeze(0), {{ones, flat(grad_query)}}));
-  if (make(W_O, {grad.size(2), A})) products.push_back(product<T>(grads[W_O], {{flat(grad).t(), flat(attended)}}));
-  if (make(B_O, {grad.size(2)})) products.push_back(product<T>(grads[B_O].unsqueeze(0), {{ones, flat(grad)}}));
-  if (make(X, {B, N, D}))
-    for (int64_t b = 0; b < B; ++b)
-      products.push_back(product<T>(grads[X][b], {{grad_query[b], w_q}, {E, grad_projected[0][b]}, {F, grad_projected[1][b]}}));
-  OptionalTensor from_bias[2];
+  const Tensor sums = grad_keys_values.sum(1), grad_projected = at::empty({2, B, k, D}, x.options());  // sums [2, k, A]: over the pictures
+  OptionalTensor bias_row[2];                                                                          // [k]: b_k^T sum dK^T
+  Products<T> of_keys, of_all;
   for (int part = 0; part < 2; ++part) {
-    const OptionalTensor& bias = part ? b_v : b_k;
-    if (make(BIAS[part], {A})) {
-      const Tensor total = (part ? F : E).sum(0);
-      run<T>({product<T>(grads[BIAS[part]].unsqueeze(0), {{total.unsqueeze(0), sums[part]}})});
-    }
-    if (make(WEIGHT[part], {A, D}))
-      products.push_back(product<T>(grads[WEIGHT[part]], {{flat(grad_keys_values[part]).t(), flat(projected[part])}}));
-    if (!make(PROJECTION[part], {N, k})) continue;
-    if (bias.has_value()) {
-      from_bias[part] = at::empty({k}, options);
-      run<T>({product<T>(from_bias[part]->unsqueeze(0), {{bias->unsqueeze(0), sums[part].t()}})});
-    }
-    std::vector<std::pair<Tensor, Tensor>> factors;
-    for (int64_t b = 0; b < B; ++b) factors.push_back({x[b], grad_projected[part][b].t()});
-    products.push_back(product<T>(grads[PROJECTION[part]], factors, from_bias[part]));
+    of_keys.add(flat(grad_projected[part]), {{flat(grad_keys_values[part]), layers.weight[part]}});  // dX_E = dK W_k
+    if (const OptionalTensor& bias = layers.bias[part]; bias.has_value())
+      of_keys.add(*(bias_row[part] = at::empty({k}, x.options())), {{bias->unsqueeze(0), sums[part].t()}});
   }
-  run(products);
+  of_keys.run();
+
+  Gradients grads;
+  const auto add = [&](Gradient i, at::IntArrayRef sizes, const std::vector<Factors>& terms, const OptionalTensor& bias = std::nullopt) {
+    if (needed[i]) of_all.add(grads[i] = empty_large(sizes, x.options()), terms, bias);
+  };
+  const Tensor ones = at::ones({1, 1}, x.options()).expand({1, B * N});
+  add(W_Q, {A, D}, {{flat(grad_query).t(), flat(x)}});  // sum dQ^T X
+  add(B_Q, {A}, {{ones, flat(grad_query)}});
+  add(W_O, {grad.size(2), A}, {{flat(grad).t(), flat(kept.attended)}});  // sum dY^T O
+  add(B_O, {grad.size(2)}, {{ones, flat(grad)}});
+  for (int part = 0; part < 2; ++part) {
+    add(WEIGHT[part], {A, D}, {{flat(grad_keys_values[part]).t(), flat(kept.projected[part])}});  // sum dK^T X_E
+    if (needed[BIAS[part]]) add(BIAS[part], {A}, {{layers.projection[part].sum(0).unsqueeze(0), sums[part]}});  // (E^T 1)^T sum dK
+    std::vector<Factors> pictures;
+    for (int64_t b = 0; b < B; ++b) pictures.push_back({x[b], grad_projected[part][b].t()});
+    add(PROJECTION[part], {N, k}, pictures, bias_row[part]);  // sum X dX_E^T, and bias_row in every row
+  }
+  if (needed[X]) grads[X] = empty_large({B, N, D}, x.options());
+  for (int64_t b = 0; b < B && needed[X]; ++b) {  // dQ W_q + E dX_E + F dX_F
+    const Tensor &E = layers.projection[0], &F = layers.projection[1];
+    of_all.add(grads[X][b], {{grad_query[b], layers.w_q}, {E, grad_projected[0][b]}, {F, grad_projected[1][b]}});
+  }
+  of_all.run();
   return grads;
 }
 
-Forward linear_attention_on_cpu(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k, const OptionalTensor& b_k,
-                                const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F, int64_t num_heads,
-                                const OptionalTensor& w_o, const OptionalTensor& b_o, bool keep) {
-  const Sizes size = check(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, b_o);
-  Forward result;
-  in_compute_type(x, [&](auto zero) {
-    using T = decltype(zero);
-    result = forward_cpu<T>(size, x.contiguous(), w_q, contiguous(b_q), w_k, contiguous(b_k), w_v, contiguous(b_v), E, F, w_o,
-                            contiguous(b_o), keep);
-  });
-  return result;
+std::pair<Tensor, Kept> forward_on_cpu(const Layers& layers, bool keep) {
+  return layers.x.scalar_type() == at::kDouble ? forward_cpu<double>(layers, keep) : forward_cpu<float>(layers, keep);
 }
-
-Backward linear_attention_backward_on_cpu(const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
-                                          const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E,
-                                          const Tensor& F, int64_t num_heads, const OptionalTensor& w_o, const Tensor& attended,
-                                          const Tensor& query, const Tensor& projected, const Tensor& keys_values,
-                                          const Tensor& log_sum_exp, Needed needed) {
-  const Sizes size = check(x, w_q, std::nullopt, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, std::nullopt);
-  check_kept(grad, size, x, w_o, attended, query, projected, keys_values, log_sum_exp);
-  if (!w_o.has_value()) needed[W_O] = needed[B_O] = false;
-  Gradients grads;
-  in_compute_type(x, [&](auto zero) {
-    using T = decltype(zero);
-    grads = backward_cpu<T>(size, needed, grad.contiguous(), x.contiguous(), w_q, w_k, contiguous(b_k), w_v, contiguous(b_v), E, F, w_o,
-                            attended.contiguous(), query.contiguous(), projected.contiguous(), keys_values.contiguous(),
-                            log_sum_exp.contiguous());
-  });
-  return std::tuple_cat(grads);
+Gradients backward_on_cpu(const Layers& layers, const Kept& kept, const Tensor& grad, const Needed& needed) {
+  const auto run = layers.x.scalar_type() == at::kDouble ? backward_cpu<double> : backward_cpu<float>;
+  return run(layers, kept, grad.contiguous(), needed);
 }
 
 TORCH_LIBRARY_IMPL(minidamage, CPU, m) {
-  m.impl("linear_attention", linear_attention_on_cpu);
-  m.impl("linear_attention_backward", linear_attention_backward_on_cpu);
+  m.impl("linear_attention", &linear_attention<forward_on_cpu>);
+  m.impl("linear_attention_backward", &linear_attention_backward<backward_on_cpu>);
 }
 #endif
 
 #if defined(MINIDAMAGE_DEVICE_KEY)
-// ---- CUDA: the core in one launch where attention_fuses(), else in chunks of batched products by the framework -------------------
+// ---- CUDA, the core in chunks --------------------------------------------------------------------------------------------
 
 // Scores in flight, float32: with P beside them they stay in a second-level cache of 40 to 50 MB.
 constexpr int64_t SCORES_BYTES = 16 << 20;
@@ -329,158 +371,156 @@ void add_product(const Tensor& sums, const Tensor& A, const Tensor& B) {
 
 at::ScalarType sum_type(const Tensor& t) { return t.scalar_type() == at::kDouble ? at::kDouble : at::kFloat; }
 
-FusedAttention fused(const Sizes& size, const Tensor& query, const Tensor& keys_values) {
-  const char* keys = static_cast<const char*>(keys_values.const_data_ptr());
-  return {size.B, size.N, size.k, size.H, size.d, dtype_of(query), query.const_data_ptr(), keys, keys + keys_values.nbytes() / 2};
-}
-
-Tensor attention_on_cuda(const Sizes& size, const Tensor& query, const Tensor& keys_values, Tensor& log_sum_exp) {
-  const OnDevice device(query);
-  const Tensor attended = at::empty_like(query);
-  const FusedAttention whole = fused(size, query, keys_values);
-  if (attention_fuses(whole)) {
-    attention_fused_cuda(whole, attended.mutable_data_ptr(), log_sum_exp.defined() ? log_sum_exp.mutable_data_ptr<float>() : nullptr,
-                         device.stream());
-    MD_LAUNCH_CHECK();
-    return attended;
-  }
+// O into kept.attended, and kept.log_sum_exp where it is defined.
+void attention_in_chunks(const Sizes& size, const Kept& kept, void* stream) {
   for_chunks(size, [&](const Chunk& at) {
-    const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
-    const Tensor scores = batched(heads_of(query, size, at), K.transpose(1, 2), sum_type(query));
-    const Tensor P = query.scalar_type() == scores.scalar_type() ? scores : at::empty(scores.sizes(), query.options());
-    in_compute_type(query, [&](auto zero) {
+    const Tensor K = keys_of(kept.keys_values[0], size, at), V = keys_of(kept.keys_values[1], size, at);
+    const Tensor scores = batched(heads_of(kept.query, size, at), K.transpose(1, 2), sum_type(K));
+    const Tensor P = K.scalar_type() == scores.scalar_type() ? scores : at::empty(scores.sizes(), K.options());
+    in_compute_type(K, [&](auto zero) {
       using A = decltype(zero);
-      attention_softmax_cuda<A>(scores.const_data_ptr<A>(), scores_of(size, at), A(1 / std::sqrt(double(size.d))), dtype_of(query),
-                                P.mutable_data_ptr(), log_sum_exp.defined() ? log_sum_exp[at.b].mutable_data_ptr<A>() : nullptr,
-                                device.stream());
+      attention_softmax_cuda<A>(scores.const_data_ptr<A>(), scores_of(size, at), A(size.scale()), dtype_of(K), P.mutable_data_ptr(),
+                                kept.log_sum_exp.defined() ? kept.log_sum_exp[at.b].mutable_data_ptr<A>() : nullptr, stream);
     });
     MD_LAUNCH_CHECK();
-    put_product(attended, size, at, P, V);
+    put_product(kept.attended, size, at, P, V);
   });
-  return attended;
 }
 
-// The gradients of query [B, N, A], and of keys and values [2, B, k, A].
-std::tuple<Tensor, Tensor> attention_backward_on_cuda(const Sizes& size, const Tensor& grad, const Tensor& attended,
-                                                      const Tensor& query, const Tensor& keys_values, const Tensor& log_sum_exp) {
-  const OnDevice device(query);
-  const at::ScalarType type = sum_type(query);
-  const at::TensorOptions sums = query.options().dtype(type);
-  const Tensor grad_query = at::empty_like(query), mean = at::empty({size.B, size.H, size.N}, sums);
-  in_compute_type(query, [&](auto zero) {
-    using A = decltype(zero);
-    attention_mean_cuda<A>(size.B, size.N, size.H, size.d, dtype_of(query), attended.const_data_ptr(), grad.const_data_ptr(),
-                           mean.mutable_data_ptr<A>(), device.stream());
-  });
-  MD_LAUNCH_CHECK();
-  const FusedAttention whole = fused(size, query, keys_values);
-  if (attention_fuses(whole) && reinterpret_cast<uintptr_t>(grad.const_data_ptr()) % 32 == 0) {
-    const Tensor grad_keys_values = at::empty_like(keys_values);
-    const Tensor parts = at::empty({2, attention_fused_segments(whole), size.B, size.k, size.A}, sums);
-    attention_fused_backward_cuda(whole, log_sum_exp.const_data_ptr<float>(), mean.const_data_ptr<float>(), grad.const_data_ptr(),
-                                  grad_query.mutable_data_ptr(), parts.mutable_data_ptr<float>(), grad_keys_values.mutable_data_ptr(),
-                                  device.stream());
-    MD_LAUNCH_CHECK();
-    return {grad_query, grad_keys_values};
-  }
-  const Tensor grad_keys_values = at::zeros({2, size.B * size.H, size.k, size.d}, sums);
+// dQ [B, N, A], and dK and dV [2, B, k, A], from dO and the rows' means of dP [B, H, N].
+std::pair<Tensor, Tensor> attention_backward_in_chunks(const Sizes& size, const Kept& kept, const Tensor& grad_attended,
+                                                       const Tensor& mean, void* stream) {
+  const at::ScalarType type = sum_type(kept.query);
+  const Tensor grad_query = at::empty_like(kept.query), grad_keys_values = at::empty_like(kept.keys_values);
+  const Tensor sums = at::zeros({2, size.B * size.H, size.k, size.d}, mean.options());
   for_chunks(size, [&](const Chunk& at) {
-    const Tensor K = keys_of(keys_values[0], size, at), V = keys_of(keys_values[1], size, at);
-    const Tensor queries = heads_of(query, size, at), grads = heads_of(grad, size, at);
+    const Tensor K = keys_of(kept.keys_values[0], size, at), V = keys_of(kept.keys_values[1], size, at);
+    const Tensor queries = heads_of(kept.query, size, at), grads = heads_of(grad_attended, size, at);
     const Tensor scores = batched(queries, K.transpose(1, 2), type), grad_P = batched(grads, V.transpose(1, 2), type);
-    const Tensor P = at::empty(scores.sizes(), query.options()), grad_scores = at::empty_like(P);
-    in_compute_type(query, [&](auto zero) {
+    const Tensor P = at::empty(scores.sizes(), K.options()), grad_scores = at::empty_like(P);
+    in_compute_type(K, [&](auto zero) {
       using A = decltype(zero);
-      attention_grad_scores_cuda<A>(scores.const_data_ptr<A>(), grad_P.const_data_ptr<A>(), log_sum_exp[at.b].const_data_ptr<A>(),
-                                    mean[at.b].const_data_ptr<A>(), scores_of(size, at), A(1 / std::sqrt(double(size.d))),
-                                    dtype_of(query), P.mutable_data_ptr(), grad_scores.mutable_data_ptr(), device.stream());
+      attention_grad_scores_cuda<A>(scores.const_data_ptr<A>(), grad_P.const_data_ptr<A>(), kept.log_sum_exp[at.b].const_data_ptr<A>(),
+                                    mean[at.b].const_data_ptr<A>(), scores_of(size, at), A(size.scale()), dtype_of(K),
+                                    P.mutable_data_ptr(), grad_scores.mutable_data_ptr(), stream);
     });
     MD_LAUNCH_CHECK();
     put_product(grad_query, size, at, grad_scores, K);
     const int64_t head = at.b * size.H, heads = at.pictures * size.H;
-    add_product(grad_keys_values[0].narrow(0, head, heads), grad_scores.transpose(1, 2), queries);
-    add_product(grad_keys_values[1].narrow(0, head, heads), P.transpose(1, 2), grads);
+    add_product(sums[0].narrow(0, head, heads), grad_scores.transpose(1, 2), queries);
+    add_product(sums[1].narrow(0, head, heads), P.transpose(1, 2), grads);
   });
-  const Tensor joined = at::empty({2, size.B, size.k, size.A}, query.options());
-  joined.view({2, size.B, size.k, size.H, size.d}).transpose(2, 3).copy_(grad_keys_values.view({2, size.B, size.H, size.k, size.d}));
-  return {grad_query, joined};
+  grad_keys_values.view({2, size.B, size.k, size.H, size.d}).transpose(2, 3).copy_(sums.view({2, size.B, size.H, size.k, size.d}));
+  return {grad_query, grad_keys_values};
 }
 
-Forward linear_attention_on_cuda(const Tensor& x, const Tensor& w_q, const OptionalTensor& b_q, const Tensor& w_k,
-                                 const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E, const Tensor& F,
-                                 int64_t num_heads, const OptionalTensor& w_o, const OptionalTensor& b_o, bool keep) {
-  const Sizes size = check(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, b_o);
-  const OnDevice device(x);
-  const Tensor query = at::linear(x, w_q, b_q).contiguous();
-  const Tensor projected = at::empty({2, size.B, size.k, size.D}, x.options());
-  const Tensor keys_values = at::empty({2, size.B, size.k, size.A}, x.options());
+// ---- CUDA, the core: fused where attention_fuses(), else in chunks; the arguments and results are those of the chunks -----------
+
+FusedAttention fused(const Sizes& size, const Kept& kept) {
+  const char* keys = static_cast<const char*>(kept.keys_values.const_data_ptr());
+  return {size.B, size.N, size.k, size.H, size.d, dtype_of(kept.query), kept.query.const_data_ptr(), keys,
+          keys + kept.keys_values.nbytes() / 2};
+}
+
+void attention_on_cuda(const Sizes& size, const Kept& kept, void* stream) {
+  const FusedAttention whole = fused(size, kept);
+  if (!attention_fuses(whole)) return attention_in_chunks(size, kept, stream);
+  attention_fused_cuda(whole, kept.attended.mutable_data_ptr(),
+                       kept.log_sum_exp.defined() ? kept.log_sum_exp.mutable_data_ptr<float>() : nullptr, stream);
+  MD_LAUNCH_CHECK();
+}
+
+std::pair<Tensor, Tensor> attention_backward_on_cuda(const Sizes& size, const Kept& kept, const Tensor& grad_attended, void* stream) {
+  const Tensor mean = at::empty({size.B, size.H, size.N}, kept.query.options().dtype(sum_type(kept.query)));
+  in_compute_type(mean, [&](auto zero) {
+    using A = decltype(zero);
+    attention_mean_cuda<A>(size.B, size.N, size.H, size.d, dtype_of(kept.query), kept.attended.const_data_ptr(),
+                           grad_attended.const_data_ptr(), mean.mutable_data_ptr<A>(), stream);
+  });
+  MD_LAUNCH_CHECK();
+  const FusedAttention whole = fused(size, kept);
+  const bool aligned = reinterpret_cast<uintptr_t>(grad_attended.const_data_ptr()) % 32 == 0;
+  if (!attention_fuses(whole) || !aligned) return attention_backward_in_chunks(size, kept, grad_attended, mean, stream);
+  const Tensor grad_query = at::empty_like(kept.query), grad_keys_values = at::empty_like(kept.keys_values);
+  const Tensor parts = at::empty({2, attention_fused_segments(whole), size.B, size.k, size.A}, mean.options());
+  attention_fused_backward_cuda(whole, kept.log_sum_exp.const_data_ptr<float>(), mean.const_data_ptr<float>(),
+                                grad_attended.const_data_ptr(), grad_query.mutable_data_ptr(), parts.mutable_data_ptr<float>(),
+                                grad_keys_values.mutable_data_ptr(), stream);
+  MD_LAUNCH_CHECK();
+  return {grad_query, grad_keys_values};
+}
+
+// ---- CUDA, the whole -----------------------------------------------------------------------------------------------------
+
+// X_E and X_F into kept.projected, K and V into kept.keys_values.
+void keys_values_on_cuda(const Layers& layers, const Kept& kept, void* stream) {
+  const auto [B, N, D, A, k, H, d] = layers.size;
   for (int part = 0; part < 2; ++part) {
-    const Tensor& projection = part ? F : E;
-    Tensor summary = projected[part], rows = flat(keys_values[part]);  // products go straight into their place
-    at::bmm_out(summary, projection.t().expand({size.B, size.k, size.N}), x);
-    at::mm_out(rows, flat(summary), (part ? w_v : w_k).t());
+    Tensor projected = kept.projected[part], rows = flat(kept.keys_values[part]);  // products go straight into their place
+    at::bmm_out(projected, layers.projection[part].t().expand({B, k, N}), layers.x);
+    at::mm_out(rows, flat(projected), layers.weight[part].t());
   }
-  if ((b_k.has_value() || b_v.has_value()) && size.B > 0) {
-    const Tensor of_keys = E.contiguous(), of_values = F.contiguous();
-    const OptionalTensor biases[2] = {contiguous(b_k), contiguous(b_v)};
-    const auto pointer = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; };
-    attention_add_bias_cuda(size.B, size.N, size.k, size.A, dtype_of(x), of_keys.const_data_ptr(), of_values.const_data_ptr(),
-                            pointer(biases[0]), pointer(biases[1]), keys_values.mutable_data_ptr(), device.stream());
-    MD_LAUNCH_CHECK();
-  }
-  Tensor log_sum_exp = keep ? at::empty({size.B, size.H, size.N}, x.options().dtype(sum_type(x))) : Tensor();
-  const Tensor attended = attention_on_cuda(size, query, keys_values, log_sum_exp);
-  Tensor output = attended;
-  if (w_o.has_value()) {
-    output = at::empty({size.B, size.N, w_o->size(0)}, x.options());
-    Tensor rows = flat(output);
-    at::linear_out(rows, flat(attended), *w_o, b_o);  // not at::linear, whose result is a view where there is a bias: see from_rows()
-  }
-  const auto none = [&] { return at::empty({0}, x.options()); };
-  if (!keep) return {output, none(), none(), none(), none(), none()};
-  return {output, query, projected, keys_values, w_o.has_value() ? attended : none(), log_sum_exp};
+  const OptionalTensor &b_k = layers.bias[0], &b_v = layers.bias[1];
+  if ((!b_k.has_value() && !b_v.has_value()) || B == 0) return;
+  const Tensor E = layers.projection[0].contiguous(), F = layers.projection[1].contiguous();
+  const auto pointer = [](const OptionalTensor& t) { return t.has_value() ? t->const_data_ptr() : nullptr; };
+  attention_add_bias_cuda(B, N, k, A, dtype_of(E), E.const_data_ptr(), F.const_data_ptr(), pointer(b_k), pointer(b_v),
+                          kept.keys_values.mutable_data_ptr(), stream);
+  MD_LAUNCH_CHECK();
 }
 
-Backward linear_attention_backward_on_cuda(const Tensor& grad, const Tensor& x, const Tensor& w_q, const Tensor& w_k,
-                                           const OptionalTensor& b_k, const Tensor& w_v, const OptionalTensor& b_v, const Tensor& E,
-                                           const Tensor& F, int64_t num_heads, const OptionalTensor& w_o, const Tensor& attended,
-                                           const Tensor& query, const Tensor& projected, const Tensor& keys_values,
-                                           const Tensor& log_sum_exp, Needed needed) {
-  const Sizes size = check(x, w_q, std::nullopt, w_k, b_k, w_v, b_v, E, F, num_heads, w_o, std::nullopt);
-  check_kept(grad, size, x, w_o, attended, query, projected, keys_values, log_sum_exp);
-  const auto [B, N, D, A, k, H, d] = size;
+std::pair<Tensor, Kept> forward_on_cuda(const Layers& layers, bool keep) {
+  const auto [B, N, D, A, k, H, d] = layers.size;
+  const at::TensorOptions options = layers.x.options();
+  const OnDevice device(layers.x);
+  const Tensor query = at::linear(layers.x, layers.w_q, layers.b_q).contiguous();
+  const Kept kept = {query, at::empty({2, B, k, D}, options), at::empty({2, B, k, A}, options), at::empty_like(query),
+                     keep ? at::empty({B, H, N}, options.dtype(sum_type(query))) : Tensor()};
+  keys_values_on_cuda(layers, kept, device.stream());
+  attention_on_cuda(layers.size, kept, device.stream());
+  if (!layers.w_o.has_value()) return {kept.attended, kept};
+  const Tensor output = at::empty({B, N, layers.w_o->size(0)}, options);
+  Tensor rows = flat(output);
+  at::linear_out(rows, flat(kept.attended), *layers.w_o, layers.b_o);  // at::linear's is a view where there is a bias: see from_rows()
+  return {output, kept};
+}
+
+Gradients backward_on_cuda(const Layers& layers, const Kept& kept, const Tensor& grad, const Needed& needed) {
+  const auto [B, N, D, A, k, H, d] = layers.size;
+  const Tensor& x = layers.x;
   const OnDevice device(x);
-  const Tensor grad_attended = w_o.has_value() ? at::matmul(grad, *w_o) : grad;
-  const auto [grad_query, grad_keys_values] = attention_backward_on_cuda(size, grad_attended.contiguous(), attended.contiguous(),
-                                                                         query.contiguous(), keys_values.contiguous(),
-                                                                         log_sum_exp.contiguous());
-  const Tensor sums = grad_keys_values.sum(1);  // [2, k, A]: over the batch
-  Gradients grads = no_gradients(x);
-  if (needed[X]) grads[X] = at::matmul(grad_query, w_q);
+  const Tensor grad_attended = layers.w_o.has_value() ? at::matmul(grad, *layers.w_o) : grad;
+  const auto [grad_query, grad_keys_values] = attention_backward_on_cuda(layers.size, kept, grad_attended.contiguous(), device.stream());
+
+  Gradients grads;
+  if (needed[X]) grads[X] = at::matmul(grad_query, layers.w_q);
   if (needed[W_Q]) grads[W_Q] = at::matmul(flat(grad_query).t(), flat(x));
   if (needed[B_Q]) grads[B_Q] = grad_query.sum(at::IntArrayRef{0, 1});
-  if (needed[W_O] && w_o.has_value()) grads[W_O] = at::matmul(flat(grad).t(), flat(attended));
-  if (needed[B_O] && w_o.has_value()) grads[B_O] = grad.sum(at::IntArrayRef{0, 1});
-  Tensor positions;  // one product over pictures and channels for dE, one for dF
+  if (needed[W_O]) grads[W_O] = at::matmul(flat(grad).t(), flat(kept.attended));
+  if (needed[B_O]) grads[B_O] = grad.sum(at::IntArrayRef{0, 1});
+  const Tensor sums = grad_keys_values.sum(1);  // [2, k, A]: over the pictures
+  Tensor positions;                             // one product over pictures and channels for dE, one for dF
   if (needed[OF_E] || needed[OF_F]) positions = x.transpose(0, 1).reshape({N, B * D});
   for (int part = 0; part < 2; ++part) {
-    const Tensor grad_part = grad_keys_values[part], sum = sums[part], &projection = part ? F : E;
-    const OptionalTensor& bias = part ? b_v : b_k;
-    if (needed[WEIGHT[part]]) grads[WEIGHT[part]] = at::matmul(flat(grad_part).t(), flat(projected[part]));
-    if (needed[BIAS[part]]) grads[BIAS[part]] = at::matmul(projection.sum(0), sum);
-    if (!needed[X] && !needed[PROJECTION[part]]) continue;
-    const Tensor grad_projected = at::matmul(grad_part, part ? w_v : w_k);  // [B, k, D]
+    const Gradient of_weight = WEIGHT[part], of_bias = BIAS[part], of_projection = PROJECTION[part];
+    const Tensor &projection = layers.projection[part], grad_part = grad_keys_values[part];
+    const OptionalTensor& bias = layers.bias[part];
+    if (needed[of_weight]) grads[of_weight] = at::matmul(flat(grad_part).t(), flat(kept.projected[part]));
+    if (needed[of_bias]) grads[of_bias] = at::matmul(projection.sum(0), sums[part]);
+    if (!needed[X] && !needed[of_projection]) continue;
+    const Tensor grad_projected = at::matmul(grad_part, layers.weight[part]);  // [B, k, D]
     if (needed[X]) grads[X].baddbmm_(projection.expand({B, N, k}), grad_projected);
-    if (!needed[PROJECTION[part]]) continue;
+    if (!needed[of_projection]) continue;
     const Tensor summaries = grad_projected.transpose(0, 1).reshape({k, B * D}).t();
-    grads[PROJECTION[part]] = bias.has_value() ? at::addmm(at::matmul(sum, *bias), positions, summaries) : at::matmul(positions, summaries);
+    grads[of_projection] = bias.has_value() ? at::addmm(at::matmul(sums[part], *bias), positions, summaries)
+                                            : at::matmul(positions, summaries);
   }
-  return std::tuple_cat(grads);
+  return grads;
 }
 
 MD_REGISTER(MINIDAMAGE_NAMESPACE, MINIDAMAGE_DEVICE_KEY, m) {
-  m.impl("linear_attention", linear_attention_on_cuda);
-  m.impl("linear_attention_backward", linear_attention_backward_on_cuda);
+  m.impl("linear_attention", &linear_attention<forward_on_cuda>);
+  m.impl("linear_attention_backward", &linear_attention_backward<backward_on_cuda>);
 }
 #endif
 
