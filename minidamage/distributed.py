@@ -244,20 +244,25 @@ _batch = None                                                         # the Batc
 class Batch:
     """The losses of one batch, in parts and in processes: inside `part()`, `normaliser` counts over all of them.
 
+    How a count travels: a loss, far down in the model and without a word of processes, asks normaliser(name, the count in hand). While
+    `part()` lasts, `_batch` is this Batch, and its `counts` answer for the whole batch; a name that is not there yet is added up over the
+    processes, which all ask for the same names in the same order. Outside of a `part()` the count in hand is the answer.
+
         batch = Batch(replica, parts)                       # parts: [(images, targets, counts)]
         for images, targets, counts in parts:
             with batch.part(counts):
                 losses = replica(images, targets)
             backward()
 
-    With several parts the counts have to be known before the first one's gradients: `model.loss_counts` finds them. A segmenter's are in
-    the label maps; a detector's need its proposals, so body and RPN run once more, without gradients.
+    With several parts the counts have to be known before the first one's gradients: `count()` has `model.loss_counts` find them. A
+    segmenter's are in the label maps; a detector's need its proposals, so body and RPN run once more, without gradients.
     Gradients are exchanged in the last part's backward() alone.
     """
 
     def __init__(self, model, parts):
-        self.model, self.parts, self.done, self.counts, self.counted = model, parts, 0, {}, True
-        self.plain = world() == 1 and len(parts) == 1
+        self.model, self.parts, self.done = model, parts, 0           # done: parts that were begun
+        self.counts, self.counted = {}, True                          # of the whole batch, by name; whether the present part counts
+        self.plain = world() == 1 and len(parts) == 1                 # then the count in hand is the whole batch's
 
     @contextlib.contextmanager
     def part(self, counts):
@@ -279,6 +284,7 @@ class Batch:
 
     @torch.no_grad()
     def count(self):
+        """Fills `counts` from all parts of all processes."""
         model = self.model.module if world() > 1 else self.model
         found = [{name: count * counts for name, count in model.loss_counts(images, targets).items()}
                  for images, targets, counts in self.parts]
