@@ -39,6 +39,23 @@ constexpr int BACKWARD_BYTES = 2 * TILE_NUMBERS * 4 + 2 * TILE * HALF_STRIDE * 2
 // The same for the rows of scores, in float32.
 MD_HD constexpr int64_t score_stride(int64_t k) { return k + 4; }
 
+// A head of a picture: head = b H + h, and its first channel of the A = H d.
+struct Head {
+  int64_t head, b, channel;
+  MD_HD Head(int64_t head, int64_t H, int64_t d) : head(head), b(head / H), channel((head - b * H) * d) {}
+};
+// The 16 rows of a head that a warp holds: 16 tile and on, but moved back to end at row N.
+struct RowTile {
+  int64_t position, row;  // of the first, in [B, N, A] and in [B, H, N]
+  int skip;               // how many of them the tile before owns
+  MD_HD RowTile(const Head& at, int64_t N, int64_t A, int64_t tile) {
+    const int64_t own = tile * TILE, first = own < N - TILE ? own : N - TILE;
+    position = (at.b * N + first) * A + at.channel;
+    row = at.head * N + first;
+    skip = static_cast<int>(own - first);
+  }
+};
+
 #if defined(MD_TENSOR_CORES)
 // Tiles in registers. Left and right: a factor whose rows lie one after the other in memory; flipped: its transpose does.
 namespace wmma = nvcuda::wmma;
@@ -121,13 +138,12 @@ __global__ void attention_fused(int64_t B, int64_t N, int64_t k, int64_t H, floa
   float* scores = shared + threadIdx.y * TILE * stride;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.y + threadIdx.y; item < B * H * tiles;
        item += static_cast<int64_t>(gridDim.x) * blockDim.y) {
-    const int64_t head = item / tiles, b = head / H, channel = (head - b * H) * D * TILE;
-    const int64_t own = (item - head * tiles) * TILE, first = own < N - TILE ? own : N - TILE;
-    const int skip = static_cast<int>(own - first);
-    const int64_t position = (b * N + first) * A + channel, summary = b * k * A + channel;
+    const Head head(item / tiles, H, D * TILE);
+    const RowTile at(head, N, A, item - head.head * tiles);
+    const int64_t summary = head.b * k * A + head.channel;
     {
       Left<T> rows[D];
-      load_tiles(rows, query + position, A);
+      load_tiles(rows, query + at.position, A);
       for (int64_t j = 0; j < k; j += TILE) {
         RightFlipped<T> key[D];
         Sums sums;
@@ -141,7 +157,7 @@ __global__ void attention_fused(int64_t B, int64_t N, int64_t k, int64_t H, floa
     __syncwarp();
     for (int r = 0; r < TILE; ++r) {
       const float log_sum = softmax_of_row<T>(scores + r * stride, static_cast<int>(k), scale);
-      if (log_sum_exp && threadIdx.x == 0 && r >= skip) log_sum_exp[head * N + first + r] = log_sum;
+      if (log_sum_exp && threadIdx.x == 0 && r >= at.skip) log_sum_exp[at.row + r] = log_sum;
     }
     __syncwarp();
     Sums sums[D];
@@ -157,7 +173,7 @@ __global__ void attention_fused(int64_t B, int64_t N, int64_t k, int64_t H, floa
     }
     __syncwarp();
 #pragma unroll
-    for (int c = 0; c < D; ++c) put_tile(sums[c], scores, stride, output + position + c * TILE, A, skip);
+    for (int c = 0; c < D; ++c) put_tile(sums[c], scores, stride, output + at.position + c * TILE, A, at.skip);
   }
 #endif
 }
@@ -204,21 +220,20 @@ __global__ void attention_fused_grad_query(int64_t B, int64_t N, int64_t k, int6
   const int64_t A = H * D * TILE, tiles = ceil_div(N, TILE);
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * FUSED_WARPS + threadIdx.y; item < B * H * tiles;
        item += static_cast<int64_t>(gridDim.x) * FUSED_WARPS) {
-    const int64_t head = item / tiles, b = head / H, channel = (head - b * H) * D * TILE;
-    const int64_t own = (item - head * tiles) * TILE, first = own < N - TILE ? own : N - TILE;
-    const int64_t position = (b * N + first) * A + channel, summary = b * k * A + channel;
+    const Head head(item / tiles, H, D * TILE);
+    const RowTile at(head, N, A, item - head.head * tiles);
+    const int64_t summary = head.b * k * A + head.channel;
     Left<T> rows[D], grads[D];
     Sums sums[D];
-    load_tiles(rows, query + position, A);
-    load_tiles(grads, grad_output + position, A);
+    load_tiles(rows, query + at.position, A);
+    load_tiles(grads, grad_output + at.position, A);
 #pragma unroll
     for (int c = 0; c < D; ++c) wmma::fill_fragment(sums[c], 0.f);
     for (int64_t j = 0; j < k; j += TILE) {
       RightFlipped<T> key[D], value[D];
       load_tiles(key, keys + summary + j * A, A);
       load_tiles(value, values + summary + j * A, A);
-      gradient_tile(rows, grads, key, value, log_sum_exp + head * N + first, mean + head * N + first, scale, 0, S, dP,
-                    static_cast<T*>(nullptr), dS);
+      gradient_tile(rows, grads, key, value, log_sum_exp + at.row, mean + at.row, scale, 0, S, dP, static_cast<T*>(nullptr), dS);
       Left<T> grad_scores;
       Right<T> along[D];
       wmma::load_matrix_sync(grad_scores, dS, HALF_STRIDE);
@@ -227,7 +242,7 @@ __global__ void attention_fused_grad_query(int64_t B, int64_t N, int64_t k, int6
       for (int c = 0; c < D; ++c) wmma::mma_sync(sums[c], grad_scores, along[c], sums[c]);
     }
 #pragma unroll
-    for (int c = 0; c < D; ++c) put_tile(sums[c], S, TILE, grad_query + position + c * TILE, A, static_cast<int>(own - first));
+    for (int c = 0; c < D; ++c) put_tile(sums[c], S, TILE, grad_query + at.position + c * TILE, A, at.skip);
   }
 #endif
 }
@@ -246,8 +261,9 @@ __global__ void attention_fused_grad_keys(int64_t B, int64_t N, int64_t k, int64
   const int64_t A = H * D * TILE, tiles = ceil_div(N, TILE), blocks = k / TILE, per_segment = ceil_div(tiles, segments);
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * FUSED_WARPS + threadIdx.y; item < segments * B * H * blocks;
        item += static_cast<int64_t>(gridDim.x) * FUSED_WARPS) {  // ((segment B + b) H + h) blocks + block: neighbours share their rows
-    const int64_t group = item / blocks, j = (item - group * blocks) * TILE, segment = group / (B * H), head = group - segment * (B * H);
-    const int64_t b = head / H, channel = (head - b * H) * D * TILE, summary = (b * k + j) * A + channel;
+    const int64_t group = item / blocks, j = (item - group * blocks) * TILE, segment = group / (B * H);
+    const Head head(group - segment * (B * H), H, D * TILE);
+    const int64_t summary = (head.b * k + j) * A + head.channel;
     const int64_t end = (segment + 1) * per_segment < tiles ? (segment + 1) * per_segment : tiles;
     RightFlipped<T> key[D], value[D];
     Sums grad_keys[D], grad_values[D];
@@ -259,20 +275,19 @@ __global__ void attention_fused_grad_keys(int64_t B, int64_t N, int64_t k, int64
       wmma::fill_fragment(grad_values[c], 0.f);
     }
     for (int64_t tile = segment * per_segment; tile < end; ++tile) {
-      const int64_t own = tile * TILE, first = own < N - TILE ? own : N - TILE, position = (b * N + first) * A + channel;
+      const RowTile at(head, N, A, tile);
       Left<T> rows[D], grads[D];
-      load_tiles(rows, query + position, A);
-      load_tiles(grads, grad_output + position, A);
-      gradient_tile(rows, grads, key, value, log_sum_exp + head * N + first, mean + head * N + first, scale,
-                    static_cast<int>(own - first), S, dP, P, dS);
+      load_tiles(rows, query + at.position, A);
+      load_tiles(grads, grad_output + at.position, A);
+      gradient_tile(rows, grads, key, value, log_sum_exp + at.row, mean + at.row, scale, at.skip, S, dP, P, dS);
       LeftFlipped<T> from_P, from_scores;
       wmma::load_matrix_sync(from_P, P, HALF_STRIDE);
       wmma::load_matrix_sync(from_scores, dS, HALF_STRIDE);
 #pragma unroll
       for (int c = 0; c < D; ++c) {
         Right<T> row, grad;
-        wmma::load_matrix_sync(row, query + position + c * TILE, static_cast<unsigned>(A));
-        wmma::load_matrix_sync(grad, grad_output + position + c * TILE, static_cast<unsigned>(A));
+        wmma::load_matrix_sync(row, query + at.position + c * TILE, static_cast<unsigned>(A));
+        wmma::load_matrix_sync(grad, grad_output + at.position + c * TILE, static_cast<unsigned>(A));
         wmma::mma_sync(grad_keys[c], from_scores, row, grad_keys[c]);
         wmma::mma_sync(grad_values[c], from_P, grad, grad_values[c]);
       }
