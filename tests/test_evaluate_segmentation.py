@@ -311,6 +311,18 @@ def test_other_pictures_and_other_folders_are_said(tmp_path, capsys):
     assert "paired bootstrap" in printed and "other pictures" not in printed
 
 
+def test_models_that_were_trained_otherwise_are_said_and_seeds_of_one_model_are_no_comparison(tmp_path, capsys):
+    a = [stored(tmp_path / f"a{seed}", "unet", "cfd", [[2, 1, 1, 1]] * 3, seed=seed, epochs=2) for seed in (0, 1)]
+    b = stored(tmp_path / "b", "pan", "cfd", [[3, 1, 1, 1]] * 3, epochs=1, pretrained="/w/resnet50.pth")
+    assert evaluate.main(["--compare", *a, b]) == 0
+    printed = capsys.readouterr().out
+    assert ("note: cfd: trained otherwise, so a difference is not the model's alone: --epochs 2 (unet), 1 (pan); "
+            "--pretrained not given (unet), resnet50.pth (pan)\n") in printed
+    assert "note: interval and p are over the pictures: what another seed would change" in printed
+    assert evaluate.main(["--compare", *a]) == 0
+    assert "note: nothing to test: these 2 runs differ in their seed alone and are one model, unet" in capsys.readouterr().out
+
+
 def test_compare_draws_the_runs_by_epoch(tmp_path):
     for seed, model, start in ((0, "unet", 0.1), (1, "unet", 0.2), (0, "pan", 0.5)):
         stored(tmp_path / f"{model}{seed}" / "evaluation-test", model, "cfd", [[2, 1, 1, 1]], seed=seed)
@@ -400,6 +412,7 @@ def test_settings_that_all_share_are_said_once_and_other_sizes_too(tmp_path, cap
     assert "note: all were trained with schedule=cosine\n" in printed and printed.count("schedule=cosine") == 1
     assert "unet body=resnet18" in printed
     assert "note: cfd: scored at 448x448 (unet body=resnet18); 256x256 (pan), which are other pixels; --size native" in printed
+    assert "trained otherwise" not in printed
     own = "unet body=resnet18 at 0.4 (chosen on validation); pan at 0.3 (chosen on validation)"
     assert f"note: cfd: scored at each model's own threshold ({own}); --at 0.5 scores all at 0.5" in printed
     assert evaluate.main(["--compare", a, b, "--at", "0.5"]) == 0 and "threshold" not in capsys.readouterr().out

@@ -127,7 +127,8 @@ def test_what_findings_are_worth_is_said_unless_the_score_is_another(folder, mon
     monkeypatch.setattr(predict, "load_checkpoint", lambda path, device: (RedFinder(), checkpoint))
     photograph().save(folder / "car.png")
     assert run("car.png", "--out", "a") == 0
-    said = "validation part, which chose this checkpoint too (expect less elsewhere): dent 67% found, 45% of its findings right; scratch 0% found, n/a of its findings right\n"
+    said = ("validation part, which chose this checkpoint too (expect less elsewhere): dent 67% found, 45% of its findings right; "
+            "scratch 0% found, n/a of its findings right\n")
     assert said in capsys.readouterr().out
     assert read(folder / "a" / "car.json")["measured_on_validation"] == {"dent": {"precision": 0.45, "recall": 0.6667},
                                                                         "scratch": {"precision": None, "recall": 0.0}}

@@ -76,6 +76,8 @@ def compare(runs, metric, size, at, draws, out):
     task = evaluations[0].task
     columns = [name for name in COLUMNS[task] if any(name in e.stats for e in evaluations)]
     metric = metric or columns[0] if task == "segmentation" else metric or ("segm/AP" if "segm/AP" in columns else columns[0])
+    if all(metric not in e.stats and f"pixel/{metric}" in e.stats for e in evaluations):                  # mIoU, as the tables have it
+        metric = f"pixel/{metric}"
     for e in evaluations:
         if metric not in e.stats:
             near = difflib.get_close_matches(metric, e.stats, 3, cutoff=0.5)
@@ -90,12 +92,13 @@ def compare(runs, metric, size, at, draws, out):
     sets = list(dict.fromkeys(e.data for e in evaluations))
     if max(map(len, by_model.values())) > 1:
         shown.append(spread_table(by_model, columns))
-    notes += [*blind(evaluations), *not_shared(by_model), *other_pictures(by_model), *other_folders(evaluations),
-              *other_pixels(evaluations), *other_thresholds(evaluations)]
+    notes += [*blind(evaluations), *trained_otherwise(evaluations), *not_shared(by_model), *other_pictures(by_model),
+              *other_folders(evaluations), *other_pixels(evaluations), *other_thresholds(evaluations)]
     paired = paired_table(by_model, metric, draws) if draws else None
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
     print("\n\n".join(tables.as_text(*table, digits=4) for table in shown))
+    notes += ["interval and p are over the pictures: what another seed would change is not in them"] * bool(paired)
     for note in notes:
         print(f"note: {note}")
     if out:
@@ -265,8 +268,25 @@ def spread_table(by_model, columns):
 def not_shared(by_model):
     """[a sentence] on the models that share no data set with the first, and so are not tested against it; [] where all do."""
     (first, own), *others = by_model.items()
+    seeds = max(len(e.seeds) for e in own.values())
+    if not others and seeds > 1:
+        return [f"nothing to test: these {seeds} runs differ in their seed alone and are one model, {first}"]
     apart = [f"{model} ({', '.join(found)})" for model, found in others if not own.keys() & found.keys()]
     return [f"nothing to test: {first} ({', '.join(own)}) shares no data set with {'; '.join(apart)}"] if apart else []
+
+
+def trained_otherwise(evaluations):
+    """[a sentence] for each data set whose models were trained with other arguments (epochs, rate, start weights): not the model alone."""
+    said = []
+    for data in dict.fromkeys(e.data for e in evaluations):
+        known = {e.model: e.trained_by for e in evaluations if e.data == data and e.trained_by is not None}
+        differing = [name for name in dict.fromkeys(name for each in known.values() for name in each)
+                     if len({str(each.get(name)) for each in known.values()}) > 1]
+        typed = lambda each, name: os.path.basename(str(each[name])) if name in each else "not given"
+        words = [f"--{name.replace('_', '-')} " + ", ".join(f"{typed(each, name)} ({model})" for model, each in known.items())
+                 for name in differing]
+        said += [f"{data}: trained otherwise, so a difference is not the model's alone: {'; '.join(words)}"] * bool(words)
+    return said
 
 
 def other_pictures(by_model):
@@ -393,10 +413,14 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
         return {model: [as_number(found[d].stats.get(name)) if d in found else float("nan") for d in sets]
                 for model, found in by_model.items()}
 
+    def spread_of(name):
+        return {model: [found[d].spread.get(name, 0.0) if d in found else 0.0 for d in sets] for model, found in by_model.items()}
+
     values = values_of(metric)
     drawn = list(dict.fromkeys([metric, *DRAWN[evaluations[0].task]]))
     drawn = [name for name in drawn if np.isfinite(list(values_of(name).values())).any()]
-    pictures = [Picture(bars(sets, values_of(name), name), f"{name} by data set", wide=True, titled=True) for name in drawn]
+    pictures = [Picture(bars(sets, values_of(name), name, spread_of(name)), f"{name} by data set", wide=True, titled=True)
+                for name in drawn]
     if len(sets) > 1:
         size = (min(max(720, 90 * len(values)), 1800), 460)
         pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets",
@@ -431,13 +455,15 @@ def curves(evaluations, names):
                           for name, series in found.items()], columns=2) for data, found in drawn.items()}
 
 
-def bars(sets, values, name):
-    """Bars of all models for each data set, in as many rows as keep them readable, all on one scale. values: {model: a number a set}."""
-    known = [v for row in values.values() for v in row if v == v]
+def bars(sets, values, name, spread):
+    """Bars of all models for each data set, in as many rows as keep them readable, all on one scale. values: {model: a number a set};
+    spread: the same, their standard deviation over seeds."""
+    known = [v + s for model, row in values.items() for v, s in zip(row, spread[model]) if v == v]
     limits = padded_limits([*known, 0.0], 0.10, zero=True)
     in_row = max(1, ROW // (BAR * (len(values) + 1)))
     rows = [slice(first, first + in_row) for first in range(0, len(sets), in_row)]
     width = max(720, min(ROW, BAR * (len(values) + 1) * min(len(sets), in_row) + 80))
     form = "{:.2f}" if len(values) * min(len(sets), in_row) <= 24 and len(values) <= 4 else ""
-    return beside([bar_plot(sets[row], {model: v[row] for model, v in values.items()}, f"{name} by data set", name, value_format=form,
+    return beside([bar_plot(sets[row], {model: v[row] for model, v in values.items()}, f"{name} by data set", name,
+                            {model: s[row] for model, s in spread.items()} if any(map(any, spread.values())) else None, value_format=form,
                             y_limits=limits, size=(width, 420)) for row in rows], columns=1)
