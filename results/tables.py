@@ -81,7 +81,9 @@ def our_row(row, runs, table, made_with):
         cells = [cell([look_up(each, path) for each in numbers], form_of(path, table)) for path in table.columns.values()]
     for run, summary in found:
         numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
-        commits = ", ".join(short(commit) for commit in dict.fromkeys(summary["run"]["commits"]) if commit)
+        trained = dict.fromkeys(commit for commit in summary["run"]["commits"] if commit)
+        scored = [commit for commit in dict.fromkeys(row.get("commit") for row in summary["rows"].values()) if commit and commit not in trained]
+        commits = ", ".join(map(short, trained)) + (f", scored at {', '.join(map(short, scored))}" if scored else "")
         where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
         made_with.setdefault(
             f"{numbers['pictures']} {numbers.get('part', 'test')} pictures; {where}; torch {summary['run']['versions']['torch']}"
