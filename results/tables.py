@@ -82,7 +82,8 @@ def our_row(row, runs, table, made_with):
     for run, summary in found:
         numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
         trained = dict.fromkeys(commit for commit in summary["run"]["commits"] if commit)
-        scored = [commit for commit in dict.fromkeys(row.get("commit") for row in summary["rows"].values()) if commit and commit not in trained]
+        scored = dict.fromkeys(row.get("commit") for row in summary["rows"].values())
+        scored = [commit for commit in scored if commit and commit not in trained]
         commits = ", ".join(map(short, trained)) + (f", scored at {', '.join(map(short, scored))}" if scored else "")
         where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
         made_with.setdefault(
@@ -425,16 +426,25 @@ OTHERS = {"complexity": ("What models cost", complexity_text), "learning": ("How
           "speed": ("Speed", speed_text)}
 
 
+def kept_rows(run):
+    """The names of a run's rows that are kept; none before it is done."""
+    path = HERE / run.name / "summary.json"
+    return set(json.loads(path.read_text())["rows"]) if path.exists() else set()
+
+
 def index_text():
-    """A Markdown table of the tables: what stands in each, and how many of its runs are done."""
-    lines = [line("table", "what", "the paper's", "runs done"), "|---|---|---|--:|"]
+    """Two Markdown tables of the tables, those with results and those without: what stands in each, how many of its runs are done."""
+    with_results, waiting = [], []
     for name, table in TABLES.items():
         runs = [run for run in RUNS if run.table == name]
-        done = sum((HERE / run.name / "summary.json").exists() for run in runs)
-        waits = "" if done == len(runs) or any(run.hardware == "cpu" for run in runs) else f", wait for a GPU{table.waits}"
-        lines.append(line(f"[{name}]({name}.md)", table.title, table.paper, f"{done} of {len(runs)}{waits}"))
-    lines += [line(f"[{name}]({name}.md)", title, "", "") for name, (title, _) in OTHERS.items()]
-    return "\n".join(lines)
+        rows = {run.name: (run, kept_rows(run)) for run in runs if kept_rows(run)}
+        parts = " (some rows missing)" if any(set(run.rows) - found for run, found in rows.values()) else ""
+        waits = "" if len(rows) == len(runs) or any(run.hardware == "cpu" for run in runs) else f", wait for a GPU{table.waits}"
+        (with_results if rows else waiting).append(
+            line(f"[{name}]({name}.md)", table.title, table.paper, f"{len(rows)} of {len(runs)}{parts}{waits}"))
+    with_results += [line(f"[{name}]({name}.md)", title, "", "") for name, (title, _) in OTHERS.items()]
+    heads = [line("table", "what", "the paper's", "runs done"), "|---|---|---|--:|"]
+    return "\n".join([*heads, *with_results, "", "Nothing yet, the command is there:", "", *heads, *waiting])
 
 
 def write_tables():

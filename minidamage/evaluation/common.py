@@ -88,10 +88,15 @@ def change_finish(model, settings):
     return config
 
 
-def unreadable_note(files, pictures):
-    """[a sentence with every file], or [] where all pictures could be read."""
-    return [f"{len(files)} of {pictures} pictures cannot be read; each is scored as a black one, its objects missed: {', '.join(files)}"] \
-        if files else []
+def general_notes(job, unreadable):
+    """[a sentence] on the demo set, and one with every file of `unreadable`."""
+    notes = []
+    if job.checkpoint.get("run", {}).get("args", {}).get("data") == "demo" and job.own:
+        notes.append("the demo set is drawn: these numbers say nothing of real damage")
+    if unreadable:
+        notes.append(f"{len(unreadable)} of {len(job.records)} pictures cannot be read; each is scored as a black one, its objects missed: "
+                     f"{', '.join(unreadable)}")
+    return notes
 
 
 def cost_text(metrics):
@@ -122,7 +127,8 @@ def write_page(folder, shown, about, plots, pictures):
         blocks.append(("Worst predictions", [Picture(path, caption, wide=True, titled=True) for path, caption in pictures]))
     covered = f", {in_words(about['occlusion'])}" if about["occlusion"] else ""
     facts = {name: str(value) for name, value in about.items() if not isinstance(value, dict)}
-    blocks.append(("How this was made", [facts, *(value for value in about.values() if isinstance(value, dict))]))
+    blocks.append(("How this was made", [facts, *(part for name, value in about.items() if isinstance(value, dict) and value
+                                                  for part in (f"{name.replace('_', ' ').capitalize()}:", value))]))
     write_report(os.path.join(folder, "report.html"), f"{about['model']} on {about['part']} of {os.path.basename(about['data'])}", blocks,
                  f"{about['pictures']} pictures{covered}, `{about['checkpoint']}`")
 

@@ -9,7 +9,7 @@ from minidamage.checkpoint import score_thresholds
 from minidamage.data import DetectionDataset
 from minidamage.data.record import number_of, outlined
 from minidamage.evaluation.ceiling import mask_ceiling
-from minidamage.evaluation.common import (change_finish, cost_text, relative_files, summary, unreadable_note, without_nan, write_page,
+from minidamage.evaluation.common import (change_finish, cost_text, general_notes, relative_files, summary, without_nan, write_page,
                                           writing)
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.metrics import tables
@@ -63,7 +63,7 @@ def score(job):
     wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if job.args.draws else []
     intervals = {name: result.interval(name, samples=job.args.draws) for name in wanted}
 
-    notes = [*unreadable_note(unreadable, len(records)), *result.causes]
+    notes = [*general_notes(job, unreadable), *result.causes]
     ceiling = mask_ceiling(records, names, job.args.ceiling).evaluate().stats if with_masks and job.args.ceiling else None
     if ceiling:
         notes.append(f"perfect masks of {job.args.ceiling}x{job.args.ceiling} pixels would score a mask AP of {ceiling['segm/AP']:.3f} "

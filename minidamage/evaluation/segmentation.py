@@ -17,7 +17,7 @@ from minidamage.checkpoint import score_thresholds
 from minidamage.data import SegmentationDataset
 from minidamage.data.label_maps import IGNORE
 from minidamage.data.record import number_of
-from minidamage.evaluation.common import (change_finish, cost_text, relative_files, summary, unreadable_note, without_nan, write_page,
+from minidamage.evaluation.common import (change_finish, cost_text, general_notes, relative_files, summary, without_nan, write_page,
                                           writing)
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.layers.segmenter import label_map_of, probabilities_of
@@ -202,7 +202,7 @@ def finish(job, sizes, points, metrics, unreadable):
     for scores in sizes.values():
         scores.evaluate(job.args.draws)
     in_use = list(points)[-1]
-    notes = [*unreadable_note(unreadable, len(job.records)), *explain(sizes, in_use, job)]
+    notes = [*general_notes(job, unreadable), *explain(sizes, in_use, job)]
     shown = [summary([tables.in_short(f"{s.title}, {in_use}", s.pixel[in_use].stats, "pixel/", IN_SHORT) for s in sizes.values()],
                      job.args.occlude),
              ("Accuracy", tables.segmentation_tables(sizes)), ("Thin damage", tables.crack_tables(sizes)),
