@@ -199,6 +199,12 @@ def test_thresholds_findings_and_alarms(body):
     assert result.false_alarms(0.5) == {"pictures": 2, "with findings": 0.5, "findings": 0.5}
     assert result.false_alarms({"dent": 0.1, "scratch": 0.1}) == {"pictures": 2, "with findings": 0.5, "findings": 1.0}
     assert result.false_alarms(0.7)["with findings"] == 0
+    false, missed = result.errors_in_picture(0, {"dent": 0.5, "scratch": 0.1})
+    assert false.tolist() == [False, True, False] and missed.tolist() == [False, False]
+    false, missed = result.errors_in_picture(0, 0.7)                                   # of the findings in use alone
+    assert false.tolist() == [False] and missed.tolist() == [False, True]
+    assert [wrong.tolist() for wrong in result.errors_in_picture(1, {"dent": 0.5, "scratch": 0.1})] == [[True, True], []]
+    assert result.errors_by_picture({"dent": 0.5, "scratch": 0.1}).tolist() == [[1, 0], [2, 0], [0, 0]]
 
 
 def test_interval_of_ap():

@@ -107,6 +107,15 @@ def test_truth_from_polygons_says_crowd():
     assert (plain[55, 35] != 128).any() and (plain != crowd).any()
 
 
+def test_remarks_end_the_tags():
+    one = [[10, 30, 150, 100]], [1], [0.5], None, NAMES
+    drawn = [overlay.draw_detections(GREY, *one, remarks=remarks) for remarks in (None, [""], ["false"])]
+    np.testing.assert_array_equal(drawn[0], drawn[1])
+    assert (drawn[2] != drawn[0]).any()
+    with pytest.raises(ValueError, match="zip"):
+        overlay.draw_truth(GREY, [[10, 30, 150, 100]], [1], None, NAMES, remarks=["missed", "missed"])
+
+
 def test_a_picture_with_nothing_on_it_says_so():
     nothing, boxes = np.zeros((120, 160), np.uint8), np.zeros((0, 4))
     found, undamaged = overlay.with_label(GREY, "nothing found"), overlay.with_label(GREY, "no damage")

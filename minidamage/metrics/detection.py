@@ -249,6 +249,12 @@ class DetectionResult:
         """int [I, 2]: false findings and missed truths of each picture (in the order of image_ids), at IoU 0.5."""
         return operating.errors_by_picture(self.scored[self._type(iou_type)], len(self.image_ids), self._threshold_list(thresholds))
 
+    def errors_in_picture(self, image_id, thresholds=0.5, iou_type=None):
+        """(false [F], missed [G]), bool: which of a picture's findings fit no truth, which of its truths no finding, at IoU 0.5, each in
+        the order that they were added in."""
+        return operating.errors_in_picture(self.scored[self._type(iou_type)], self.image_ids.index(image_id),
+                                           self._threshold_list(thresholds))
+
     def confusion(self, thresholds=0.5, iou_type=None):
         """int [K + 1, K + 1] at the thresholds: the objects' classes by the findings', last row false alarms, last column missed."""
         return confusion.confusion_matrix(self.scored[self._type(iou_type)], self._threshold_list(thresholds))

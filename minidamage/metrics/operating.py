@@ -52,21 +52,38 @@ def _numbers(tp, found, truth, iou):
             "F1": ratio(2 * tp, found + truth), "matched IoU": ratio(iou, tp)}
 
 
-def errors_by_picture(scored, images, thresholds):
-    """[I, 2]: false findings and missed truths of each picture at the thresholds [K]."""
-    kept = counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
+def errors(scored, thresholds):
+    """(false [D], missed [G]), bool: which detections are findings at the thresholds [K] and fit no truth, which truths none fits."""
+    kept = counted(scored) & found(scored, thresholds)
     match = scored.arrays["dt_match"][AT_IOU]
-    false = np.bincount(scored.detections["image"][kept & (match < 0)], minlength=images)
     missed = scored.truths["crowd"] == 0
     missed[match[kept & (match >= 0)]] = False
-    return np.stack([false, np.bincount(scored.truths["image"][missed], minlength=images)], axis=1)
+    return kept & (match < 0), missed
+
+
+def errors_by_picture(scored, images, thresholds):
+    """[I, 2]: false findings and missed truths of each picture at the thresholds [K]."""
+    false, missed = errors(scored, thresholds)
+    return np.stack([np.bincount(table["image"][wrong], minlength=images)
+                     for table, wrong in ((scored.detections, false), (scored.truths, missed))], axis=1)
+
+
+def errors_in_picture(scored, image, thresholds):
+    """(false, missed) of one picture: bool for each of its findings, and for each of its truths, in the order that they were added in."""
+    false, missed = errors(scored, thresholds)
+    return false[(scored.detections["image"] == image) & found(scored, thresholds)], missed[scored.truths["image"] == image]
+
+
+def found(scored, thresholds):
+    """[D] bool: of a score from its class's threshold on."""
+    return scored.detections["score"] >= thresholds[scored.detections["category"]]
 
 
 def false_alarms(scored, images, thresholds):
     """Findings (score >= their class's threshold [K]) on pictures without any truth, crowd regions included in truth."""
     undamaged = np.ones(images, bool)
     undamaged[scored.truths["image"]] = False
-    findings = scored.detections["score"] >= thresholds[scored.detections["category"]]
+    findings = found(scored, thresholds)
     per_picture = np.bincount(scored.detections["image"][findings], minlength=images)[undamaged]
     pictures = int(undamaged.sum())
     return {"pictures": pictures, "with findings": float((per_picture > 0).mean()) if pictures else float("nan"),

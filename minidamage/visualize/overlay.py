@@ -29,14 +29,14 @@ NOT_JUDGED = (128, 128, 128)                                           # of the 
 LABEL = (52, 56, 62)                                                   # of a tag on the whole picture
 
 
-def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=False):
+def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=False, remarks=None):
     """Returns a copy of the photograph with the detections drawn over it.
 
     image: uint8 [H, W, 3] RGB (a [3, H, W] tensor, uint8 or float 0..1, is converted). boxes: [D, 4] xyxy, pixels of the
     image. labels: [D] int, 1..K. scores: [D] or None. masks: bool [D, H, W] (or [D, 1, H, W]), a list of RLE dicts, a list of
     polygon lists, or None. class_names: K names, label k is class_names[k - 1]. enlarge: draw a small picture 2, 3, ... times as large
-    (`enlargement`), so that tags hide less of it; the picture that comes back is then larger than the one handed in. Without any
-    detection a tag says so. Raises ValueError where lengths or sizes do not agree.
+    (`enlargement`), so that tags hide less of it; the picture that comes back is then larger than the one handed in. remarks: D words at
+    the ends of the tags, or None. Without any detection a tag says so. Raises ValueError where lengths or sizes do not agree.
     """
     image = to_picture(image)
     boxes = np.asarray(boxes, dtype=np.float64).reshape(-1, 4)
@@ -46,10 +46,10 @@ def draw_detections(image, boxes, labels, scores, masks, class_names, enlarge=Fa
     else:
         scores = np.asarray(scores, dtype=np.float64).reshape(-1)
         order, texts = np.argsort(-scores, kind="stable"), [f"{n} {s:.2f}" for n, s in zip(names, scores)]
-    return _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge, "nothing found")
+    return _draw_objects(image, boxes, names, _with(texts, remarks), masks, order, class_names, enlarge, "nothing found")
 
 
-def draw_truth(image, boxes, labels, masks, class_names, crowd=None, enlarge=False):
+def draw_truth(image, boxes, labels, masks, class_names, crowd=None, enlarge=False, remarks=None):
     """Returns a copy of the photograph with the annotated objects drawn over it; arguments as in `draw_detections`.
 
     crowd: [G] bool or None; crowd regions say so in their tags, since they are neither target nor false alarm. Of an undamaged picture a
@@ -60,7 +60,7 @@ def draw_truth(image, boxes, labels, masks, class_names, crowd=None, enlarge=Fal
     names = [_class_name(label, class_names) for label in np.asarray(labels).reshape(-1).tolist()]
     crowd = np.zeros(len(names), bool) if crowd is None else np.asarray(crowd).reshape(-1)
     texts = [f"{name} (crowd)" if flag else name for name, flag in zip(names, crowd)]
-    return _draw_objects(image, boxes, names, texts, masks, np.arange(len(boxes)), class_names, enlarge, "no damage")
+    return _draw_objects(image, boxes, names, _with(texts, remarks), masks, np.arange(len(boxes)), class_names, enlarge, "no damage")
 
 
 def draw_label_map(image, label_map, class_names, enlarge=False, empty="no damage"):
@@ -82,6 +82,10 @@ def draw_label_map(image, label_map, class_names, enlarge=False, empty="no damag
     if not label_map.any():
         return with_label(canvas, empty)
     return with_legend(canvas, repeated(label_map, factor), class_names)
+
+
+def _with(texts, remarks):
+    return [f"{text} {remark}".rstrip() for text, remark in zip(texts, remarks, strict=True)] if remarks else texts
 
 
 def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge, empty):
