@@ -387,7 +387,7 @@ def grid(images, titles=None, columns=None, cell=None, title=None):
 
     images: list of [H, W, 3] (or anything `to_picture` takes), of any sizes. titles: one string each or None; a long one
     wraps. columns: default near a square. cell: longest side of one picture in pixels, default the largest picture's, at
-    most 640 and at least 240 (small pictures are enlarged so that their titles fit). title: a line over the whole.
+    most 640 and at least 240 (small pictures are enlarged so that their titles fit). title: over the whole, wrapped too.
     """
     images = [to_picture(image) for image in images]
     if not images:
@@ -404,12 +404,13 @@ def grid(images, titles=None, columns=None, cell=None, title=None):
     starts = range(0, len(images), columns)
     heights = [max(image.height for image in images[s:s + columns]) for s in starts]
     captions = [max(len(text) for text in lines[s:s + columns]) * row_height for s in starts]
-    head = ImageFont.load_default(round(font.size * 1.3)) if title else None
-    y = gap + (sum(head.getmetrics()) + gap if title else 0)
-    sheet = Image.new("RGB", (columns * (cell_w + gap) + gap, y + sum(heights) + sum(captions) + gap * len(heights)), "white")
+    head, width = ImageFont.load_default(round(font.size * 1.3)), columns * (cell_w + gap) + gap
+    head_lines, head_height = _wrapped(title or "", head, width - 2 * gap), sum(head.getmetrics())
+    y = gap + (head_height * len(head_lines) + gap if title else 0)
+    sheet = Image.new("RGB", (width, y + sum(heights) + sum(captions) + gap * len(heights)), "white")
     draw = ImageDraw.Draw(sheet)
-    if title:
-        draw.text((gap, gap), title, font=head, fill=(20, 20, 20))
+    for k, line in enumerate(head_lines):
+        draw.text((gap, gap + k * head_height), line, font=head, fill=(20, 20, 20))
     for row, start in enumerate(starts):
         for column, (image, text) in enumerate(zip(images[start:start + columns], lines[start:start + columns])):
             x = gap + column * (cell_w + gap)
