@@ -133,13 +133,15 @@ def environment(device):
 
 
 def git_commit():
-    """The commit of this source tree, with "+changes" when files differ from it; None outside git or without git."""
+    """The commit of this source tree, with "+changes" when files differ from it, but for what runs left in results/<run>/; None outside git
+    or without git."""
     here = os.path.dirname(os.path.abspath(__file__))
 
     def git(*words):
         return subprocess.run(["git", "-C", here, *words], capture_output=True, text=True, timeout=10, check=True).stdout.strip()
     try:
-        return git("rev-parse", "HEAD") + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":(top,exclude)results/*/*")
+        return git("rev-parse", "HEAD") + "+changes" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None
 
