@@ -114,10 +114,12 @@ def main(argv=None):
                 words = in_words(classes, detections["scores"]) if classes else f"nothing found{below}"
             if others:
                 write_beside_each_other(stem, image, overlay, about, others)
-        except OSError as error:
+        except BaseException as error:                        # Ctrl-C too
             for ending in () if written_before else ENDINGS:
                 with contextlib.suppress(OSError):
                     os.remove(stem + ending)
+            if not isinstance(error, OSError):
+                raise
             if error.errno == errno.ENAMETOOLONG:
                 skipped.append(f"{path}: the names of its results are too long for --out {args.out}; give the photograph a shorter name")
                 print(f"{number}/{len(photographs)} skipped  {skipped[-1]}", file=sys.stderr)

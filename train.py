@@ -303,7 +303,7 @@ def score_validation(gathered, run, progress):
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
     metrics = {"loss": sum(means.values()), **means, **result.stats}
     if math.isnan(metrics[run.recipe.select_by]):
-        causes = result.causes if detects else ["no damage in the validation part, and none found"]
+        causes = result.causes if detects else ["no damage in the validation part"]
         progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *causes]))
     if not detects:
         return metrics, {"measured": result.measured()}
@@ -375,12 +375,14 @@ def is_better(metrics, run):
     """Whether an epoch beats the best so far by the chosen metric. Between equals (AP 0 and AP 0) a detector's AP of boxes at IoU 0.5
     decides, which rises first, and then the validation loss.
 
-    Losses fall, everything else rises; a NaN never wins over a number.
+    Losses fall, everything else rises; a NaN never wins over a number, and between two of them the loss decides.
     """
     value, sign = metrics[run.recipe.select_by], -1 if "loss" in run.recipe.select_by else 1
     best, boxes, best_boxes = run.state.best, box_ap(metrics), run.state.best_box_ap
-    if best is None or math.isnan(best):
+    if best is None or math.isnan(best) and not math.isnan(value):
         return True
+    if math.isnan(best):
+        return metrics["loss"] < run.state.best_loss
     if value != best:
         return sign * value > sign * best
     return boxes > best_boxes or boxes == best_boxes and metrics["loss"] < run.state.best_loss

@@ -2,6 +2,7 @@
 import argparse
 import difflib
 import os
+import select
 import sys
 
 from minidamage.ops._extension import kernels_mode
@@ -17,10 +18,19 @@ def ended(main):
         finally:
             if sys.stdout:
                 sys.stdout.flush()
-    except BrokenPipeError:
+    except BrokenPipeError as error:
+        if not _reader_is_gone():                             # a worker's pipe, say
+            print(f"{os.path.basename(sys.argv[0])}: {error}", file=sys.stderr)
+            return 1
         for stream in (sys.stdout, sys.stderr):               # Python flushes them once more at the very end
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
         return CLOSED_PIPE
+
+
+def _reader_is_gone():
+    poller = select.poll()
+    poller.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in poller.poll(0))
 
 
 class Parser(argparse.ArgumentParser):

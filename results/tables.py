@@ -82,7 +82,7 @@ def our_row(row, runs, table, made_with):
     for run, summary in found:
         numbers, hardware = summary["rows"][row], summary["run"]["hardware"]
         trained = dict.fromkeys(commit for commit in summary["run"]["commits"] if commit)
-        scored = dict.fromkeys(row.get("commit") for row in summary["rows"].values())
+        scored = dict.fromkeys(each.get("commit") for each in summary["rows"].values())
         scored = [commit for commit in scored if commit and commit not in trained]
         commits = ", ".join(map(short, trained)) + (f", scored at {', '.join(map(short, scored))}" if scored else "")
         where = f"{hardware['gpu'] or hardware['cpu']}, {hardware['threads']} thread{'s' * (hardware['threads'] > 1)}"
@@ -437,7 +437,7 @@ def index_text():
     with_results, waiting = [], []
     for name, table in TABLES.items():
         runs = [run for run in RUNS if run.table == name]
-        rows = {run.name: (run, kept_rows(run)) for run in runs if kept_rows(run)}
+        rows = {run.name: (run, found) for run in runs if (found := kept_rows(run))}
         parts = " (some rows missing)" if any(set(run.rows) - found for run, found in rows.values()) else ""
         waits = "" if len(rows) == len(runs) or any(run.hardware == "cpu" for run in runs) else f", wait for a GPU{table.waits}"
         (with_results if rows else waiting).append(

@@ -99,6 +99,24 @@ def test_of_two_that_draw_at_once_the_first_to_finish_is_used_by_both(tmp_path, 
     assert written[1] != written[0] and (tmp_path / "demo" / "mine.txt").read_text() == "kept" and os.listdir(tmp_path) == ["demo"]
 
 
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_what_cannot_be_put_in_place_leaves_what_was_there(tmp_path, monkeypatch, error):
+    folder, rename = make_demo(str(tmp_path / "demo"), images=4, size=64), os.rename
+    (tmp_path / "demo" / "mine.txt").write_text("kept")
+
+    def fails_at_the_new_one(source, target):
+        if os.path.basename(source) == "new":
+            raise error
+        rename(source, target)
+
+    monkeypatch.setattr(synthetic.os, "rename", fails_at_the_new_one)
+    with pytest.raises(type(error)):
+        make_demo(folder, images=4, size=64, seed=1)
+    monkeypatch.undo()
+    assert os.listdir(tmp_path) == ["demo"] and (tmp_path / "demo" / "mine.txt").read_text() == "kept"
+    assert sum(len(r) for r in load_dataset(folder, quiet=True).parts.values()) == 4
+
+
 @pytest.mark.parametrize("number", range(12))
 def test_damage_lies_inside_its_outline(number, monkeypatch):
     """The same picture drawn without the damage's paint differs inside the outlines and nowhere else (noise apart)."""

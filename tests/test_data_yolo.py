@@ -72,6 +72,7 @@ def test_data_yaml(tmp_path, content, names):
     ("names:\n  '0': dent\n  \"1\": scratch\n", ("dent", "scratch")), ("names: {'0': dent, \"1\": '2'}\n", ("dent", "2")),
     ("names: ['dent # 1', \"scratch #2\"]  # all\n", ("dent # 1", "scratch #2")),
     ("names:  # 'two'\n- 'dent # 1'  # it's one\n- driver's # door's\n", ("dent # 1", "driver's")),
+    ("names: ['it''s # 5', b]\n", ("it''s # 5", "b")),
     ("names:\n  0: \"a \\\" # b\"\n  1: c#d\n", ('a \\" # b', "c#d"))])
 def test_data_yaml_with_quotes(tmp_path, content, names):
     text(yolo_set(tmp_path) / "data.yaml", content)

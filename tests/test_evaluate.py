@@ -15,6 +15,7 @@ from minidamage import masks
 from minidamage.checkpoint import save_checkpoint
 from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.synthetic import make_demo
+from minidamage.evaluation import detection
 from minidamage.metrics import coco
 from minidamage.metrics.detection import evaluate_model
 from minidamage.metrics.measure import speed
@@ -129,7 +130,11 @@ def red_run(tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypatch, capsys):
-    matched, match = [], coco.evaluate
+    matched, match, remarks = [], coco.evaluate, {}
+    for name in ("draw_truth", "draw_detections"):
+        draw = getattr(detection, name)
+        monkeypatch.setattr(detection, name, lambda *arguments, _draw=draw, _name=name, **options: (
+            remarks.setdefault(_name, []).append(options["remarks"]), _draw(*arguments, **options))[1])
     monkeypatch.setattr(coco, "evaluate", lambda *arguments, **options: matched.append(1) or match(*arguments, **options))
     assert evaluate.main(["--device", "cpu"]) == 0
     assert len(matched) == 2                                                          # boxes once, masks once
@@ -153,6 +158,7 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypa
     assert sorted(f for f in os.listdir(red_run.out) if f.startswith("worst")) == ["worst-01.jpg", "worst-02.jpg"]
     with Image.open(red_run.out / "worst-01.jpg") as picture:
         assert picture.width > 2 * 160
+    assert sorted(remarks["draw_truth"]) == [[], ["missed"]] and sorted(remarks["draw_detections"]) == [[], ["false"]]
 
 
 def test_pictures_that_cannot_be_read_are_named_everywhere(red_run, monkeypatch, capsys):

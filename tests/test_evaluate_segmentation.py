@@ -323,12 +323,21 @@ def test_models_that_were_trained_otherwise_are_said_and_seeds_of_one_model_are_
     assert "note: nothing to test: these 2 runs differ in their seed alone and are one model, unet" in capsys.readouterr().out
 
 
-def test_compare_draws_the_runs_by_epoch(tmp_path):
+def test_compare_draws_the_runs_by_epoch(tmp_path, monkeypatch):
     for seed, model, start in ((0, "unet", 0.1), (1, "unet", 0.2), (0, "pan", 0.5)):
         stored(tmp_path / f"{model}{seed}" / "evaluation-test", model, "cfd", [[2, 1, 1, 1]], seed=seed)
         (tmp_path / f"{model}{seed}" / "metrics.csv").write_text(f"epoch,val/loss,val/pixel/IoU\n1,{start},{start}\n2,0.4,0.3\n")
     evaluations = comparison.join_seeds([comparison.load(str(tmp_path / name), "model", "chosen") for name in ("unet0", "unet1", "pan0")])
     assert [len(e.paths) for e in evaluations] == [2, 1]
+    for name in ("pixel/IoU", "IoU"):                                                   # one curve a run, a name a model
+        drawn = []
+        monkeypatch.setattr(comparison, "line_plot", lambda series, *words: drawn.append([s.name for s in series]) or np.zeros((9, 9, 3)))
+        comparison.curves(evaluations, [name])
+        assert drawn == [["unet", "", "pan"]] * 2
+    monkeypatch.undo()
+    (tmp_path / "pan0" / "metrics.csv").write_text("a,b\n1,2\n")                        # another program's
+    assert list(comparison.curves(evaluations[1:], ["IoU"])) == []
+    (tmp_path / "pan0" / "metrics.csv").write_text("epoch,val/loss,val/pixel/IoU\n1,0.5,0.5\n2,0.4,0.3\n")
     [(data, picture)] = comparison.curves(evaluations, ["IoU", "Dice"]).items()
     assert data == "cfd" and picture.shape == (SIZE[1], 2 * SIZE[0], 3)                 # the loss and the IoU; Dice was not kept
     for half in (picture[:, :SIZE[0]], picture[:, SIZE[0]:]):

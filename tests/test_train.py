@@ -637,7 +637,7 @@ def test_what_is_introduced_is_what_the_user_changed(capsys):
     plain = words_of(train.introduce, capsys)
     assert "it differs from the paper's: nowhere\n" in plain and "(1 thread, kernels native" in plain
     assert "WARNING: 1 picture chooses best.pt and its thresholds: expected 10 or more" in plain
-    assert "warm-up: 5 of the 500 steps, a third of this run of 15\n" in plain
+    assert "warm-up: shortened from 500 to 5 steps, a third of this run's 15\n" in plain
     assert "it differs from the paper's: phase=2\n" in words_of(train.introduce, capsys, phase=2)
     assert "it differs from the paper's: dcn=False\n" in words_of(train.introduce, capsys, dcn=False)
 
@@ -657,7 +657,9 @@ def test_equal_epochs_are_told_apart_by_boxes_and_then_by_the_loss():
     assert better(0.0, 0.11, 2.0) and not better(0.0, 0.09, 0.5)
     assert better(0.0, 0.1, 0.9) and not better(0.0, 0.1, 1.0) and not better(0.0, math.nan, 0.1)
     assert better(0.01, 0.0, 9.0) and not better(math.nan, 0.9, 0.1)
-    run.recipe, state.best_box_ap = Recipe(select_by="loss"), 0.0
+    state.best = math.nan                                     # nothing to find in the validation part: a number wins, then the loss
+    assert better(0.0, 0.0, 9.0) and better(math.nan, 0.0, 0.9) and not better(math.nan, 0.0, 1.0)
+    state.best, run.recipe, state.best_box_ap = 0.0, Recipe(select_by="loss"), 0.0
     assert train.is_better({"loss": -1.0}, run) and not train.is_better({"loss": 0.5}, run)            # losses fall
 
 

@@ -33,7 +33,8 @@ def make_demo(folder, images=240, size=256, seed=0, val_fraction=0.2):
 
     A share of val_fraction goes to VehiDE's `validation/`. Every picture is drawn from (seed, its number): no vehicle repeats,
     within or across the parts. A finished set of the same images, size and seed is left as it is, another one is replaced; a folder
-    with anything else in it is a ValueError. It is drawn beside and renamed into place, whole or not at all.
+    with anything else in it is a ValueError. It is drawn beside, where the folder above has to be writable, and renamed into place, whole or
+    not at all.
     """
     if images < 2 or size < 64 or not 0 < val_fraction < 1:
         raise ValueError("the demo set needs at least 2 pictures of 64 pixels and a validation share between 0 and 1, got "
@@ -74,12 +75,14 @@ def _put_in_place(place, beside, wanted):
         os.rmdir(place)                                                 # an empty one
     if _read_stamp(place) == wanted:
         return
-    if os.path.exists(place):
-        os.rename(place, old)
     try:
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(place, old)
         os.rename(new, place)
-    except OSError:
-        if _read_stamp(place) != wanted:
+    except BaseException as error:                                      # Ctrl-C between the two
+        if os.path.exists(old) and not os.path.exists(place):
+            os.rename(old, place)
+        if not isinstance(error, OSError) or _read_stamp(place) != wanted:
             raise
     for name in set(os.listdir(old) if os.path.exists(old) else ()) - {STAMP, *(name for names in vehide.FILES.values() for name in names)}:
         os.rename(os.path.join(old, name), os.path.join(place, name))

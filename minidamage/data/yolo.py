@@ -201,7 +201,7 @@ def read_yaml(file):
 
 def _without_comment(line):
     """The line up to a # at its start or behind a space; one in quotes is none. Quotes begin a key, a value or an item, not mid-word."""
-    return re.match(r"""(?:(?<![^\s\[{,:])(?:'[^']*'|"(?:[^"\\]|\\.)*")|(?<=\S)#|[^#])*""", line)[0].rstrip()
+    return re.match(r"""(?:(?<![^\s\[{,:])(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*")|(?<=\S)#|[^#])*""", line)[0].rstrip()
 
 
 def _is_closed(text):

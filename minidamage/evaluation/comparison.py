@@ -23,7 +23,7 @@ from minidamage import run_folder
 from minidamage.data.record import number_of
 from minidamage.evaluation.common import without_nan, writing
 from minidamage.metrics import tables
-from minidamage.metrics.segmentation import NAMES, quotients
+from minidamage.metrics.segmentation import MEANS, NAMES, quotients
 from minidamage.metrics.statistics import bootstrap, chance, holm, mean_std, percentiles, wilcoxon
 from minidamage.visualize.canvas import padded_limits
 from minidamage.visualize.plots import Series, bar_plot, beside, box_plot, line_plot, read_metrics, series_colour
@@ -76,7 +76,7 @@ def compare(runs, metric, size, at, draws, out):
     task = evaluations[0].task
     columns = [name for name in COLUMNS[task] if any(name in e.stats for e in evaluations)]
     metric = metric or columns[0] if task == "segmentation" else metric or ("segm/AP" if "segm/AP" in columns else columns[0])
-    if all(metric not in e.stats and f"pixel/{metric}" in e.stats for e in evaluations):                  # mIoU, as the tables have it
+    if any(f"pixel/{metric}" in e.stats for e in evaluations) and all(metric not in e.stats for e in evaluations):       # mIoU
         metric = f"pixel/{metric}"
     for e in evaluations:
         if metric not in e.stats:
@@ -98,6 +98,8 @@ def compare(runs, metric, size, at, draws, out):
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
     print("\n\n".join(tables.as_text(*table, digits=4) for table in shown))
+    if metric.removeprefix("pixel/") in MEANS:
+        notes.append(f"no test of {metric}: the counts that an evaluation keeps of each picture are of any damage alone")
     notes += ["interval and p are over the pictures: what another seed would change is not in them"] * bool(paired)
     for note in notes:
         print(f"note: {note}")
@@ -281,7 +283,7 @@ def trained_otherwise(evaluations):
     for data in dict.fromkeys(e.data for e in evaluations):
         known = {e.model: e.trained_by for e in evaluations if e.data == data and e.trained_by is not None}
         differing = [name for name in dict.fromkeys(name for each in known.values() for name in each)
-                     if len({str(each.get(name)) for each in known.values()}) > 1]
+                     if len({str(each.get(name)) for each in known.values()}) > 1 and not any(f" {name}=" in model for model in known)]
         typed = lambda each, name: os.path.basename(str(each[name])) if name in each else "not given"
         words = [f"--{name.replace('_', '-')} " + ", ".join(f"{typed(each, name)} ({model})" for model, each in known.items())
                  for name in differing]
@@ -293,9 +295,13 @@ def other_pictures(by_model):
     """[a sentence] for each model and data set where other pictures were scored than the first model's."""
     (first, own), *others = by_model.items()
     listed = [(model, data, own[data].files, e.files) for model, found in others for data, e in found.items() if data in own]
-    return [f"{data}: {model} was scored on other pictures than {first} ({len(theirs)} and {len(ours)}, {len({*ours} & {*theirs})} of them "
-            "shared), so the two are not paired, and part of any difference is the pictures'; evaluate both on one split (--split, "
-            "--split-seed of train.py)" for model, data, ours, theirs in listed if None not in (ours, theirs) and ours != theirs]
+    listed = [each for each in listed if None not in each[2:] and each[2] != each[3]]
+    order = [f"{data}: {model} was scored on the pictures of {first} in another order, so the two are not paired; evaluate both again"
+             for model, data, ours, theirs in listed if sorted(ours) == sorted(theirs)]
+    shared = lambda ours, theirs: f"{len(theirs)} and {len(ours)}, {len({*ours} & {*theirs})} of them shared"
+    return order + [f"{data}: {model} was scored on other pictures than {first} ({shared(ours, theirs)}), so the two are not paired, and "
+                    "part of any difference is the pictures'; evaluate both on one split (--split, --split-seed of train.py)"
+                    for model, data, ours, theirs in listed if sorted(ours) != sorted(theirs)]
 
 
 def other_folders(evaluations):
@@ -425,8 +431,8 @@ def write(out, shown, notes, by_model, sets, metric, evaluations):
         size = (min(max(720, 90 * len(values)), 1800), 460)
         pictures += [Picture(box_plot(values_of(name), f"{name} over {len(sets)} data sets", name, size=size), f"{name} over data sets",
                              titled=True) for name in drawn[:2]]
-    pictures += [Picture(picture, f"validation of each run on {data}, by epoch", wide=True, titled=True)
-                 for data, picture in curves(evaluations, drawn).items()]
+    caption = "validation on {} by epoch, of the evaluations that lie in their run's folder"
+    pictures += [Picture(picture, caption.format(data), wide=True, titled=True) for data, picture in curves(evaluations, drawn).items()]
     numbers = {"command": run_folder.command_line(), "metric": metric, "evaluations": [path for e in evaluations for path in e.paths],
                "values": {model: dict(zip(sets, row)) for model, row in values.items()},
                "tables": [{"caption": c, "columns": cols, "rows": rows} for c, cols, rows in shown], "notes": notes}
@@ -445,12 +451,16 @@ def curves(evaluations, names):
     models = list(dict.fromkeys(e.model for e in evaluations))
     for e in evaluations:
         files = [os.path.join(os.path.dirname(path), os.pardir, "metrics.csv") for path in e.paths]
-        for number, file in enumerate(filter(os.path.isfile, files)):
-            columns = read_metrics(file)
-            for name in ("val/loss", *(f"val/{prefix}{name}" for name in names for prefix in ("", "pixel/"))):
+        for file in filter(os.path.isfile, files):
+            try:
+                columns = read_metrics(file)
+            except (ValueError, OSError):                             # another program's
+                continue
+            for name in dict.fromkeys(("val/loss", *(f"val/{prefix}{name.removeprefix('pixel/')}" for name in names
+                                                     for prefix in ("", "pixel/")))):
                 if name in columns:
-                    label, colour = "" if number else e.model, series_colour(models.index(e.model))
-                    drawn[e.data][name].append(Series(label, columns["epoch"], columns[name], colour))
+                    label = "" if e.model in (curve.name for curve in drawn[e.data][name]) else e.model
+                    drawn[e.data][name].append(Series(label, columns["epoch"], columns[name], series_colour(models.index(e.model))))
     return {data: beside([line_plot(series, f"{name.removeprefix('val/')} on validation", "epoch", name.removeprefix("val/"))
                           for name, series in found.items()], columns=2) for data, found in drawn.items()}
 

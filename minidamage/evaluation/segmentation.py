@@ -276,7 +276,7 @@ def draw_worst(job, result, threshold):
         undamaged = "" if tp + fn else " (undamaged)"
         caption = f"{os.path.basename(target['file'])}{undamaged}: IoU {iou[index]:.3f}, {fp:,} px too many, {fn:,} px missed{covered}"
         path = os.path.join(job.folder, f"worst-{rank:02d}.jpg")
-        titles = ["truth", "prediction", "green right, orange too much, violet missed"]
+        titles = ["truth", "prediction", "green right, yellow too much, violet missed"]
         save_picture(path, grid(views, titles, columns=3, title=caption))
         drawn.append((path, caption))
     return drawn

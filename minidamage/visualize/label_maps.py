@@ -12,8 +12,8 @@ from minidamage.visualize.overlay import (NOT_JUDGED, class_colours, enlarged, e
                                           to_picture, with_label, with_legend, write_beside)
 from minidamage.visualize.stages import heat
 
-# Right, too much, missed: they differ in lightness too, so that colour-blind readers tell them apart, and are no damage's colours.
-RIGHT, FALSE, MISSED = (60, 190, 90), (255, 150, 20), (165, 70, 255)
+# Right, too much, missed: no damage's colours; yellow is far lighter than the others, and these differ in blue: colour-blind readers too.
+RIGHT, FALSE, MISSED = (0, 145, 75), (255, 225, 50), (170, 90, 255)
 DIMMED = 0.45                                                 # of the photograph's brightness under the errors
 SHOWN_AT = 900                                                # pixels: the longer side at which people look at a picture on a screen
 ATTENTION_TITLES = {"rfem3": "RFEM, stride 16", "rfem2": "RFEM, stride 8", "rfem1": "RFEM, stride 4", "rfem0": "RFEM, stride 2",
@@ -21,7 +21,7 @@ ATTENTION_TITLES = {"rfem3": "RFEM, stride 16", "rfem2": "RFEM, stride 8", "rfem
 
 
 def draw_errors(image, truth, prediction, enlarge=False, longest=None):
-    """Returns the dimmed photograph with right (green), falsely found (orange) and missed (violet) pixels, opaque: every pixel shows.
+    """Returns the dimmed photograph with right (green), falsely found (yellow) and missed (violet) pixels, opaque: every pixel shows.
 
     image: as in `draw_detections`. truth, prediction: [H, W] integers, 0 background, 255 in the truth is not judged (grey). A damage
     taken for another class is drawn half and half: missed and false, in stripes. longest: a larger picture is reduced, by a whole
