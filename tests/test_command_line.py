@@ -16,9 +16,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 BOX = {"bbox": [10, 10, 20, 20], "area": 400, "segmentation": [[10, 10, 30, 10, 30, 30, 10, 30]]}
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])                      # the closed pipe shows at the end, or at the first line
-@pytest.mark.parametrize("command", [["-m", "minidamage.data", "set"], ["predict.py", "--help"],
-                                     ["evaluate.py", "--truth", "gt.json", "--detections", "dt.json"]])
+@pytest.mark.parametrize("command, unbuffered", [                      # the closed pipe shows at the end, or at the first line
+    (["-m", "minidamage.data", "set"], ""), (["-m", "minidamage.data", "set"], "1"),
+    (["evaluate.py", "--truth", "gt.json", "--detections", "dt.json"], "")])
 def test_a_closed_pipe_ends_a_script_quietly(tmp_path, command, unbuffered):
     coco_set(tmp_path / "set", [BOX])
     dump(tmp_path / "gt.json", coco_content([BOX]))
@@ -27,7 +27,7 @@ def test_a_closed_pipe_ends_a_script_quietly(tmp_path, command, unbuffered):
     process = subprocess.Popen([sys.executable, *command], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                                env={**os.environ, "PYTHONPATH": ROOT, "PYTHONUNBUFFERED": unbuffered})
     process.stdout.close()
-    assert process.stderr.read() == b"" and process.wait() in (0, 141)                              # 0: argparse lets its own go
+    assert process.stderr.read() == b"" and process.wait() == 141
 
 
 @pytest.mark.parametrize("main, arguments", [(train.main, []), (evaluate.main, []), (predict.main, ["a.jpg"]), (doctor.main, ["set"])])
