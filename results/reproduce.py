@@ -83,9 +83,11 @@ def perform(run, deadline=None):
     folder = sorted(out.glob("*/last.pt"))[-1].parent
     kept = HERE / run.name
     kept.mkdir(exist_ok=True)
+    trained = json.loads((folder / "config.json").read_text())["run"]
+    tree = pathlib.Path(trained["args"]["out"]).parents[2]                        # runs/reproduce/NAME: the tree may have moved since
     summary = {"name": run.name, "table": run.table, "train": typed_out(run),
                "peer": f"{run.peer} {metadata.version(run.peer)}" if run.peer else "",
-               "run": without_paths(json.loads((folder / "config.json").read_text())["run"], data), "rows": {}}
+               "run": without_paths(trained, data, tree), "rows": {}}
     pictures = {}
     for number, (row, arguments) in enumerate(run.rows.items()):
         target = folder / f"evaluation-{number}"
@@ -118,16 +120,16 @@ def planned_epochs(folder):
     return json.loads((folder / "config.json").read_text())["run"]["recipe"]["epochs"]
 
 
-def without_paths(value, data):
-    """The folders of this machine replaced, so that what is kept reads the same everywhere."""
+def without_paths(value, data, tree=ROOT):
+    """The folders of this machine replaced, so that what is kept reads the same everywhere. tree: where it was made."""
     if isinstance(value, dict):
-        return {key: without_paths(item, data) for key, item in value.items()}
+        return {key: without_paths(item, data, tree) for key, item in value.items()}
     if isinstance(value, list):
-        return [without_paths(item, data) for item in value]
+        return [without_paths(item, data, tree) for item in value]
     if isinstance(value, str):
         for folder in (os.path.abspath(data), data) if data else ():
             value = value.replace(folder, "$MINIDAMAGE_DATA")
-        return value.replace(f"{ROOT}{os.sep}", "").replace(str(ROOT), ".")
+        return value.replace(f"{tree}{os.sep}", "").replace(str(tree), ".")
     return value
 
 

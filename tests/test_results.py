@@ -2,6 +2,7 @@
 import argparse
 import importlib
 import json
+import re
 import shlex
 import sys
 
@@ -283,3 +284,12 @@ def test_tables_are_written_between_the_readme_s_marks(results, tmp_path, monkey
     assert "| [voc-full](voc-full.md) | DANet on Pascal VOC 2007 | DANet, section IV.D | 0 of 2, wait for a GPU and for the data |" in index
     for page, names in ((RESULTS.parent / "README.md", ("glance", "speed-glance")), (RESULTS / "README.md", ("index", "cars", "complexity"))):
         assert all(f"<!-- table: {name} -->\n|" in page.read_text() for name in names)
+
+
+def test_what_is_kept_names_no_folder_of_the_machine_that_made_it(results, tmp_path):
+    reproduce, tree = results["reproduce"], tmp_path / "elsewhere"
+    made = {"commands": [f"python {tree}/train.py --data /d/cfd --out {tree}/runs/reproduce/NAME"], "args": {"out": f"{tree}/runs"}, "seed": 0}
+    kept = {"commands": ["python train.py --data $MINIDAMAGE_DATA/cfd --out runs/reproduce/NAME"], "args": {"out": "runs"}, "seed": 0}
+    assert reproduce.without_paths(made, "/d", tree) == kept
+    for path in RESULTS.glob("*/summary.json"):
+        assert not re.search(r'"(python |[^"]*")?/(root|home|tmp)/', path.read_text()), path
