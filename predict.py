@@ -10,12 +10,13 @@ Everything in the JSON is in pixels of the photograph as it is seen (after its E
 works at. The photographs themselves are never written to.
 """
 import collections
-import contextlib
+import dataclasses
 import errno
 import json
 import os
 import re
 import sys
+import tempfile
 import time
 
 import numpy as np
@@ -68,11 +69,7 @@ def main(argv=None):
         check_numbers(args)
         photographs = find_photographs(args.photographs, args.out)
         device = choose_device(args.device)
-        checkpoint_path = find_checkpoint(args.checkpoint, "runs", "best.pt")
-        model, checkpoint = load_checkpoint(checkpoint_path, device)
-        check_flags(args, model)
-        about = what_is_asked(model, checkpoint, checkpoint_path, args)
-        others = [load_beside(run, device, args) for run in args.beside]
+        (model, about, trained_side), *others = [load(run, device, args) for run in (args.checkpoint, *args.beside)]
         if os.path.isfile(args.out):
             raise ValueError(f"--out {args.out}: expected a folder, this is a file")
         os.makedirs(args.out, exist_ok=True)
@@ -81,64 +78,58 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
+    for each, asked, _ in ((model, about, trained_side), *others):
+        introduce(each, asked, device)
     segments = model.task == "segmentation"
-    for asked, segmenter in ((about, segments), *((asked, other.task == "segmentation") for other, asked in others)):
-        introduce(asked, segmenter, device)
-    if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
-        about["note"] = DEMO_NOTE
-        print(f"note: {DEMO_NOTE}")
     if args.explain and segments and not hasattr(model, "attention_maps"):
         print(f"note: --explain: {model.name} has no attention maps to show (context_cracknet has, detectors have stages)")
         args.explain = False
 
     found, skipped, names, advised = [], [], {}, False        # found: the class names in each photograph that was read
-    trained_side = checkpoint.get("run", {}).get("picture_side")
     for number, path in enumerate(photographs, 1):
-        began = time.perf_counter()
+        began, place = time.perf_counter(), f"{number}/{len(photographs)}"
         try:
             image = read_image(path)
         except ValueError as error:
             skipped.append(str(error))
-            print(f"{number}/{len(photographs)} skipped  {error}", file=sys.stderr)
+            print(f"{place} skipped  {error}", file=sys.stderr)
             continue
+        seen = (segment if segments else find_objects)(model, path, image, about, args.explain)
+        if others:
+            seen.files[".beside.jpg"] = beside_each_other(image, seen.overlay, about, others)
         stem = os.path.join(args.out, output_stem(path, args.out, names))
-        written_before = os.path.lexists(stem + ".json")
         try:
-            remarks = []
-            if segments:
-                overlay, classes, words, remarks = segment(model, path, image, stem, about, args.explain)
-            else:
-                detections, below, stages = detect(model, image, about, args.explain)
-                overlay = write_results(stem, path, image, detections, stages, about)
-                classes = [about["class_names"][label - 1] for label in detections["labels"]]
-                words = in_words(classes, detections["scores"]) if classes else f"nothing found{below}"
-            if others:
-                write_beside_each_other(stem, image, overlay, about, others)
-        except BaseException as error:                        # Ctrl-C too
-            for ending in () if written_before else ENDINGS:
-                with contextlib.suppress(OSError):
-                    os.remove(stem + ending)
-            if not isinstance(error, OSError):
-                raise
+            write_together(stem, seen.files)
+        except OSError as error:
             if error.errno == errno.ENAMETOOLONG:
                 skipped.append(f"{path}: the names of its results are too long for --out {args.out}; give the photograph a shorter name")
-                print(f"{number}/{len(photographs)} skipped  {skipped[-1]}", file=sys.stderr)
+                print(f"{place} skipped  {skipped[-1]}", file=sys.stderr)
                 continue
             print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole",
                   file=sys.stderr)
             return 1
-        found.append(classes)
-        print(f"{number}/{len(photographs)} {path}  {image.shape[1]}x{image.shape[0]}  {words}"
-              f"  {time.perf_counter() - began:.2f} s  -> {stem}.overlay.jpg", flush=True)
+        found.append(seen.classes)
+        print(f"{place} {path}  {image.shape[1]}x{image.shape[0]}  {seen.words}  {time.perf_counter() - began:.2f} s  "
+              f"-> {stem}.overlay.jpg", flush=True)
         if segments and not args.tile and not advised:
             advice = suggestion(*image.shape[:2], model.config.image_size, trained_side)
-            remarks, advised = remarks + [advice] * bool(advice), bool(advice)
-        for remark in remarks:
+            seen.remarks += [advice] * bool(advice)
+            advised = bool(advice)
+        for remark in seen.remarks:
             print(f"    {remark}")
-        if segments and len(classes) > MANY_PIECES:
-            print(f"    {len(classes)} pieces: --min-area 50 leaves out those of fewer than 50 pixels")
     print_summary(found, skipped, args, segments)
     return 0 if found else 1
+
+
+@dataclasses.dataclass
+class Seen:
+    """What a model sees in one photograph; nothing of it is written yet."""
+
+    classes: list                       # the class name of each finding, or of each piece
+    words: str                          # one line on them
+    overlay: np.ndarray                 # uint8 [H, W, 3], of a small photograph enlarged
+    files: dict                         # ending of the result's name -> write(path), the JSON first
+    remarks: list = dataclasses.field(default_factory=list)
 
 
 def parse_arguments(argv):
@@ -247,6 +238,14 @@ def mask_folders(names):
     return sorted(name for name in names if pictures and words[name] & MASK_WORDS)
 
 
+def load(run, device, args):
+    """(model, what is asked of it, side of the pictures it was trained on or None) of a checkpoint, or of a run's best."""
+    path = find_checkpoint(run, "runs", "best.pt")
+    model, checkpoint = load_checkpoint(path, device)
+    check_flags(args, model)
+    return model, what_is_asked(model, checkpoint, path, args), checkpoint.get("run", {}).get("picture_side")
+
+
 def what_is_asked(model, checkpoint, path, args):
     """What the JSON says of the model and of how it was used. ValueError for a --score that is none."""
     segments, names, thresholds = model.task == "segmentation", list(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
@@ -254,13 +253,15 @@ def what_is_asked(model, checkpoint, path, args):
              "score_thresholds": None if segments and len(names) > 1 else thresholds}
     about |= ({flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")} if segments
               else {"mask_threshold": getattr(model.config, "mask_threshold", None)})
+    if checkpoint.get("run", {}).get("args", {}).get("data") == "demo":
+        about["note"] = DEMO_NOTE
     if checkpoint.get("measured") and args.score is None:                       # at the checkpoint's own scores
         about["measured_on_validation"] = {name: {key: None if value != value else round(value, 4) for key, value in numbers.items()}
                                            for name, numbers in checkpoint["measured"].items()}
     return about
 
 
-def introduce(about, segments, device):
+def introduce(model, about, device):
     """Says which model it is, from which score a finding counts, and how it did on its validation part."""
     thresholds = about["score_thresholds"]
     lowest = ", ".join(f"{name} {score:.2f}" for name, score in thresholds.items()) if thresholds else ""
@@ -268,7 +269,22 @@ def introduce(about, segments, device):
           + (f"lowest score of a finding: {lowest}" if thresholds else "each pixel's likeliest class"))
     if "measured_on_validation" in about:
         print(f"  on the run's validation part, which chose this checkpoint too (expect less elsewhere): "
-              f"{worth(about['measured_on_validation'], segments)}")
+              f"{worth(about['measured_on_validation'], model.task == 'segmentation')}")
+    if "note" in about:
+        print(f"  note: {about['note']}")
+
+
+def find_objects(model, path, image, about, explain):
+    """What a detector sees in one photograph uint8 [H, W, 3]. The overlay of a small one (up to 320 pixels) is a whole number of times
+    larger; what the JSON says never is."""
+    detections, below, stages = detect(model, image, about, explain)
+    overlay = drawn_detections(image, detections, about)
+    files = {".json": lambda place: write_json(place, describe(path, image, detections, about)),
+             ".overlay.jpg": lambda place: save_picture(place, overlay)}
+    if stages is not None:
+        files[".stages.png"] = lambda place: save_picture(place, stages)
+    classes = [about["class_names"][label - 1] for label in detections["labels"]]
+    return Seen(classes, in_words(classes, detections["scores"]) if classes else f"nothing found{below}", overlay, files)
 
 
 def detect(model, image, about, explain=False):
@@ -329,19 +345,19 @@ def _free_for(stem, source):
         return False
 
 
-def write_results(stem, path, image, detections, stages, about):
-    """Writes <stem>.json, <stem>.overlay.jpg and, with stages, <stem>.stages.png, each whole or not at all; returns the overlay. The JSON
-    comes first: it says whose the others are, which a run that ends between them leaves behind (`output_stem`).
+def write_together(stem, files):
+    """Writes all results of a photograph into a folder beside, and then gives them their places: what fails or is stopped before leaves
+    an earlier run's results as they were. The JSON comes first: it says whose the others are (`output_stem`)."""
+    name = os.path.basename(stem)
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=os.path.dirname(stem)) as folder:
+        for ending, write in files.items():
+            write(os.path.join(folder, name + ending))
+        for ending in files:
+            os.replace(os.path.join(folder, name + ending), stem + ending)
 
-    The overlay of a small photograph (up to 320 pixels) is a whole number of times larger; the JSON never is.
-    """
-    text = json_text(describe(path, image, detections, about))
-    write_beside(stem + ".json", lambda stream: stream.write(text.encode("utf-8", "backslashreplace")))
-    overlay = drawn_detections(image, detections, about)
-    save_picture(stem + ".overlay.jpg", overlay)
-    if stages is not None:
-        save_picture(stem + ".stages.png", stages)
-    return overlay
+
+def write_json(path, content):
+    write_beside(path, lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
 
 
 def drawn_detections(image, detections, about):
@@ -382,23 +398,19 @@ def json_text(value):
 
 # ---------------------------------------------------------------------------------------------------------- pixel labels
 
-def segment(model, path, image, stem, about, explain):
-    """Labels one photograph uint8 [H, W, 3] and writes <stem>.json, .mask.png, .overlay.jpg and, to explain, .attention.png.
-
-    Returns (overlay, class of each piece, what to print, remarks on it).
-    """
+def segment(model, path, image, about, explain):
+    """What a segmenter sees in one photograph uint8 [H, W, 3]."""
     names = about["class_names"]
     label_map, probabilities = labelled(model, image, about)
     content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
-    write_beside(stem + ".json", lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
-    save_label_map(stem + ".mask.png", label_map, names)
     overlay = draw_cracks(image, label_map, names)
-    save_picture(stem + ".overlay.jpg", overlay)
+    files = {".json": lambda place: write_json(place, content), ".mask.png": lambda place: save_label_map(place, label_map, names),
+             ".overlay.jpg": lambda place: save_picture(place, overlay)}
     if explain:
         with torch.inference_mode():
             maps = model.attention_maps([as_tensor(image)])[0]
-        save_picture(stem + ".attention.png", draw_attention(image, maps, label_map, names))
-    return overlay, [piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), remarks_on(content)
+        files[".attention.png"] = lambda place: save_picture(place, draw_attention(image, maps, label_map, names))
+    return Seen([piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), overlay, files, remarks_on(content))
 
 
 def labelled(model, image, about):
@@ -469,34 +481,28 @@ def map_in_words(content, probabilities):
 
 
 def remarks_on(content):
-    """[a sentence] where the widest piece, whose width the line on the photograph gives, is no line but a patch; else []."""
-    pieces = content["pieces"]
+    """Sentences on what the line on the photograph could mislead about: a widest piece that is no line but a patch; many specks."""
+    pieces, remarks = content["pieces"], []
     thick = [piece for piece in pieces if not piece["thin"]]
-    if not thick or max(piece["max_width_px"] for piece in thick) < max(piece["max_width_px"] for piece in pieces):
-        return []
-    which = "1 piece is" if len(thick) == 1 else f"{len(thick)} pieces are"
-    return [f"{which} not thin, the widest too (mean width above a third of the length): of those length and width mean little"]
+    if thick and max(piece["max_width_px"] for piece in thick) == max(piece["max_width_px"] for piece in pieces):
+        which = "1 piece is" if len(thick) == 1 else f"{len(thick)} pieces are"
+        remarks.append(f"{which} not thin, the widest too (mean width above a third of the length): of those length and width mean little")
+    if len(pieces) > MANY_PIECES:
+        remarks.append(f"{len(pieces)} pieces: --min-area 50 leaves out those of fewer than 50 pixels")
+    return remarks
 
 
 # ---------------------------------------------------------------------------------------------------------- models beside each other
 
-def load_beside(run, device, args):
-    """(model, what is asked of it) of one --beside."""
-    path = find_checkpoint(run, "runs", "best.pt")
-    model, checkpoint = load_checkpoint(path, device)
-    check_flags(args, model)
-    return model, what_is_asked(model, checkpoint, path, args)
-
-
-def write_beside_each_other(stem, image, overlay, about, others):
-    """Writes <stem>.beside.jpg: the photograph, the first model's overlay and what each of the others finds (Context-CrackNet's Fig. 5;
+def beside_each_other(image, overlay, about, others):
+    """write(path) of one picture: the photograph, the first model's overlay and what each of the others finds (Context-CrackNet's Fig. 5;
     with DamageNet's ablations its Fig. 7)."""
     views = [image, overlay]
-    for model, asked in others:
+    for model, asked, _ in others:
         views.append(draw_cracks(image, labelled(model, image, asked)[0], asked["class_names"]) if model.task == "segmentation"
                      else drawn_detections(image, detect(model, image, asked)[0], asked))
-    titles = ["photograph", *titles_of([about, *(asked for _, asked in others)])]
-    save_picture(stem + ".beside.jpg", grid(views, titles, columns=min(len(views), 4)))
+    titles = ["photograph", *titles_of([about, *(asked for _, asked, _ in others)])]
+    return lambda place: save_picture(place, grid(views, titles, columns=min(len(views), 4)))
 
 
 def titles_of(models):

@@ -216,7 +216,7 @@ def test_photographs_of_other_formats_and_closed_folders_are_named(folder, monke
     scandir = os.scandir
 
     def refused(path):
-        if os.path.basename(path) == "closed":
+        if isinstance(path, str) and os.path.basename(path) == "closed":
             raise PermissionError(13, "Permission denied", path)
         return scandir(path)
 
@@ -292,30 +292,43 @@ def test_a_name_too_long_for_its_results_fails_alone(folder, capsys):
     assert run(f"{long}.png") == 1
 
 
-def test_what_a_stopped_photograph_left_makes_way_for_it(folder, monkeypatch):
-    def stopped(*arguments):
-        raise KeyboardInterrupt
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("writes", ["write_json", "save_picture"])
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_photograph_has_all_its_results_of_one_run_or_those_of_the_one_before(folder, monkeypatch, writes, error):
+    def fails(*arguments):
+        raise error
+
+    def fail(*arguments):
+        with monkeypatch.context() as patch:
+            patch.setattr(predict, writes, fails)
+            if isinstance(error, OSError):
+                return run("car.png", *arguments) == 1
+            with pytest.raises(KeyboardInterrupt):
+                run("car.png", *arguments)
+            return True
 
     photograph().save(folder / "car.png")
-    for writes in ("write_beside", "save_picture"):                    # killed at one of its files: no time to tidy up
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(predict, writes, stopped)
-            run("car.png", "--out", writes)
-        assert run("car.png", "--out", writes) == 0
-        assert sorted(os.listdir(folder / writes)) == ["car.json", "car.overlay.jpg"]
-
-
-def test_a_failed_photograph_leaves_nothing_but_its_earlier_results(folder, monkeypatch):
-    def full(*arguments):
-        raise OSError(28, "No space left on device")
-
-    photograph().save(folder / "car.png")
-    with monkeypatch.context() as patch:
-        patch.setattr(predict, "save_picture", full)
-        assert run("car.png") == 1 and os.listdir(folder / "predictions") == []
+    assert fail() and contents(folder / "predictions") == {}
     assert run("car.png") == 0
-    monkeypatch.setattr(predict, "save_picture", full)
-    assert run("car.png") == 1 and sorted(os.listdir(folder / "predictions")) == ["car.json", "car.overlay.jpg"]
+    before = contents(folder / "predictions")
+    assert sorted(before) == ["car.json", "car.overlay.jpg"]
+    photograph(np.rot90(RED_MASK)).save(folder / "car.png")
+    assert fail("--score", "0.4") and contents(folder / "predictions") == before
+    assert run("car.png", "--score", "0.4") == 0
+    after = contents(folder / "predictions")
+    assert after.keys() == before.keys() and all(after[name] != before[name] for name in after)
+
+
+def test_what_a_killed_run_left_makes_way(folder):
+    """The JSON takes its place first; without it nothing says whose the others are."""
+    photograph().save(folder / "car.png")
+    assert run("car.png") == 0
+    (folder / "predictions" / "car.overlay.jpg").unlink()
+    assert run("car.png") == 0 and sorted(os.listdir(folder / "predictions")) == ["car.json", "car.overlay.jpg"]
 
 
 def test_json_keeps_lists_of_numbers_on_one_line_and_names_as_they_are():

@@ -61,19 +61,24 @@ def photograph(path, height=90, width=160):
     return pixels
 
 
-def test_what_a_stopped_photograph_left_makes_way_for_it(folder, monkeypatch):
+@pytest.mark.parametrize("writes", ["write_json", "save_label_map", "save_picture"])
+def test_a_photograph_that_was_stopped_leaves_what_was_there(folder, monkeypatch, writes):
     path, _, _ = folder
 
     def stopped(*arguments):
         raise KeyboardInterrupt
 
+    def contents():
+        return {file.name: file.read_bytes() for file in (path / "predictions").iterdir()}
+
     photograph(path / "wall.png")
-    for writes in ("write_beside", "save_label_map", "save_picture"):
-        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(predict, writes, stopped)
-            run("wall.png", "--out", writes)
-        assert run("wall.png", "--out", writes) == 0
-        assert sorted(os.listdir(path / writes)) == ["wall.json", "wall.mask.png", "wall.overlay.jpg"]
+    assert run("wall.png") == 0
+    before = contents()
+    assert sorted(before) == ["wall.json", "wall.mask.png", "wall.overlay.jpg"]
+    monkeypatch.setattr(predict, writes, stopped)
+    with pytest.raises(KeyboardInterrupt):
+        run("wall.png", "--min-area", "200")
+    assert contents() == before
 
 
 def test_lengths_and_widths_by_hand(folder, capsys):

@@ -30,8 +30,10 @@ def test_mask_tints_inside_outlines_its_border_and_leaves_the_rest():
     overlay.paint_mask(canvas, mask, (36, 107, 235), line=2)
     assert tuple(canvas[60, 80]) == tuple(int(128 + (c - 128) * overlay.MASK_OPACITY + 0.5) for c in (36, 107, 235))
     assert tuple(canvas[31, 80]) == (36, 107, 235)                     # inside, on the border
-    assert (canvas[29, 80] < 128).all()                                # the seam just outside
+    assert (canvas[29, 80] > 180).all()                                # the seam just outside, light around a dark colour
     assert (canvas[27, 80] == 128).all() and (canvas[0] == 128).all()
+    overlay.paint_mask(canvas, mask, (250, 220, 90), line=2)
+    assert (canvas[29, 80] < 120).all()                                # dark around a light one
 
 
 @pytest.mark.parametrize("mask", [np.ones((5, 7), bool), np.zeros((5, 7), bool), np.eye(5, 7, dtype=bool)])

@@ -25,6 +25,7 @@ ALIASES = {"mop lom": "dent", "mop": "dent", "tray son": "scratch", "vo kinh": "
            "glass shatter": "broken glass", "rach": "tear", "thung": "puncture", "mat bo phan": "missing part",
            "be den": "broken lamp", "lamp broken": "broken lamp"}
 MASK_OPACITY = 0.38
+SEAM_OPACITY = 0.5
 NOT_JUDGED = (128, 128, 128)                                           # of the pixels that a label map leaves out
 LABEL = (52, 56, 62)                                                   # of a tag on the whole picture
 
@@ -230,8 +231,8 @@ def text_colour(background):
 def paint_mask(canvas, mask, colour, line, opacity=MASK_OPACITY):
     """Tints the mask's pixels and draws its outline, in place. canvas: uint8 [H, W, 3]; mask: bool [H, W].
 
-    The outline runs just inside the mask's border, so it claims no pixel that the mask does not, with a thin dark seam
-    outside that keeps it visible on paint of its own colour.
+    The outline runs just inside the mask's border, so it claims no pixel that the mask does not, with a thin seam outside, light around
+    a dark colour and dark around a light one, that keeps it visible on paint of its own colour.
     """
     rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
     if not len(rows):
@@ -245,7 +246,7 @@ def paint_mask(canvas, mask, colour, line, opacity=MASK_OPACITY):
     outer = _dilated(part, seam) & ~part
     outline = part & _dilated(~padded, line)[line:-line, line:-line]
     _blend(view, part & ~outline, colour, opacity)
-    _blend(view, outer, (0, 0, 0), 0.35)
+    _blend(view, outer, text_colour(colour), SEAM_OPACITY)
     _blend(view, outline, colour, 1.0)
 
 
