@@ -66,6 +66,8 @@ def test_pictures_without_damage():
     sweep.add(torch.tensor([[0.8, 0.1]]), torch.tensor([[1, 0]]))
     both = sweep.evaluate()                                        # the undamaged one at .9, where nothing is found in it
     assert both.stats["OIS F1"] == 1 and both.stats["ODS F1"] == pytest.approx(2 / 3)
+    with pytest.raises(ValueError, match="expects probabilities 0..1, got NaN"):
+        ThresholdSweep().add(torch.tensor([[0.1, float("nan")]]), torch.zeros(1, 2))
     empty = ThresholdSweep().evaluate()
     assert empty.best()["threshold"] == 0.5 and np.isnan(empty.stats["ODS F1"])
     with pytest.raises(ValueError, match="one size, got .1, 2. and .2, 1"):
@@ -113,10 +115,10 @@ def test_no_tolerance_is_the_plain_f1():
 def test_empty_pictures_of_the_tolerance():
     evaluator = CrackEvaluator()
     evaluator.add(np.zeros((4, 4)), np.zeros((4, 4)))                  # no quotient
-    evaluator.add(np.eye(4), np.zeros((4, 4)))                         # missed: F1 0, no precision
+    evaluator.add(np.eye(4), np.zeros((4, 4)))                         # missed: F1 0, and in the mean over pictures precision 0
     stats = evaluator.evaluate().stats
-    assert stats["tolerance 2 px/image/F1"] == 0 and np.isnan(stats["tolerance 2 px/image/precision"])
-    assert stats["tolerance 2 px/recall"] == 0
+    assert stats["tolerance 2 px/image/F1"] == stats["tolerance 2 px/image/precision"] == stats["tolerance 2 px/recall"] == 0
+    assert np.isnan(stats["tolerance 2 px/precision"])
 
 
 # ---- width -------------------------------------------------------------------------------------------------------------------------

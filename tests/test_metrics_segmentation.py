@@ -17,7 +17,7 @@ def test_by_hand():
     result = evaluator.evaluate()
     pooled = {"IoU": 3 / 5, "Dice": 6 / 8, "F1": 6 / 8, "precision": 3 / 4, "recall": 3 / 4, "accuracy": 10 / 12,
               "two-class IoU": (3 / 5 + 7 / 9) / 2, "two-class Dice": (6 / 8 + 14 / 16) / 2}
-    image = {"IoU": (3 / 4 + 0) / 2, "Dice": 6 / 7 / 2, "F1": 6 / 7 / 2, "precision": 3 / 4, "recall": 1 / 2,
+    image = {"IoU": (3 / 4 + 0) / 2, "Dice": 6 / 7 / 2, "F1": 6 / 7 / 2, "precision": (3 / 4 + 0) / 2, "recall": 1 / 2,
              "accuracy": (5 / 6 + 1 / 2 + 1) / 3, "two-class IoU": ((3 / 4 + 2 / 3) / 2 + (0 + 1 / 2) / 2) / 2,
              "two-class Dice": ((6 / 7 + 4 / 5) / 2 + (0 + 2 / 3) / 2) / 2}
     expected = {**{f"pixel/{k}": v for k, v in pooled.items()}, **{f"pixel/image/{k}": v for k, v in image.items()}}
@@ -46,6 +46,17 @@ def test_empty_pictures_count_as_told():
     evaluator.add_label_maps(np.ones((2, 2), int), np.zeros((2, 2), int))
     assert evaluator.evaluate().stats["pixel/image/IoU"] == 0.5
     assert evaluator.evaluate().stats["pixel/IoU"] == 0
+
+
+def test_a_model_that_is_silent_is_not_precise():
+    """Ten damaged pictures, one of them found: precision .1 a picture, 1 pooled; an undamaged picture with nothing found is left out."""
+    evaluator = PixelEvaluator(["crack"])
+    for i in range(10):
+        evaluator.add_label_maps(np.eye(4, dtype=int), np.eye(4, dtype=int) * (i == 0))
+    evaluator.add_label_maps(np.zeros((4, 4), int), np.zeros((4, 4), int))
+    result = evaluator.evaluate()
+    assert result.stats["pixel/image/precision"] == result.stats["pixel/image/recall"] == pytest.approx(0.1)
+    assert result.stats["pixel/precision"] == 1 and np.isnan(result.per_image("precision")[10])
 
 
 def test_instances_equal_label_maps():

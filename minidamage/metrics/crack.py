@@ -76,6 +76,7 @@ class CrackEvaluator:
         tolerant = np.asarray(self._tolerant, np.int64).reshape(-1, len(self.tolerances), 4)
         widths = np.asarray(self._widths, np.int64).reshape(-1, len(self.edges) + 1, 2)
         pooled, images = tolerant_scores(tolerant.sum(0)), tolerant_scores(tolerant)
+        images["precision"][(tolerant[..., 1] == 0) & (tolerant[..., 3] > 0)] = 0          # silent on damage, as in segmentation.py
         stats = {}
         for i, t in enumerate(self.tolerances):
             stats |= {f"tolerance {t} px/{name}": float(values[i]) for name, values in pooled.items()}

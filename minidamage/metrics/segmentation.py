@@ -11,7 +11,8 @@ With TP, FP, FN, TN pixels of damage (any class) against background:
     accuracy (TP + TN) / all (97 % for a model that finds nothing on a set with 3 % damage: never read it alone)
     two-class IoU, two-class Dice: the mean of damage and background. Pooled counts are summed over pictures first ("pixel/..."), per image
 they are divided first and the quotients averaged ("pixel/image/..."). A picture where a quotient is 0 / 0 (no damage there, none
-found) is left out of that mean, or counts as `empty`; the pooled numbers do not depend on it.
+found) is left out of that mean, or counts as `empty`; the pooled numbers do not depend on it. Of damage where nothing is found the
+precision is 0 in that mean: left out, a model that is silent on hard pictures would look precise.
 
 All of these are blind to a scratch that is called a dent. With several classes there are also
     mIoU, mDice: the mean over the classes of their pooled IoU and Dice (Context-CrackNet, eq. 25 and 26), without the background, and
@@ -41,6 +42,13 @@ def quotients(counts, empty=float("nan")):
     return {"IoU": iou, "Dice": dice, "F1": dice, "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
             "accuracy": ratio(tp + tn, tp + fp + fn + tn), "two-class IoU": (iou + background_iou) / 2,
             "two-class Dice": (dice + background_dice) / 2}
+
+
+def of_pictures(counts, empty=float("nan")):
+    """`quotients` of pictures, each for itself; precision 0 where there is damage and nothing is found."""
+    images = quotients(counts, empty)
+    silent = (counts[..., TP] + counts[..., FP] == 0) & (counts[..., FN] > 0)
+    return {**images, "precision": np.where(silent, 0.0, images["precision"])}
 
 
 def mean_over_classes(counts, name="mIoU"):
@@ -106,7 +114,7 @@ class PixelEvaluator:
         """Returns the PixelResult of all pictures so far."""
         counts = np.stack(self._counts) if self._counts else np.zeros((0, len(self.class_names) + 1, 4), np.int64)
         pooled = {name: values for name, values in quotients(counts.sum(0)).items()}
-        images = quotients(counts, self.empty)                # name: [N, K + 1]
+        images = of_pictures(counts, self.empty)              # name: [N, K + 1]
         stats = [{**{f"pixel/{name}": float(pooled[name][k]) for name in NAMES},
                   **{f"pixel/image/{name}": _mean(images[name][:, k]) for name in NAMES}} for k in range(len(self.class_names) + 1)]
         if len(self.class_names) > 1:
@@ -124,7 +132,7 @@ class PixelResult:
 
     def per_image(self, name="IoU", k=0, empty=float("nan")):
         """[N]: one metric of each picture, for intervals and paired tests (statistics.py). k: 0 as a whole, else the label."""
-        return quotients(self.counts[:, k], empty)[name]
+        return of_pictures(self.counts[:, k], empty)[name]
 
     def measured(self):
         """{name: {"precision", "recall"}} of its pixels, pooled."""

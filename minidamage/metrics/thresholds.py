@@ -32,12 +32,16 @@ class ThresholdSweep:
         self._counts = []                                     # int64 [99, 4] a picture: TP, FP, FN, TN at each threshold
 
     def add(self, probability, truth, ignore=None):
-        """probability: [H, W] float in 0..1 (tensor, or array), of damage; truth: [H, W], non-zero is damage; ignore: [H, W] bool."""
+        """probability: [H, W] float in 0..1 (tensor, or array), of damage; truth: [H, W], non-zero is damage; ignore: [H, W] bool.
+        Raises ValueError for maps of two sizes, and for NaN, which no threshold would be above or below."""
         probability, truth = torch.as_tensor(probability), torch.as_tensor(truth)
         if probability.shape != truth.shape or truth.dim() != 2:
             raise ValueError("ThresholdSweep.add expects two maps [H, W] of one size, got "
                              f"{list(probability.shape)} and {list(truth.shape)}; give the channel of the damage class, or 1 minus the "
                              "background's")
+        if probability.isnan().any():
+            raise ValueError("ThresholdSweep.add expects probabilities 0..1, got NaN: the model's weights or the precision that it works in "
+                             "have overflowed; try another checkpoint")
         thresholds = torch.as_tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
         above = torch.bucketize(probability.contiguous(), thresholds)                     # number of thresholds below the probability
         states = above + (truth.to(above.device) != 0) * (len(THRESHOLDS) + 1)
