@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import minidamage
 from benchmarks.op_rows import random_boxes
 from benchmarks.timing import DTYPES, peer
+from minidamage.evaluation.complexity import CONTEXTS, typed
 from minidamage.layers.segmenter import Segmenter
 from minidamage.models import context_cracknet
 from minidamage.ops.linear_attention import split_heads
@@ -36,7 +37,7 @@ class ModelCase:
 
     def label(self):
         what = "training step" if self.training else "inference"
-        fields = "".join(f" {key}={value}" for key, value in self.config)
+        fields = f" {typed(dict(self.config))}" if self.config else ""
         return f"{self.name}{fields} {what} {self.size}x{self.size}, batch {self.batch}, {self.dtype}"
 
 
@@ -44,7 +45,7 @@ def benchmark_models(table):
     args = table.args
     sizes = ((1024, False), (1024, True)) if args.device == "cuda" else ((512, False), (1024, False), (512, True))
     detectors = [("maskrcnn_resnet50_fpn", (), ["torchvision"], sizes), ("fasterrcnn_resnet50_fpn", (), ["torchvision"], sizes)]
-    detectors += [("damagenet", (("context_groups", groups),), ["plain"], sizes) for groups in (1, 32, 256)]
+    detectors += [("damagenet", tuple(fields.items()), ["plain"], sizes) for fields in CONTEXTS]
     detectors += [("danet", (("phase", phase),), ["plain"], ((256, True), (256, False))) for phase in (2, 3, 4, 5)]
     segmenters = [(name, (), ["smp"], ((448, False), (448, True))) for name in SMP]
     segmenters += [(name, (), ["torchvision"], ((448, False), (448, True))) for name in ("fcn_resnet50", "deeplabv3_resnet50")]

@@ -60,8 +60,13 @@ NO_POST = "--set fill_holes=false --set remove_islands=false --set mask_threshol
 OCCLUDED = {"a tenth occluded": "--occlude 0.1", "a quarter occluded": "--occlude 0.25"}
 
 
-def car_runs(prefix, schedule, hardware, data, seeds, minutes):
-    """DamageNet's ablation (the paper's section V) on a car set: three trainings a seed, nine rows."""
+# What the paper leaves open in its context (section III.A), and what each choice gains; `evaluate.py --complexity` says what it costs.
+CONTEXTS = {"depthwise": ("depthwise context", "--set context_groups=256"), "rates-124": ("rates 1, 2, 4", "--set context_rates=1,2,4"),
+            "levels-45": ("context on c4 and c5", "--set context_levels=4,5")}
+
+
+def car_runs(prefix, schedule, hardware, data, seeds, minutes, contexts=()):
+    """DamageNet's ablation (the paper's section V) on a car set: three trainings a seed, nine rows; and one more for each of CONTEXTS."""
     runs = []
     for seed in seeds:
         base = f"--data {data} {schedule} --seed {seed}"
@@ -72,7 +77,9 @@ def car_runs(prefix, schedule, hardware, data, seeds, minutes):
                      {"no dilation": "", "Mask R-CNN (no dilation, no post-processing)": NO_POST,
                       **{f"Mask R-CNN, {what}": f"{NO_POST} {flags}" for what, flags in OCCLUDED.items()}}, hardware, minutes),
                  Run(seeded(f"{prefix}-no-fpn", seed), prefix, f"--model damagenet {base} --set fpn=false",
-                     {"no FPN": ""}, hardware, minutes)]
+                     {"no FPN": ""}, hardware, minutes),
+                 *(Run(seeded(f"{prefix}-{name}", seed), prefix, f"--model damagenet {base} {CONTEXTS[name][1]}", {CONTEXTS[name][0]: ""},
+                       hardware, minutes) for name in contexts)]
     return runs
 
 
@@ -315,7 +322,7 @@ RUNS = [Run("demo", "demo", "", {"DamageNet": ""}, "cpu", (3, None)),
         *(run for which, epochs in SHORT_EPOCHS.items()
           for run in crack_runs("cracks-short", f"{CRACKS_SHORT} --epochs {epochs}", "gpu", which, ("context_cracknet", *BASELINES),
                                 (0, 1, 2), (None, None), ablation=True)),
-        *car_runs("cars-full", CARS_FULL, "gpu", "{data}/car_vehide_layout", (0, 1, 2), (None, None)),
+        *car_runs("cars-full", CARS_FULL, "gpu", "{data}/car_vehide_layout", (0, 1, 2), (None, None), CONTEXTS),
         *car_runs("cars-coco-full", CARS_FULL, "gpu", "{data}/car_vehide_layout/coco", (0, 1, 2), (None, None)),
         *steel_runs("steel-full", NEU_FULL, "gpu", (1, 2, 3, 4, 5), (0, 1, 2), (None, None)),
         *(Run(seeded(f"steel-full-best{start}", seed), "steel-full", f"{NEU_BEST} --seed {seed}{weights}", {f"ours, {what}": ""}, "gpu")

@@ -41,6 +41,11 @@ def test_the_context_alone_by_hand(groups):
     assert found["multiply-adds"] == cells(64) * RATES * C * C // groups * 9
 
 
+def test_fewer_rates_and_fewer_levels_cost_their_share():
+    assert counted(complexity.CONTEXT, 64, context_rates=(1, 2, 4))["multiply-adds"] == cells(64) * 3 * C * C * 9
+    assert counted(complexity.CONTEXT, 64, context_levels=(4, 5))["multiply-adds"] == cells(64, (4, 5)) * RATES * C * C * 9
+
+
 def test_at_the_documented_size_the_full_context_is_205_billion():
     """What 1,024 x 1,024 pixels cost is known without running them: all four maps shrink with the picture."""
     assert complexity.DETECTOR_SIDE == 1024 and cells(1024) == 87_040 and cells(1024) == 256 * cells(64)
@@ -89,7 +94,7 @@ def test_danet_s_deformable_convolutions_are_counted():
     assert counted("danet", 64, body="resnet18", rpn_post_nms_top_n_test=20, box_head_channels=32)["multiply-adds"] > 0
 
 
-def test_damagenet_comes_in_three_widths_with_its_context_alone(tmp_path, monkeypatch, capsys):
+def test_damagenet_comes_with_five_contexts_and_each_alone(tmp_path, monkeypatch, capsys):
     measured = []
 
     def measure_apart(name, device, side, fields):
@@ -99,15 +104,16 @@ def test_damagenet_comes_in_three_widths_with_its_context_alone(tmp_path, monkey
     monkeypatch.setattr(complexity, "measure_apart", measure_apart)
     assert evaluate.main(["--complexity", "damagenet", "maskrcnn_resnet50_fpn", "unet", "--device", "cpu", "--out", str(tmp_path)]) == 0
     content, printed = json.loads((tmp_path / "complexity.json").read_text()), capsys.readouterr().out
-    assert list(content["models"]) == ["unet"] and list(content["context"]) == [f"context_groups={groups}" for groups in (1, 32, 256)]
-    assert list(content["detectors"]) == [*(f"damagenet, context_groups={groups}" for groups in (1, 32, 256)), "maskrcnn_resnet50_fpn"]
-    assert measured == [*(("damagenet", 1024, {"context_groups": groups}) for groups in (1, 32, 256)),
-                        *((complexity.CONTEXT, 1024, {"context_groups": groups}) for groups in (1, 32, 256)),
+    names = [*(f"context_groups={groups}" for groups in (1, 32, 256)), "context_rates=1,2,4", "context_levels=4,5"]
+    assert list(content["models"]) == ["unet"] and list(content["context"]) == names
+    assert list(content["detectors"]) == [*(f"damagenet, {name}" for name in names), "maskrcnn_resnet50_fpn"]
+    fields = [*({"context_groups": groups} for groups in (1, 32, 256)), {"context_rates": (1, 2, 4)}, {"context_levels": (4, 5)}]
+    assert measured == [*(("damagenet", 1024, each) for each in fields), *((complexity.CONTEXT, 1024, each) for each in fields),
                         ("maskrcnn_resnet50_fpn", 1024, {}), ("unet", 448, {})]
     assert content["paper context ms"] == 12 and content["detector picture"] == "1 x 3 x 1024 x 1024, float32"
     line = next(line.split() for line in printed.splitlines() if "damagenet, context_groups=1 " in line)
-    assert line[-2:] == ["-6.000", "n/a"]
-    assert [line.split()[-2:] for line in printed.splitlines() if "alone" in line] == [["n/a", "n/a"]] * 3
+    assert line[-2:] == ["-10.000", "n/a"]
+    assert [line.split()[-2:] for line in printed.splitlines() if "alone" in line] == [["n/a", "n/a"]] * 5
     assert "1024x1024" in printed and "448x448" in printed
     every = [row for _, row, _, _ in complexity.what_is_measured([*complexity.segmenters(), *complexity.DETECTORS])]
     assert set(every) > {*complexity.PAPER, "maskrcnn_resnet50_fpn", "damagenet, context_groups=256"}

@@ -8,7 +8,8 @@ output pixels instead, which is stride x stride as many. The paper's figures fit
 A detector's cost hangs on what it finds, so the numbers of boxes are fixed: body, pyramid with its context, RPN with its NMS, box stage on
 rpn_post_nms_top_n_test proposals (1,000) with its NMS, masks on box_detections_per_img of them (100). Boxes of seeded places and sizes
 stand in for the proposals. RoIAlign and NMS are timed, not counted; neither timed nor counted are resizing, pasting, and DamageNet's repair
-of masks. DamageNet comes in the three widths of its context, and its four context blocks (on c2 to c5) are measured alone as well.
+of masks. DamageNet comes with its context in three widths, with fewer rates and on fewer levels, and the context's blocks (four, on c2 to
+c5, where no row says otherwise) are measured alone as well.
 """
 import multiprocessing
 import os
@@ -34,6 +35,7 @@ SIDE = 448                                                    # pixels: the crac
 DETECTOR_SIDE = 1024                                          # DamageNet, section III.C
 DETECTORS = ("damagenet", "maskrcnn_resnet50_fpn")            # measured when no model is named: with the context, and without
 WIDTHS = (1, 32, 256)                                         # context_groups: full convolutions, in between, depthwise
+CONTEXTS = (*({"context_groups": groups} for groups in WIDTHS), {"context_rates": (1, 2, 4)}, {"context_levels": (4, 5)})
 CONTEXT = "dilated context"                                   # DamageNet's blocks alone
 PASSES = 10                                                   # timed; the quickest counts, other processes only add time
 PAPER_CONTEXT_MS = 12                                         # DamageNet, section V: above Mask R-CNN, an image; hardware not stated
@@ -82,10 +84,15 @@ def what_is_measured(names):
         if name != "damagenet":
             listed.append(("models" if name in segmenters() else "detectors", name, name, {}))
             continue
-        widths = {f"context_groups={groups}": {"context_groups": groups} for groups in WIDTHS}
-        listed += [("detectors", f"damagenet, {width}", name, fields) for width, fields in widths.items()]
-        listed += [("context", width, CONTEXT, fields) for width, fields in widths.items()]
+        contexts = {typed(fields): fields for fields in CONTEXTS}
+        listed += [("detectors", f"damagenet, {context}", name, fields) for context, fields in contexts.items()]
+        listed += [("context", context, CONTEXT, fields) for context, fields in contexts.items()]
     return listed
+
+
+def typed(fields):
+    """"context_rates=1,2,4": config fields as --set takes them."""
+    return " ".join(f"{field}={','.join(map(str, value)) if isinstance(value, tuple) else value}" for field, value in fields.items())
 
 
 def table(rows, device):
