@@ -35,7 +35,7 @@ from minidamage.layers.segmenter import label_map_of
 from minidamage.run_folder import find_checkpoint
 from minidamage.tiling import check_tile, suggestion, tiled_probabilities
 from minidamage.visualize.label_maps import draw_attention, draw_cracks, save_label_map
-from minidamage.visualize.overlay import draw_detections, grid, save_picture, write_beside
+from minidamage.visualize.overlay import draw_detections, grid, save_picture
 from minidamage.visualize.stages import draw_stages
 
 FORMAT = "minidamage prediction"
@@ -69,7 +69,7 @@ def main(argv=None):
         check_numbers(args)
         photographs = find_photographs(args.photographs, args.out)
         device = choose_device(args.device)
-        (model, about, trained_side), *others = [load(run, device, args) for run in (args.checkpoint, *args.beside)]
+        models = [load(run, device, args) for run in (args.checkpoint, *args.beside)]
         if os.path.isfile(args.out):
             raise ValueError(f"--out {args.out}: expected a folder, this is a file")
         os.makedirs(args.out, exist_ok=True)
@@ -78,8 +78,9 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         print(f"predict.py: {error}", file=sys.stderr)
         return 2
-    for each, asked, _ in ((model, about, trained_side), *others):
+    for each, asked, _ in models:
         introduce(each, asked, device)
+    model, _, trained_side = models[0]
     segments = model.task == "segmentation"
     if args.explain and segments and not hasattr(model, "attention_maps"):
         print(f"note: --explain: {model.name} has no attention maps to show (context_cracknet has, detectors have stages)")
@@ -89,36 +90,52 @@ def main(argv=None):
     for number, path in enumerate(photographs, 1):
         began, place = time.perf_counter(), f"{number}/{len(photographs)}"
         try:
-            image = read_image(path)
-        except ValueError as error:
+            image, seen, stem = results_of(path, models, args, names)
+        except Skipped as error:
             skipped.append(str(error))
             print(f"{place} skipped  {error}", file=sys.stderr)
             continue
-        seen = (segment if segments else find_objects)(model, path, image, about, args.explain)
-        if others:
-            seen.files[".beside.jpg"] = beside_each_other(image, seen.overlay, about, others)
-        stem = os.path.join(args.out, output_stem(path, args.out, names))
-        try:
-            write_together(stem, seen.files)
         except OSError as error:
-            if error.errno == errno.ENAMETOOLONG:
-                skipped.append(f"{path}: the names of its results are too long for --out {args.out}; give the photograph a shorter name")
-                print(f"{place} skipped  {skipped[-1]}", file=sys.stderr)
-                continue
             print(f"predict.py: could not write to {args.out}: {error.strerror or error}; the results before this one are whole",
                   file=sys.stderr)
             return 1
         found.append(seen.classes)
         print(f"{place} {path}  {image.shape[1]}x{image.shape[0]}  {seen.words}  {time.perf_counter() - began:.2f} s  "
               f"-> {stem}.overlay.jpg", flush=True)
-        if segments and not args.tile and not advised:
-            advice = suggestion(*image.shape[:2], model.config.image_size, trained_side)
-            seen.remarks += [advice] * bool(advice)
-            advised = bool(advice)
-        for remark in seen.remarks:
+        advice = suggestion(*image.shape[:2], model.config.image_size, trained_side) if segments and not (args.tile or advised) else ""
+        advised = advised or bool(advice)
+        for remark in (*seen.remarks, *[advice] * bool(advice)):
             print(f"    {remark}")
     print_summary(found, skipped, args, segments)
     return 0 if found else 1
+
+
+class Skipped(Exception):
+    """A photograph that gets no results; the message says why."""
+
+
+def results_of(path, models, args, names):
+    """(picture, Seen, the results' names without their endings) of one photograph, written.
+
+    models: of `load`, the first one whose results these are, the others for beside. names: as `output_stem` has it. Raises Skipped, and
+    OSError where nothing more can be written.
+    """
+    (model, about, _), *others = models
+    try:
+        image = read_image(path)
+    except ValueError as error:
+        raise Skipped(str(error)) from None
+    seen = (segment if model.task == "segmentation" else find_objects)(model, path, image, about, args.explain)
+    if others:
+        seen.files[".beside.jpg"] = beside_each_other(image, seen.overlay, about, others)
+    stem = os.path.join(args.out, output_stem(path, args.out, names))
+    try:
+        write_together(stem, seen.files)
+    except OSError as error:
+        if error.errno != errno.ENAMETOOLONG:
+            raise
+        raise Skipped(f"{path}: the names of its results are too long for --out {args.out}; give the photograph a shorter name") from None
+    return image, seen, stem
 
 
 @dataclasses.dataclass
@@ -129,7 +146,7 @@ class Seen:
     words: str                          # one line on them
     overlay: np.ndarray                 # uint8 [H, W, 3], of a small photograph enlarged
     files: dict                         # ending of the result's name -> write(path), the JSON first
-    remarks: list = dataclasses.field(default_factory=list)
+    remarks: list                       # sentences on what the line could mislead about
 
 
 def parse_arguments(argv):
@@ -284,7 +301,7 @@ def find_objects(model, path, image, about, explain):
     if stages is not None:
         files[".stages.png"] = lambda place: save_picture(place, stages)
     classes = [about["class_names"][label - 1] for label in detections["labels"]]
-    return Seen(classes, in_words(classes, detections["scores"]) if classes else f"nothing found{below}", overlay, files)
+    return Seen(classes, in_words(classes, detections["scores"]) if classes else f"nothing found{below}", overlay, files, [])
 
 
 def detect(model, image, about, explain=False):
@@ -357,7 +374,8 @@ def write_together(stem, files):
 
 
 def write_json(path, content):
-    write_beside(path, lambda stream: stream.write(json_text(content).encode("utf-8", "backslashreplace")))
+    with open(path, "w", encoding="utf-8", errors="backslashreplace") as stream:
+        stream.write(json_text(content))
 
 
 def drawn_detections(image, detections, about):

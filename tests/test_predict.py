@@ -275,7 +275,7 @@ def test_a_full_disk_says_so_and_leaves_no_half_file(folder, monkeypatch, capsys
     def full(path, write):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(predict, "write_beside", full)
+    monkeypatch.setattr(predict, "write_json", full)
     assert run("car.png") == 1
     assert "No space left" in capsys.readouterr().err and not (folder / "predictions" / "car.json").exists()
 
