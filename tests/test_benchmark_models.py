@@ -28,7 +28,7 @@ def test_every_side_of_a_row_runs_in_both_modes():
     for training in (False, True):
         case = model_rows.ModelCase("context_cracknet", 64, training, 2, "cpu", "float32", fields)
         for side in ("ours", "stock", "contiguous", "bfloat16"):
-            model_rows.model_call(case, side)()
+            model_rows.model_call(case, side)()                          # ends: what each gives is test_segmenters' and the test above's
 
 
 def test_the_contiguous_side_has_no_map_in_channels_last():

@@ -106,11 +106,13 @@ def test_both_thresholds_by_hand(red_run, capsys):
     assert sorted(f for f in os.listdir(red_run.out) if f.startswith("worst")) == ["worst-01.jpg"]      # only the reflection is wrong
 
 
-def test_the_main_numbers_come_first_by_name(red_run, capsys):
+def test_the_main_numbers_stand_last_in_a_terminal_and_first_on_the_page(red_run, capsys):
     assert evaluate.main(["--device", "cpu", "--draws", "0", "--worst", "0"]) == 0
-    first = capsys.readouterr().out.split("pictures (test of")[1].splitlines()[2]
-    assert first == "Summary: native (64x64), at 0.3 (chosen on validation): IoU 0.756, Dice 0.861, precision 0.756, recall 1.000"
-    assert ">Summary<" in (red_run.out / "report.html").read_text(encoding="utf-8")
+    *_, last, written = [line for line in capsys.readouterr().out.splitlines() if line]
+    assert last == "Summary: native (64x64), at 0.3 (chosen on validation): IoU 0.756, Dice 0.861, precision 0.756, recall 1.000"
+    assert written.startswith("written: ")
+    page = (red_run.out / "report.html").read_text(encoding="utf-8")
+    assert 0 < page.index(">Summary<") < page.index(">Accuracy<")
 
 
 @pytest.mark.parametrize("gain, score, expected", [

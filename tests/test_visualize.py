@@ -252,13 +252,18 @@ def test_bar_heights_are_proportional():
 
 
 def test_box_plot_takes_empty_and_constant_samples():
-    plots.box_plot({"empty": [], "one": [0.5], "same": [1, 1, 1], "some": [0, 1, 2, 30, math.nan]}, "t", "IoU")
+    colours = {"empty": (200, 0, 0), "one": (0, 200, 0), "same": (0, 0, 200), "some": (200, 0, 200)}
+    drawn = plots.box_plot({"empty": [], "one": [0.5], "same": [1, 1, 1], "some": [0, 1, 2, 30, math.nan]}, "t", "IoU", colours=colours)
+    assert [bool((drawn == colour).all(axis=2).any()) for colour in colours.values()] == [False, True, True, True]
 
 
-def test_precision_recall_names_the_area():
+def test_precision_recall_names_the_area(monkeypatch):
+    drawn = []
+    monkeypatch.setattr(plots, "line_plot", lambda series, *arguments, **named: drawn.extend(series))
     recall = np.linspace(0, 1, 101)
     precision = np.where(recall <= 0.5, 1.0, 0.0)
-    assert plots.precision_recall_plot({"dent": (recall, precision), "none": (recall, np.full(101, -1.0))}).any()
+    plots.precision_recall_plot({"dent": (recall, precision), "none": (recall, np.full(101, -1.0))})
+    assert [(series.name, series.y) for series in drawn] == [("dent: area 0.505", [1.0] * 51), ("none: area n/a", [])]
 
 
 CSV = """epoch,lr,train/loss,train/loss_mask,val/loss,val/loss_mask,val/segm/AP,val/bbox/AP50

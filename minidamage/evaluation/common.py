@@ -65,15 +65,15 @@ def relative_files(job):
 
 @contextlib.contextmanager
 def writing(folder, shown=()):
-    """Makes the folder; an OSError inside then says that it was met while writing, and where. Behind it prints the sections shown: a closed
-    pipe (| head) loses no file, and a full disk no number."""
+    """Makes the folder; an OSError inside then says that it was met while writing, and where. Behind it prints the sections shown,
+    the summary last, where a terminal still has it: a closed pipe (| head) loses no file, and a full disk no number."""
     try:
         os.makedirs(folder, exist_ok=True)
         yield
     except OSError as error:
         raise OSError(f"could not write the results into {folder}: {error}") from error
     finally:
-        print_sections(shown)
+        print_sections([*shown[1:], *shown[:1]])
 
 
 def change_finish(model, settings):

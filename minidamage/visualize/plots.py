@@ -112,12 +112,13 @@ def box_plot(samples, title="", y_label="", y_limits=None, size=SIZE, colours=No
 def precision_recall_plot(curves, title="Precision and recall", colours=None, size=SIZE):
     """Precision over recall. curves: dict name -> (recall [P], precision [P]); the area under each curve joins its name.
 
-    The area is the mean precision over evenly spaced recalls, so for COCO's 101 points it is COCO's AP.
+    The area is the mean precision over evenly spaced recalls, so for COCO's 101 points it is COCO's AP. Of a class without objects (COCO's
+    -1) it is n/a.
     """
     series = []
     for name, (recall, precision) in curves.items():
         precision = np.asarray(precision, np.float64)
-        area = f"{precision.mean():.3f}" if len(precision) and np.isfinite(precision).all() else "n/a"
+        area = f"{precision.mean():.3f}" if len(precision) and (precision >= 0).all() else "n/a"
         reached = np.flatnonzero(precision > 0)               # COCO writes 0 past the last recall that was reached
         end = reached[-1] + 1 if len(reached) else 0
         series.append(Series(f"{name}: area {area}", list(recall)[:end], list(precision)[:end], (colours or {}).get(name)))
