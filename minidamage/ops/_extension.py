@@ -229,7 +229,7 @@ def build_evaluation():
 
 def build_emulated():
     """Returns the path of the torch library in which the .cu files run on the CPU (csrc/cuda_on_cpu.h)."""
-    flags = ["-O2", "-fPIC", "-ffp-contract=off", "-DMINIDAMAGE_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
+    flags = ["-O1", "-fPIC", "-ffp-contract=off", "-DMINIDAMAGE_EMULATED", "-Wall", "-Wno-unknown-pragmas"]
     bindings = [*tools.cxx(), *flags, *tools.torch_flags(), *tools.openmp_flags()[0], "-I", str(CSRC)]
     objects = [(CSRC / "bindings.cpp", bindings)]
     objects += [(source, [*tools.cxx(), "-std=c++17", *flags, "-x", "c++"]) for source in sorted((CSRC / "cuda").glob("*.cu"))]
