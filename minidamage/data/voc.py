@@ -262,9 +262,10 @@ def _picture_folders(folder, path, part):
     if alone and any(map(is_picture_name, os.listdir(folder))):
         return [folder]
     beside = [name for name in sorted(os.listdir(parent)) if os.path.isdir(os.path.join(parent, name))]
-    same = lambda name: (part_of(name) or part) != (part_of(os.path.basename(os.path.abspath(folder))) or part)
-    usual = lambda name: not any(word in name.lower() for word in ("image", "img", "jpeg", "picture", "photo"))
-    beside = [name for name in sorted(beside, key=lambda n: (same(n), usual(n), n)) if not (alone and usual(name))]
+    own = part_of(os.path.basename(os.path.abspath(folder))) or part
+    same_part = lambda name: (part_of(name) or part) == own
+    of_pictures = lambda name: any(word in name.lower() for word in ("image", "img", "jpeg", "picture", "photo"))
+    beside = [name for name in sorted(beside, key=lambda n: (not same_part(n), not of_pictures(n), n)) if of_pictures(name) or not alone]
     return [folder, *(os.path.join(parent, name) for name in beside), parent]
 
 
