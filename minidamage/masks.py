@@ -12,6 +12,7 @@ import math
 import numpy as np
 
 from minidamage import mask_reference as reference
+from minidamage.ops import _extension
 
 MAX_SIDE = 1 << 24            # pixels of a picture; a dozen characters of run lengths could ask for the memory of billions of columns
 MAX_COORDINATE = 1e6        # pixels; a polygon point farther out is a mistake in the file, and would cost memory by its length
@@ -19,7 +20,6 @@ MAX_COORDINATE = 1e6        # pixels; a polygon point farther out is a mistake i
 
 def native_module():
     """The C++ twin (csrc/evaluation.cpp) or None: then the numpy reference runs."""
-    from minidamage.ops import _extension                     # not at the top: minidamage.ops imports torch, masks alone need not
     return _extension.load_evaluation()
 
 

@@ -11,6 +11,7 @@ import unicodedata
 
 import numpy as np
 
+from minidamage import masks as mask_codec
 from minidamage.data.folders import walk
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Record
@@ -273,22 +274,20 @@ def turn_object(obj, turn, width, height):
 
 
 def _turn_rle(rle, turn):
-    from minidamage import masks
-    mask = masks.decode(rle)
+    mask = mask_codec.decode(rle)
     flip_rows, flip_columns = mask[::-1], mask[:, ::-1]
     turned = {2: flip_columns, 3: mask[::-1, ::-1], 4: flip_rows, 5: mask.T, 6: flip_rows.T, 7: mask[::-1, ::-1].T,
               8: flip_columns.T}[turn]
-    return masks.encode(np.ascontiguousarray(turned))
+    return mask_codec.encode(np.ascontiguousarray(turned))
 
 
 def rle_fault(rle, height, width):
     """What is wrong with an RLE dict for a height x width picture, in words, or None."""
-    from minidamage import masks
     size = rle.get("size")
     if size is None or list(size) != [height, width]:
         return f"RLE of size {size}, the picture is {height}x{width} (height x width)"
     try:
-        masks.area([rle])
+        mask_codec.area([rle])
     except (ValueError, TypeError, KeyError, IndexError) as error:
         return f"RLE cannot be read ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
     return None
@@ -296,8 +295,7 @@ def rle_fault(rle, height, width):
 
 def rle_extent(rle):
     """(xyxy box, area in pixels) of a sound RLE dict."""
-    from minidamage import masks
-    return tuple(masks.to_boxes([rle])[0]), float(masks.area([rle])[0])
+    return tuple(mask_codec.to_boxes([rle])[0]), float(mask_codec.area([rle])[0])
 
 
 class PictureFinder:
