@@ -68,6 +68,15 @@ def test_boxes_at_and_over_the_border(tmp_path):
     assert any("1 boxes begin at 0" in note and "corners" in note for note in data.notes)
 
 
+def test_a_box_from_a_pixel_to_itself_is_one_pixel_wide(tmp_path):
+    pair(tmp_path, tmp_path, "a", [("dent", box) for box in ((5, 5, 5, 10), (7, 9, 12, 9), (3, 3, 3, 3), (5, 5, 4, 10), (5.5, 5, 5, 10))])
+    data = load(tmp_path)
+    np.testing.assert_array_equal(data.parts["all"][0].boxes, [[4, 4, 5, 10], [6, 8, 12, 9], [2, 2, 3, 3]])
+    assert [p.partition(": ")[0] for p in data.problems] == ["a.jpg, object 4", "a.jpg, object 5"]             # they end before they begin
+    with pytest.raises(ValueError, match="first of 6 problems: a.jpg, object 1: box .* has no size"):
+        load(tmp_path, voc_boxes="corners")
+
+
 def test_the_doctor_speaks_of_voc_objects_without_inventing_numbers(tmp_path):
     pair(tmp_path, tmp_path, "a", [("dent", (1, 1, 9, 9))])
     pair(tmp_path, tmp_path, "b", [("dent", (11, 6, 30, 30)), ("dent", (11, 6, 30, 30)), ("dent", (1, 1, 9, 9), 1)])
@@ -77,14 +86,14 @@ def test_the_doctor_speaks_of_voc_objects_without_inventing_numbers(tmp_path):
 
 
 def test_bad_objects_are_named_and_the_rest_kept(tmp_path):
-    pair(tmp_path, tmp_path, "a", [("dent", (20, 1, 20, 9)), ("dent", (9, 9, 3, 12)), ("dent", (1, 1, "x", 9)), ("", (1, 1, 9, 9)),
+    pair(tmp_path, tmp_path, "a", [("dent", (20, 1, 19, 9)), ("dent", (9, 9, 3, 12)), ("dent", (1, 1, "x", 9)), ("", (1, 1, 9, 9)),
                                    ("dent", (1, 1, 9, 9))])
     text = (tmp_path / "a.xml").read_text()
     (tmp_path / "a.xml").write_text(text.replace("</annotation>", "<object><name>dent</name></object></annotation>"))
     data = load(tmp_path)
     assert len(data.parts["all"][0].labels) == 1
     assert [p.partition(": ")[2] for p in data.problems] == [
-        "box [20.0, 1.0, 20.0, 9.0] has no size: its minimum is not below its maximum; dropped",
+        "box [20.0, 1.0, 19.0, 9.0] has no size: its minimum is not below its maximum; dropped",
         "box [9.0, 9.0, 3.0, 12.0] has no size: its minimum is not below its maximum; dropped",
         "box ['1', '1', 'x', '9'] is not four numbers; dropped", "no class name; dropped", "no <bndbox>; dropped"]
     assert [p.partition(":")[0] for p in data.problems] == [f"a.jpg, object {n}" for n in (1, 2, 3, 4, 6)]

@@ -13,6 +13,7 @@ The picture of an XML is the one of the XML's own name; <filename>, often wrong,
 """
 import collections
 import difflib
+import operator
 import os
 import re
 import xml.etree.ElementTree as ElementTree
@@ -310,7 +311,8 @@ def _raw_object(element, annotation_id, label_of, options, file, problems, tally
         xmin, ymin, xmax, ymax = (float(corner) for corner in corners)
     except (TypeError, ValueError):
         return say(f"box {corners} is not four numbers")
-    if xmin >= xmax or ymin >= ymax:
+    has_no_size = operator.gt if voc_boxes == "pixels" else operator.ge            # from a pixel to itself is one pixel wide
+    if has_no_size(xmin, xmax) or has_no_size(ymin, ymax):
         return say(f"box {[xmin, ymin, xmax, ymax]} has no size: its minimum is not below its maximum")
     tally["from 0"] += min(xmin, ymin) <= 0
     difficult = (element.findtext("difficult") or "0").strip().lower() in ("1", "true")
