@@ -138,17 +138,14 @@ class RoIHeads(nn.Module):
 
     def __init__(self, box_roi_pool, box_head, box_predictor, fg_iou_thresh, bg_iou_thresh, batch_size_per_image,
                  positive_fraction, bbox_reg_weights, score_thresh, nms_thresh, detections_per_img,
-                 mask_roi_pool=None, mask_head=None, mask_predictor=None, proposals="rpn+gt",
-                 class_loss="cross_entropy", focal_alpha=0.25, focal_gamma=2.0, box_loss="smooth_l1", mask_loss="bce"):
+                 proposals="rpn+gt", class_loss="cross_entropy", focal_alpha=0.25, focal_gamma=2.0, box_loss="smooth_l1"):
         super().__init__()
         if proposals not in ("rpn+gt", "rpn", "gt"):
             raise ValueError(f"proposals: expected rpn+gt, rpn or gt, got {proposals!r}")
         self.box_roi_pool = box_roi_pool
         self.box_head = box_head
         self.box_predictor = box_predictor
-        self.mask_roi_pool = mask_roi_pool
-        self.mask_head = mask_head
-        self.mask_predictor = mask_predictor
+        self.mask_roi_pool = self.mask_head = self.mask_predictor = self.mask_loss_form = None    # models/mask_rcnn.py adds its branch
         self.proposal_matcher = Matcher(fg_iou_thresh, bg_iou_thresh)
         self.fg_bg_sampler = BalancedPositiveNegativeSampler(batch_size_per_image, positive_fraction)
         self.box_coder = BoxCoder(bbox_reg_weights)
@@ -158,7 +155,6 @@ class RoIHeads(nn.Module):
         self.proposals = proposals
         self.class_loss, self.class_scores = class_loss_and_scores(class_loss, focal_alpha, focal_gamma)
         self.box_loss_form = box_loss
-        self.mask_loss_form = mask_loss
         if class_loss == "sigmoid_focal":
             nn.init.constant_(box_predictor.cls_score.bias, math.log(CLASS_PRIOR / (1 - CLASS_PRIOR)))
 

@@ -94,7 +94,7 @@ class RegionProposalNetwork(nn.Module):
     """Proposes boxes and learns to. The thresholds' meaning is in the model's config, which holds a line for each."""
 
     def __init__(self, anchor_generator, head, fg_iou_thresh, bg_iou_thresh, batch_size_per_image, positive_fraction,
-                 pre_nms_top_n, post_nms_top_n, nms_thresh, score_thresh=0.0, min_proposals=0, objectness_loss=binary_cross_entropy):
+                 pre_nms_top_n, post_nms_top_n, nms_thresh, score_thresh=0.0, min_proposals=0):
         super().__init__()
         self.anchor_generator = anchor_generator
         self.head = head
@@ -106,7 +106,7 @@ class RegionProposalNetwork(nn.Module):
         self.nms_thresh = nms_thresh
         self.score_thresh = score_thresh
         self.min_proposals = min_proposals
-        self.objectness_loss = objectness_loss
+        self.objectness_loss = binary_cross_entropy     # models/danet.py may put the focal one here
 
     def forward(self, features, batch_size_px, image_sizes, targets=None, generator=None):
         """features: per level [N, C, h, w]; batch_size_px: (H, W) of the padded batch; image_sizes: [(h, w)] inside it.
