@@ -14,8 +14,7 @@ from torch import nn
 from minidamage import ops
 from minidamage.ops.box_coding import BBOX_XFORM_CLIP
 
-BELOW_LOW_THRESHOLD = -1
-BETWEEN_THRESHOLDS = -2
+BELOW_LOW_THRESHOLD, BETWEEN_THRESHOLDS = -1, -2               # what a match says that is no object's index: background, neither
 KEYS_AT_ONCE = 4096            # random numbers are drawn in multiples of it, see draw_keys
 
 
@@ -37,7 +36,7 @@ class Matcher:
     def __call__(self, match_quality):
         """match_quality: [G, A] IoU of G objects and A candidates.
 
-        Returns [A] int64: the object's index, or -1 (background), or -2 (between the thresholds). With G = 0 all are background.
+        Returns [A] int64: the object's index, BELOW_LOW_THRESHOLD (background) or BETWEEN_THRESHOLDS. With G = 0 all are background.
         Differs from torchvision: an object that touches no candidate at all takes none (there it takes every candidate that
         does not touch it), and G = 0 is allowed.
         """

@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from minidamage import ops
 from minidamage.layers.losses import class_loss_and_scores, fastrcnn_loss, maskrcnn_loss, overlap_loss, smooth_l1
-from minidamage.layers.matching import BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, live_counts, live_rows, pad_boxes
+from minidamage.layers.matching import (BETWEEN_THRESHOLDS, BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, live_counts,
+                                        live_rows, pad_boxes)
 
 MIN_DETECTION_SIZE = 1e-2      # pixels of the resized picture: thinner detections are dropped (torchvision's value)
 MASKS_AT_ONCE = 16             # of a picture's true masks that are floats at a time: 62 MB at 800 x 1216
@@ -211,7 +212,7 @@ class RoIHeads(nn.Module):
         gt_boxes, gt_labels = [t["boxes"] for t in targets], [t["labels"] for t in targets]
         boxes, usable = self.add_gt_proposals(proposals, gt_boxes)                                           # [N, P', 4], [N, P']
         matches = torch.stack([self.proposal_matcher(ops.box_iou(gt, b)) for gt, b in zip(gt_boxes, boxes)])
-        usage = (matches >= 0).to(torch.int8).masked_fill((matches == -2) | ~usable, -1)
+        usage = (matches >= 0).to(torch.int8).masked_fill((matches == BETWEEN_THRESHOLDS) | ~usable, -1)
         positives, positive_valid, negatives, negative_valid = self.fg_bg_sampler(usage, generator)
         objects = matches.gather(1, positives).clamp(min=0)                                                  # [N, P]
         labels = gather_rows(nn.utils.rnn.pad_sequence([F.pad(each, (0, 1)) for each in gt_labels], batch_first=True), objects)

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from minidamage import ops
 from minidamage.layers.losses import binary_cross_entropy, rpn_loss
-from minidamage.layers.matching import BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, pad_boxes
+from minidamage.layers.matching import BETWEEN_THRESHOLDS, BalancedPositiveNegativeSampler, BoxCoder, Matcher, gather_rows, pad_boxes
 
 MIN_BOX_SIZE = 1e-3           # pixels: anything thinner is a collapsed prediction (torchvision's value)
 
@@ -35,6 +35,7 @@ class RPNHead(nn.Module):
 
     def __init__(self, in_channels, num_anchors, conv_channels):
         super().__init__()
+        # conv.0.0: torchvision's name
         self.conv = nn.Sequential(nn.Sequential(nn.Conv2d(in_channels, conv_channels, 3, padding=1), nn.ReLU(inplace=True)))
         self.cls_logits = nn.Conv2d(conv_channels, num_anchors, 1)
         self.bbox_pred = nn.Conv2d(conv_channels, num_anchors * 4, 1)
@@ -167,7 +168,7 @@ class RegionProposalNetwork(nn.Module):
     def sample(self, anchors, gt_boxes, generator=None):
         """(matches [N, A], and what the sampler returns); anchors: [A, 4], gt_boxes: N x [G_i, 4]."""
         matches = torch.stack([self.proposal_matcher(ops.box_iou(boxes, anchors)) for boxes in gt_boxes])
-        labels = (matches >= 0).to(torch.int8) - (matches == -2).to(torch.int8)           # 1 object, 0 background, -1 in between
+        labels = (matches >= 0).to(torch.int8).masked_fill(matches == BETWEEN_THRESHOLDS, -1)         # 1 object, 0 background, -1 neither
         return matches, *self.fg_bg_sampler(labels, generator)
 
     def losses(self, features, anchors, gt_boxes, generator):
