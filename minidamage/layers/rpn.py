@@ -23,7 +23,8 @@ MIN_BOX_SIZE = 1e-3           # pixels: anything thinner is a collapsed predicti
 
 @dataclasses.dataclass
 class Proposals:
-    """N pictures, P slots each; the filled slots come first, best score first."""
+    """N pictures, P slots each; the filled slots come first, best score first. With min_proposals in two runs, best first each: what NMS
+    left, then what the number was filled up with."""
 
     boxes: torch.Tensor       # [N, P, 4] float32 xyxy, pixels of the resized picture; zeros in empty slots
     scores: torch.Tensor      # [N, P] float32, sigmoid of the objectness
@@ -158,7 +159,7 @@ class RegionProposalNetwork(nn.Module):
         return boxes[keep].masked_fill(~valid[:, None], 0), scores[keep].masked_fill(~valid, 0), valid      # NaN * 0 would stay NaN
 
     def fill_up(self, keep, count, scores, usable):
-        """Raises the number of proposals to `min_proposals` with the best of those that NMS suppressed."""
+        """Raises the number of proposals to `min_proposals` with the best of those that NMS suppressed, behind those that it left."""
         slot = torch.arange(len(keep), device=keep.device)
         survived = torch.zeros_like(scores).index_add_(0, keep, (slot < count).to(scores.dtype))
         rank = (scores + 2 * survived.clamp(max=1)).masked_fill(~usable, -1)            # survivors first, then by score

@@ -258,8 +258,8 @@ class FasterRCNN(nn.Module):
     def stages_of(self, features, proposals, detections, batch):
         """What each stage made of each picture, a dict a picture:
 
-        proposals [P, 4] (original pixels) and objectness [P], best first; features {"p2": [C, h, w], ...}, the pyramid cut to the
-        picture; boxes [D, 4], labels [D], scores [D].
+        proposals [P, 4] (original pixels) and objectness [P], in the order of `Proposals`; features {"p2": [C, h, w], ...}, the pyramid
+        cut to the picture; boxes [D, 4], labels [D], scores [D].
         """
         found = to_original(detections, batch, "raw", threshold=None)
         stages = []

@@ -52,7 +52,8 @@ class StudyConfig(MaskRCNNConfig):
     rpn_channels: int = 512                         # section 2.6, here and below
     anchor_scales: tuple[float, ...] = (1.0, 1.26, 1.59)        # 9 anchors a position; the scales (thirds of an octave) are not stated
     proposals: str = "gt"                           # section 2.2; the RPN learns all the same, or evaluation would run an untrained one
-    min_proposals: int = 30                         # section 3.2: 15, better 30
+    min_proposals: int = 30                         # section 3.2: 15, better 30. Beside "gt": in evaluation, and in training for pictures
+                                                    # without objects; where there are any, the heads see none of the RPN's boxes
 
 
 @dataclasses.dataclass(frozen=True)
