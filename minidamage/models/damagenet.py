@@ -43,8 +43,8 @@ class DamageNetConfig(mask_rcnn.MaskRCNNConfig):
     island_share: float = 0.1                       # ... smaller than this share of the mask's area; not stated
 
 
-# Section IV: 280 epochs; section III: horizontal flip, rotation by up to 15 degrees, brightness. The optimiser and its rate are
-# not stated; SGD as in Mask R-CNN.
+# Section IV: 280 epochs; section III.C: horizontal flip, rotation by up to 15 degrees, brightness. The optimiser, its rate and schedule and
+# the batch are not stated: SGD as in Mask R-CNN. Nor are the probability of a flip and the strength of the brightness.
 RECIPE = Recipe(epochs=280, batch_size=16, optimizer="sgd", lr=0.02, lr_batch_size=16, momentum=0.9, weight_decay=1e-4,
                 schedule="step", milestones=(200, 250), gamma=0.1, warmup_iters=500, hflip=0.5, rotate=15.0, brightness=0.2)
 

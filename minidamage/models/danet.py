@@ -1,7 +1,7 @@
 """DANet: Faster R-CNN for small steel defects, whose body bends its convolutions to the defect and attends to it.
 
     y(p0) = sum_n w(p_n) x(p0 + p_n + dp_n)                         eq. 2, deformable convolution; DCNv2 also weighs each sample
-    F'  = M_c(F) F,   M_c = s(MLP(mean F) + MLP(max F))             eq. 3, 5, channels; mean and max over the picture
+    F'  = M_c(F) F,   M_c = s(MLP(mean F) + MLP(max F))             eq. 3, 5, channels; mean and max over the padded picture
     F'' = M_s(F') F', M_s = s(conv7x7([mean F'; max F']))           eq. 4, 6, positions; mean and max over the channels
     FL(p_t) = -alpha (1 - p_t)^gamma log(p_t)                       eq. 10
 
@@ -22,6 +22,8 @@ Differs from the paper:
   attention. Halved twice in each of 16 blocks, the features of a pre-trained body would not survive.
 - Section III.C goes from lateral to lateral and ends there; the pyramid keeps Lin et al.'s 3x3 convolution on every merged map, and a p6
   for the largest anchors.
+- M_c's mean and max go over the batch as it is padded, with the zeros right of and below a picture: 400 pixels become 416, the next
+  multiple of 32, or more beside larger pictures, on which what is found then hangs a little. NEU-DET's are all of one size.
 - The body is not pre-trained on COCO (no such weights are at hand): whatever --pretrained gives.
 
 Read first: faster_rcnn.py.
@@ -58,7 +60,8 @@ class DANetConfig(faster_rcnn.FasterRCNNConfig):
     class_loss: str | None = None                   # one of the box stage's; where it is given, focal follows it
     roi_op: str | None = None                       # align | pool
     # the parts
-    dcn_stages: tuple[int, ...] = (3, 4, 5)         # c3, c4, c5: the 3x3 convolutions of layer2, layer3, layer4; not stated
+    dcn_stages: tuple[int, ...] = (3, 4, 5)         # c3, c4, c5: each block's conv2 in layer2, layer3, layer4 (a bottleneck's one 3x3, the
+                                                    # second of two in resnet18 and resnet34); not stated
     dcn_modulated: bool = False                     # DCNv2 (Zhu et al. 2019): a weight 0..1 on each sample; the paper cites the first
     cbam_ratio: int = 16                            # r of the MLP; not stated
     cbam_slope: float = 0.01                        # of the MLP's LeakyReLU; 0: ReLU. "instead of ReLU", section III.E; not stated
@@ -73,7 +76,8 @@ class DANetConfig(faster_rcnn.FasterRCNNConfig):
     canonical_scale: int = 112                      # half of the pyramid paper's, as the anchors are
 
 
-# Section IV.B: SGD 0.02 at batch 4, momentum 0.9, weight decay 1e-4, 30 epochs, rate / 10 at 20 and 28 (the factor is not stated).
+# Section IV.B: SGD 0.02 at batch 4, momentum 0.9, weight decay 1e-4, 30 epochs, rate / 10 at 20 and 28. The factor and the warm-up are not
+# stated.
 RECIPE = Recipe(epochs=30, batch_size=4, optimizer="sgd", lr=0.02, lr_batch_size=4, momentum=0.9, weight_decay=1e-4, schedule="step",
                 milestones=(20, 28), gamma=0.1, warmup_iters=500, hflip=0.5, select_by="bbox/AP50")
 

@@ -42,7 +42,8 @@ class FCNConfig(SegmenterConfig):
 
 
 # Section 6.1, set A. Momentum of set B, set C and 240 x 240: the project's program. No augmentation and no schedule are mentioned. It
-# writes Dice, IoU and accuracy of both parts after each epoch: here of as many training pictures as its validation part has, 68.
+# writes Dice, IoU and accuracy of both parts after each epoch: here of as many training pictures as its validation part has, 68 (the
+# document prints 68 under Test and 28 under Valid, and 5 % and 10 % above them; of 598 that is the other way round, and so taken).
 SET_A = Recipe(epochs=10, batch_size=16, optimizer="adam", lr=1e-3, lr_batch_size=0, weight_decay=0.0, schedule="constant",
                warmup_iters=0, hflip=0.0, score_train=68)
 SET_B = dataclasses.replace(SET_A, batch_size=32, optimizer="sgd", lr=0.01, momentum=0.9)

@@ -2,7 +2,7 @@
 
 Start with `draw_detections`. Everything works on uint8 [H, W, 3] RGB arrays and returns a new one; the picture handed in is
 never changed. Line widths and text grow with the picture, from a 192-pixel thumbnail to a 12-megapixel photograph. Colours
-are the paper's where it names them (DamageNet, Fig. 5-7: blue dent, red scratch, brown broken glass).
+are the paper's where it names them (DamageNet, section III.C and Fig. 3: blue dents, red scratches, brown glass).
 """
 import os
 import re
