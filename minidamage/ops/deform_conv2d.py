@@ -19,6 +19,7 @@ from torch import nn
 
 from . import _extension
 from ._checks import autocast_is_on, two_ints
+from ._layout import memory_format_of
 
 
 def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0), dilation=(1, 1), mask=None):
@@ -187,7 +188,7 @@ def deform_conv2d_reference(input, offset, mask, weight, bias, stride, padding, 
     output = torch.einsum("ngckyx,gock->ngoyx", columns, weight).flatten(1, 2)
     if bias is not None:
         output = output + bias.to(compute)[:, None, None]
-    return output.to(input.dtype).contiguous(memory_format=_memory_format(input))
+    return output.to(input.dtype).contiguous(memory_format=memory_format_of(input))
 
 
 def deform_conv2d_backward_input_reference(grad, input, offset, mask, weight, stride, padding, dilation, groups, offset_groups):
@@ -207,9 +208,9 @@ def deform_conv2d_backward_input_reference(grad, input, offset, mask, weight, st
         part = torch.where(inside[:, :, None], grad_columns * (scale * weight_i)[:, :, None], 0)
         grad_input.scatter_add_(3, pixel.flatten(2)[:, :, None].expand(-1, -1, C // offset_groups, -1), part.flatten(3))
     grad_offset = torch.stack([grad_y, grad_x], 3).flatten(1, 3)
-    grad_mask = offset.new_empty(0) if mask is None else grad_mask.flatten(1, 2).contiguous(memory_format=_memory_format(mask))
-    return (grad_input.view(N, C, H, W).to(input.dtype).contiguous(memory_format=_memory_format(input)),
-            grad_offset.contiguous(memory_format=_memory_format(offset)), grad_mask)
+    grad_mask = offset.new_empty(0) if mask is None else grad_mask.flatten(1, 2).contiguous(memory_format=memory_format_of(mask))
+    return (grad_input.view(N, C, H, W).to(input.dtype).contiguous(memory_format=memory_format_of(input)),
+            grad_offset.contiguous(memory_format=memory_format_of(offset)), grad_mask)
 
 
 def deform_conv2d_backward_weight_reference(grad, input, offset, mask, weight, stride, padding, dilation, groups, offset_groups):
@@ -217,12 +218,7 @@ def deform_conv2d_backward_weight_reference(grad, input, offset, mask, weight, s
     corners, compute = _corners_of(input, offset, weight, stride, padding, dilation, offset_groups)
     columns = _columns(input.to(compute), corners, mask, offset_groups).unflatten(1, (groups, -1))
     grad_weight = torch.einsum("ngoyx,ngckyx->gock", grad.to(compute).unflatten(1, (groups, -1)), columns)
-    return grad_weight.reshape(weight.shape).to(weight.dtype).contiguous(memory_format=_memory_format(weight))
-
-
-def _memory_format(like):
-    channels_last = like.is_contiguous(memory_format=torch.channels_last) and not like.is_contiguous()
-    return torch.channels_last if channels_last else torch.contiguous_format
+    return grad_weight.reshape(weight.shape).to(weight.dtype).contiguous(memory_format=memory_format_of(weight))
 
 
 # ---- schema, fake, autograd ----------------------------------------------------------------------------------------------------
@@ -239,11 +235,11 @@ _extension.define(f"deform_conv2d_backward_weight(Tensor grad, {_PROBLEM}) -> Te
 @torch.library.register_fake("minidamage::deform_conv2d", lib=_extension.library())
 def _(input, offset, mask, weight, bias, stride, padding, dilation, groups, offset_groups):
     shape = (input.shape[0], weight.shape[0], *offset.shape[2:])
-    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(input))
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
 
 
 def _empty_like(tensor):
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=_memory_format(tensor))
+    return torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=memory_format_of(tensor))
 
 
 @torch.library.register_fake("minidamage::deform_conv2d_backward_input", lib=_extension.library())

@@ -15,6 +15,7 @@ from torch import nn
 
 from . import _extension
 from ._checks import two_ints
+from ._layout import is_channels_last, memory_format, memory_format_of, to_rois
 
 MAX_LEVELS = 8  # MAX_FEATURE_LEVELS of csrc/roi_align.h
 MAX_SAMPLES = 256  # a bin and axis; ROI_ALIGN_MAX_SAMPLES of csrc/roi_align.h
@@ -33,7 +34,7 @@ def roi_align(input, boxes, output_size, spatial_scale=1.0, sampling_ratio=-1, a
     torch.use_deterministic_algorithms(True). Raises ValueError for wrong shapes or, on a CPU, a batch index that does not exist (on a GPU
     such a box gives NaN).
     """
-    rois = _to_rois(boxes, input)
+    rois = to_rois(boxes, input, "roi_align")
     levels = torch.zeros(rois.shape[0], dtype=torch.int64, device=rois.device)
     return multiscale_roi_align([input], rois, levels, output_size, [spatial_scale], sampling_ratio, aligned)
 
@@ -70,18 +71,6 @@ class RoIAlign(nn.Module):
     def extra_repr(self):
         return (f"output_size={self.output_size}, spatial_scale={self.spatial_scale}, sampling_ratio={self.sampling_ratio}, "
                 f"aligned={self.aligned}")
-
-
-def _to_rois(boxes, input, name="roi_align"):
-    """A list of [R_n, 4] becomes [R, 5] with the picture's index in front. roi_pool's too."""
-    if isinstance(boxes, torch.Tensor):
-        return boxes
-    if not isinstance(boxes, (list, tuple)) or any(box.dim() != 2 or box.shape[1] != 4 for box in boxes):
-        raise ValueError(f"{name}: expected boxes as a tensor [R, 5] or a list of tensors [R_n, 4], one for each picture, got "
-                         f"{[list(box.shape) for box in boxes] if isinstance(boxes, (list, tuple)) else type(boxes).__name__}")
-    if len(boxes) == 0:
-        return input.new_zeros((0, 5))
-    return torch.cat([torch.cat([torch.full_like(box[:, :1], n), box], 1) for n, box in enumerate(boxes)])
 
 
 def _check(features, rois, levels, output_size, spatial_scales, sampling_ratio):
@@ -196,7 +185,7 @@ def roi_align_reference(features, rois, levels, output_size, spatial_scales, sam
                                                        spatial_scales, sampling_ratio, aligned):
         windows[r] = Ay @ features[level][n, :, rows, columns].to(compute) @ Ax.T                                     # [C, PH, PW]
     output = torch.stack(windows) if windows else features[0].new_zeros((0, C, *output_size))
-    return output.to(dtype).contiguous(memory_format=_memory_format(_is_channels_last(features[0])))
+    return output.to(dtype).contiguous(memory_format=memory_format_of(features[0]))
 
 
 def roi_align_backward_reference(grad, rois, levels, N, heights, widths, spatial_scales, sampling_ratio, aligned, channels_last):
@@ -206,7 +195,7 @@ def roi_align_backward_reference(grad, rois, levels, N, heights, widths, spatial
     for r, level, n, rows, columns, Ay, Ax in _windows(rois.to(compute), levels, N, list(zip(heights, widths)), grad.shape[2:],
                                                        spatial_scales, sampling_ratio, aligned):
         grad_features[level][n, :, rows, columns] += Ay.T @ grad[r].to(compute) @ Ax
-    return [g.to(grad.dtype).contiguous(memory_format=_memory_format(channels_last)) for g in grad_features]
+    return [g.to(grad.dtype).contiguous(memory_format=memory_format(channels_last)) for g in grad_features]
 
 
 def _pictures(rois, levels, N, level_count):
@@ -215,14 +204,6 @@ def _pictures(rois, levels, N, level_count):
         if not (0 <= n < N and 0 <= l < level_count):
             raise ValueError(f"roi_align: RoI {r} asks for picture {n} of level {l}, but there are {N} pictures and {level_count} levels")
     return [int(n) for n in rois[:, 0].tolist()]
-
-
-def _is_channels_last(x):
-    return x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-
-
-def _memory_format(channels_last):
-    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 # ---- schema, fake, autograd ----------------------------------------------------------------------------------------------------
@@ -237,13 +218,12 @@ _extension.define("multiscale_roi_align_backward(Tensor grad, Tensor rois, Tenso
 @torch.library.register_fake("minidamage::multiscale_roi_align", lib=_extension.library())
 def _(features, rois, levels, output_size, spatial_scales, sampling_ratio, aligned):
     shape = (rois.shape[0], features[0].shape[1], *output_size)
-    return torch.empty(shape, dtype=features[0].dtype, device=features[0].device,
-                       memory_format=_memory_format(_is_channels_last(features[0])))
+    return torch.empty(shape, dtype=features[0].dtype, device=features[0].device, memory_format=memory_format_of(features[0]))
 
 
 @torch.library.register_fake("minidamage::multiscale_roi_align_backward", lib=_extension.library())
 def _(grad, rois, levels, N, heights, widths, spatial_scales, sampling_ratio, aligned, channels_last):
-    return [torch.empty((N, grad.shape[1], H, W), dtype=grad.dtype, device=grad.device, memory_format=_memory_format(channels_last))
+    return [torch.empty((N, grad.shape[1], H, W), dtype=grad.dtype, device=grad.device, memory_format=memory_format(channels_last))
             for H, W in zip(heights, widths)]
 
 
@@ -251,7 +231,7 @@ def _setup_context(ctx, inputs, output):
     features, rois, levels, _, *ctx.geometry = inputs
     ctx.save_for_backward(rois, levels)
     ctx.N, ctx.heights, ctx.widths = features[0].shape[0], [f.shape[2] for f in features], [f.shape[3] for f in features]
-    ctx.channels_last = _is_channels_last(features[0])
+    ctx.channels_last = is_channels_last(features[0])
 
 
 def _backward(ctx, grad):

@@ -13,7 +13,7 @@ from torch import nn
 
 from . import _extension
 from ._checks import require_tensors, two_ints
-from .roi_align import _is_channels_last, _memory_format, _to_rois
+from ._layout import is_channels_last, memory_format, memory_format_of, to_rois
 
 FARTHEST = 2 ** 30                                                                  # feature pixels; pool_axis() of csrc/roi_pool.h
 
@@ -33,7 +33,7 @@ def roi_pool(input, boxes, output_size, spatial_scale=1.0):
         raise ValueError(f"roi_pool: expected float features [N, C, H, W], got {list(input.shape)} {input.dtype}")
     if input.shape[2] == 0 or input.shape[3] == 0:
         raise ValueError(f"roi_pool: the features have no pixels: {list(input.shape)}; the picture is smaller than the stride")
-    rois = _to_rois(boxes, input, "roi_pool").detach()
+    rois = to_rois(boxes, input, "roi_pool").detach()
     if rois.dim() != 2 or rois.shape[1] != 5 or not rois.is_floating_point():
         raise ValueError(f"roi_pool: expected boxes [R, 5] float (batch index, x1, y1, x2, y2), got {list(rois.shape)} {rois.dtype}")
     if rois.device != input.device:
@@ -99,8 +99,7 @@ def roi_pool_reference(input, rois, output_size, spatial_scale):
         positions.append(torch.where(empty, -1, pixel.expand(C, -1, -1, -1).gather(-1, best).squeeze(-1)))
     output = torch.stack(outputs) if R else input.new_zeros((0, C, PH, PW))
     argmax = torch.stack(positions).int() if R else torch.zeros((0, C, PH, PW), dtype=torch.int32, device=input.device)
-    return (output.contiguous(memory_format=_memory_format(_is_channels_last(input))),
-            argmax.contiguous(memory_format=torch.channels_last))
+    return output.contiguous(memory_format=memory_format_of(input)), argmax.contiguous(memory_format=torch.channels_last)
 
 
 def _window(begin, end):
@@ -128,7 +127,7 @@ def roi_pool_backward_reference(grad, argmax, rois, N, H, W, spatial_scale, chan
     channel = torch.arange(C, device=grad.device)[:, None]
     values = torch.where(pixel >= 0, grad.flatten(2).to(compute), 0)
     grad_input.index_put_((pictures, channel, pixel.clamp(min=0)), values, accumulate=True)
-    return grad_input.view(N, C, H, W).to(grad.dtype).contiguous(memory_format=_memory_format(channels_last))
+    return grad_input.view(N, C, H, W).to(grad.dtype).contiguous(memory_format=memory_format(channels_last))
 
 
 def _pictures(rois, N):
@@ -149,13 +148,13 @@ _extension.define("roi_pool_backward(Tensor grad, Tensor argmax, Tensor rois, Sy
 @torch.library.register_fake("minidamage::roi_pool", lib=_extension.library())
 def _(input, rois, output_size, spatial_scale):
     shape = (rois.shape[0], input.shape[1], *output_size)
-    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=_memory_format(_is_channels_last(input)))
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format_of(input))
     return output, torch.empty(shape, dtype=torch.int32, device=input.device, memory_format=torch.channels_last)
 
 
 @torch.library.register_fake("minidamage::roi_pool_backward", lib=_extension.library())
 def _(grad, argmax, rois, N, H, W, spatial_scale, channels_last):
-    return torch.empty((N, grad.shape[1], H, W), dtype=grad.dtype, device=grad.device, memory_format=_memory_format(channels_last))
+    return torch.empty((N, grad.shape[1], H, W), dtype=grad.dtype, device=grad.device, memory_format=memory_format(channels_last))
 
 
 def _setup_context(ctx, inputs, output):
@@ -163,7 +162,7 @@ def _setup_context(ctx, inputs, output):
     ctx.save_for_backward(output[1], rois)
     ctx.mark_non_differentiable(output[1])
     ctx.N, _, ctx.H, ctx.W = input.shape
-    ctx.channels_last = _is_channels_last(input)
+    ctx.channels_last = is_channels_last(input)
 
 
 def _backward(ctx, grad, _):
