@@ -1,5 +1,4 @@
 """The signed-rank test against stored results of scipy 1.17.1 and against the crack paper's own tables; Holm and spread by hand."""
-import numpy as np
 import pytest
 
 from minidamage.metrics.statistics import holm, mean_std, wilcoxon

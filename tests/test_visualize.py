@@ -157,7 +157,7 @@ def test_tags_stay_inside_and_keep_clear_of_each_other(side):
     placed = []
     for box in boxes:
         text, size = overlay._fitted(draw, "broken glass 0.93", font, side)
-        spot, covered = overlay._tag_place(box, size, placed, 1, side, side)
+        spot, covered = overlay._tag_place(box, size, placed, side, side)
         assert 0 <= spot[0] and spot[2] <= side and 0 <= spot[1] and spot[3] <= side
         if covered <= 0.12:
             placed.append(spot)

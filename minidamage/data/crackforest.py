@@ -44,7 +44,7 @@ def read(path, images=None, **_):
         notes.append(f"{len(unlabelled)} pictures without ground truth left out ({unlabelled[0]} to {unlabelled[-1]})")
     alone = set(truths[0].values()) - set(of_name.values())
     problems += [f"{os.path.basename(file)}: ground truth without a picture; left out" for file in sorted(alone)]
-    crack, flooded = _shares(records, stats, of_name)
+    crack, flooded = _shares(records, stats)
     wrong = [r for r in records if os.path.splitext(os.path.basename(r.file))[0].lower() == WRONG_TRUTH]
     if wrong:
         notes.append(f"the truth of {os.path.basename(wrong[0].file)} belongs to another picture, as the set is published; it is kept")
@@ -91,7 +91,7 @@ def _record(picture, image_id, seen, problems):
     return record
 
 
-def _shares(records, stats, of_name):
+def _shares(records, stats):
     """(share of crack pixels, share of pixels that cracks enclose) over all records."""
     used = [stats[r.label_map.file] for r in records]
     total = max(1, sum(int(s.pixels.sum()) for s in used))

@@ -66,7 +66,7 @@ def find_record(finder, name, image_id, objects, problems):
     return make_record(file, image_id, objects, problems)
 
 
-def make_record(file, image_id, objects, problems, group="", listed_size=None):
+def make_record(file, image_id, objects, problems, listed_size=None):
     """A Record, or None when the picture itself cannot be used; every loss is written to `problems`.
 
     objects: RawObjects, and None for each that the reader could make nothing of (and named). A picture of whose objects none can be used
@@ -102,7 +102,7 @@ def make_record(file, image_id, objects, problems, group="", listed_size=None):
         problems.append(f"{name}: none of its {marked} objects can be used; picture left out")
         return None
     return Record(
-        file=str(file), image_id=image_id, width=width, height=height, group=group,
+        file=str(file), image_id=image_id, width=width, height=height,
         boxes=np.array([k.box for k in kept], np.float32).reshape(-1, 4),
         labels=np.array([k.label for k in kept], np.int64),
         masks=[k.segmentation for k in kept],

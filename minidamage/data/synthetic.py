@@ -167,8 +167,8 @@ class Car:
                            [self.gap + pillar, self.belt_at(self.gap) - 4]])]
         return [p for p in panes if p[:, 0].max() - p[:, 0].min() > 40]
 
-    def gap_line(self, x, count=24):
-        y = np.linspace(self.belt, self.sill, count)
+    def gap_line(self, x):
+        y = np.linspace(self.belt, self.sill, 24)
         t = (y - self.belt) / (self.sill - self.belt)
         return np.stack([x + self.bow * np.sin(np.pi * t) * 0.5, y], axis=1)
 

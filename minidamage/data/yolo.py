@@ -49,7 +49,7 @@ def read(path, images=None, **_):
     parts, next_id = {}, [1, 1]
     for part in ("all", *PARTS):
         if part in lines:
-            parts[part] = _read_part(lines[part], len(names), problems, next_id)
+            parts[part] = _read_part(lines[part], problems, next_id)
     if unlabelled:
         notes.append(f"{len(unlabelled)} pictures have no .txt (first: {unlabelled[0]}): left out (not known to be undamaged; an empty "
                      ".txt says so)")
@@ -286,7 +286,7 @@ def _lines(file):
     return out
 
 
-def _read_part(listed, num_classes, problems, next_id):
+def _read_part(listed, problems, next_id):
     """Records of one part. next_id: [picture id, annotation id], running over all parts."""
     records = []
     for label, picture, lines in listed:

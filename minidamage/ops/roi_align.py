@@ -46,7 +46,7 @@ def multiscale_roi_align(features, rois, levels, output_size, spatial_scales, sa
     spatial_scales: one for each level. No synchronisation with a GPU. The rest as in `roi_align`.
     """
     output_size = two_ints(output_size, "output_size", "roi_align")
-    _check(features, rois, levels, output_size, spatial_scales, sampling_ratio)
+    _check(features, rois, levels, spatial_scales, sampling_ratio)
     dtype = features[0].dtype
     for feature in features:
         dtype = torch.promote_types(dtype, feature.dtype)
@@ -73,7 +73,7 @@ class RoIAlign(nn.Module):
                 f"aligned={self.aligned}")
 
 
-def _check(features, rois, levels, output_size, spatial_scales, sampling_ratio):
+def _check(features, rois, levels, spatial_scales, sampling_ratio):
     if not 1 <= len(features) <= MAX_LEVELS or len(spatial_scales) != len(features):
         raise ValueError(f"roi_align: expected 1 to {MAX_LEVELS} feature levels and as many spatial_scales, got {len(features)} and "
                          f"{len(spatial_scales)}")

@@ -110,7 +110,7 @@ def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge
     for i in reversed(order):
         if np.isfinite(boxes[i]).all():
             _draw_box(draw, boxes[i], colours[names[i]], line, H * factor, W * factor)
-    _draw_tags(picture, boxes, names, texts, colours, order, line)
+    _draw_tags(picture, boxes, names, texts, colours, order)
     return np.asarray(picture)
 
 
@@ -281,7 +281,7 @@ def _draw_box(draw, box, colour, line, height, width):
 
 # ---------------------------------------------------------------------------------------------- tags
 
-def _draw_tags(picture, boxes, names, texts, colours, order, line):
+def _draw_tags(picture, boxes, names, texts, colours, order):
     """Tags in order of score. One that finds no free place keeps only its score, and then gives way altogether."""
     W, H = picture.size
     font = ImageFont.load_default(font_size(H, W))
@@ -293,7 +293,7 @@ def _draw_tags(picture, boxes, names, texts, colours, order, line):
         short = texts[i].rsplit(" ", 1)[-1] if texts[i] != names[i] else texts[i]
         for text, allowed in ((texts[i], 0.12), (short, 0.25)):
             text, size = _fitted(draw, text, font, W)
-            spot, covered = _tag_place(boxes[i], size, placed, line, H, W)
+            spot, covered = _tag_place(boxes[i], size, placed, H, W)
             if covered <= allowed:
                 placed.append(spot)
                 _draw_tag(draw, spot, text, font, colours[names[i]])
@@ -319,7 +319,7 @@ def _tag_padding(font):
     return max(2, round(font.size * 0.3))
 
 
-def _tag_place(box, size, placed, line, height, width):
+def _tag_place(box, size, placed, height, width):
     """The best rectangle for a tag, and the share of it that other tags cover.
 
     Tried in order: above the box, inside its upper edge, below it, inside its lower edge, each flush left, then right, then
