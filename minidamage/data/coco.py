@@ -8,7 +8,7 @@ Dataset.category_ids. Categories are joined over the parts by name, never by id.
 import math
 import os
 
-from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, unlisted_pictures, unusable
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
 
@@ -220,7 +220,7 @@ def _read_part(content, label_of, finder, problems):
             try:
                 objects.append(_raw_object(annotation, label_of, name, problems))
             except (TypeError, AttributeError, IndexError, OverflowError) as error:
-                objects.append(problems.append(f"{name}, annotation {annotation['id']}: cannot be read ({error}); dropped"))
+                objects.append(unusable(problems, f"{name}, annotation {annotation['id']}: cannot be read ({error}); dropped"))
         record = make_record(file, image["id"], objects, problems, listed_size=size)
         if record is not None:
             records.append(record)
@@ -244,11 +244,11 @@ def _raw_object(annotation, label_of, name, problems):
         segmentation = {"size": segmentation.get("size"), "counts": segmentation["counts"].encode()}
     if box is not None:
         if len(box) != 4 or not all(isinstance(v, (int, float)) for v in box):
-            problems.append(f"{name}, annotation {annotation['id']}: bbox {box} is not [x, y, width, height]; dropped")
-            return None
+            return unusable(problems, f"{name}, annotation {annotation['id']}: bbox {box} is not [x, y, width, height]; dropped")
         box = (box[0], box[1], box[0] + box[2], box[1] + box[3])
     area = annotation.get("area")
     if area is not None and not (isinstance(area, (int, float)) and 0 <= area < math.inf):
-        area = problems.append(f"{name}, annotation {annotation['id']}: area {area!r:.40} is no number of pixels; taken from its outline")
+        area = unusable(problems, f"{name}, annotation {annotation['id']}: area {area!r:.40} is no number of pixels; taken from its "
+                        "outline")
     return RawObject(annotation["id"], label_of[annotation["category_id"]], segmentation or None, box,
                      str(annotation.get("iscrowd") or 0).lower() not in ("0", "0.0", "false"), area)

@@ -9,7 +9,7 @@ import os
 from minidamage.data import mask_values
 from minidamage.data.label_maps import LabelMapFile, table_of
 from minidamage.data.mask_folders import TEST_SHARE
-from minidamage.data.objects import make_record
+from minidamage.data.objects import make_record, unusable
 from minidamage.data.pictures import is_picture_name
 from minidamage.data.record import Dataset
 
@@ -77,15 +77,14 @@ def _record(picture, image_id, seen, problems):
     cracks, first = next((values, values[0] - 1) for _, ending, values in TRUTHS if seen.file.lower().endswith(ending))
     odd = sorted(v for v in seen.values if not first <= v < first + REGIONS)
     if odd:
-        problems.append(f"{name}: unexpected regions {', '.join(map(str, odd))} in {os.path.basename(seen.file)} (expected {first} to "
-                        f"{first + REGIONS - 1}); picture left out")
-        return None
+        return unusable(problems, f"{name}: unexpected regions {', '.join(map(str, odd))} in {os.path.basename(seen.file)} (expected "
+                        f"{first} to {first + REGIONS - 1}); picture left out")
     record = make_record(picture, image_id, [], problems)
     if record is None:
         return None
     if seen.size != (record.width, record.height):
-        problems.append(f"{name}: the mask is {seen.size[0]}x{seen.size[1]}, the picture {record.width}x{record.height}; picture left out")
-        return None
+        return unusable(problems, f"{name}: the mask is {seen.size[0]}x{seen.size[1]}, the picture {record.width}x{record.height}; picture "
+                        "left out")
     pixels = int(seen.pixels[list(cracks)].sum())
     record.label_map = LabelMapFile(seen.file, table_of(tuple((v, 1) for v in cracks)), ((1, pixels),) if pixels else ())
     return record

@@ -16,7 +16,7 @@ from PIL import Image
 
 from minidamage import masks as mask_codec
 from minidamage.data.folders import walk
-from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, read_lines, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, read_lines, unlisted_pictures, unusable
 from minidamage.data.pictures import READ_ERRORS
 from minidamage.data.record import Dataset
 from minidamage.data.via import ARC_POINTS, PARTS, part_of
@@ -84,11 +84,9 @@ def _load(file, problems):
     try:
         content = read_json(file)
     except ValueError as error:
-        problems.append(f"{os.path.basename(file)}: {str(error).removeprefix(file + ': ')}; picture left out")
-        return None
+        return unusable(problems, f"{os.path.basename(file)}: {str(error).removeprefix(file + ': ')}; picture left out")
     if not isinstance(content, dict) or not isinstance(content.get("shapes"), list):
-        problems.append(f"{os.path.basename(file)}: not a LabelMe file (no list \"shapes\"); left out")
-        return None
+        return unusable(problems, f"{os.path.basename(file)}: not a LabelMe file (no list \"shapes\"); left out")
     content["imageData"] = bool(content.get("imageData"))             # the picture itself, megabytes: all files are read before any record
     return content
 
@@ -155,19 +153,19 @@ def _objects(shapes, size, label_of, name, problems, next_id):
     objects, group_at = [], {}
     for shape in shapes:
         annotation_id, next_id[1] = next_id[1], next_id[1] + 1
-        say = lambda text: problems.append(f"{name}, annotation {annotation_id}: {text}")
+        dropped = lambda why: unusable(problems, f"{name}, annotation {annotation_id}: {why}; dropped")
         label = _label(shape)
         if label is None:
-            objects.append(say("a shape without a label; dropped"))
+            objects.append(dropped("a shape without a label"))
             continue
         try:
             segmentation = _segmentation(shape, size)
         except (ValueError, TypeError, KeyError, IndexError) as error:
-            objects += [say(f"{error}; dropped")] * (label != HOLE)
+            objects += [dropped(error)] * (label != HOLE)
             continue
         if label == HOLE:
             if size is None:
-                say("a hole in a picture whose JSON does not say its size; dropped")
+                dropped("a hole in a picture whose JSON does not say its size")
             else:
                 objects = [o for o in objects if o is None or _cut(o, segmentation, size)]
             continue

@@ -57,12 +57,17 @@ def read_lines(file):
         return [line.strip() for line in handle if line.strip()]
 
 
+def unusable(problems, text):
+    """None, which stands for what cannot be used: an object, a picture, a value. `problems` gets the text, a line that says so."""
+    problems.append(text)
+    return None
+
+
 def find_record(finder, name, image_id, objects, problems):
     """`make_record` of the picture that an annotation file calls `name`; None, and a line in `problems`, when it is not there."""
     file = finder.find(name)
     if file is None:
-        problems.append(f"{name}: the annotation file names it but it is not there; picture left out ({len(objects)} objects)")
-        return None
+        return unusable(problems, f"{name}: the annotation file names it but it is not there; picture left out ({len(objects)} objects)")
     return make_record(file, image_id, objects, problems)
 
 
@@ -79,28 +84,25 @@ def make_record(file, image_id, objects, problems, listed_size=None):
     try:
         width, height, turn = picture_header(file)
     except ValueError as error:
-        problems.append(f"{name}: {str(error).removeprefix(str(file) + ': ')}; picture left out")
-        return None
+        return unusable(problems, f"{name}: {str(error).removeprefix(str(file) + ': ')}; picture left out")
     marked, objects = len(objects), [obj for obj in objects if obj is not None]
     unturned = (height, width)
     if turn >= 5 and (listed_size == unturned if listed_size else _fits_only(objects, unturned, (width, height))):
         objects = [turn_object(obj, turn, height, width) for obj in objects]
         problems.append(f"{name}: annotated before its EXIF rotation ({turn}); annotations turned with the picture")
     elif listed_size and listed_size != (width, height):
-        problems.append(f"{name}: the annotation file says {listed_size[0]}x{listed_size[1]}, the picture is {width}x{height}; "
+        return unusable(problems, f"{name}: the annotation file says {listed_size[0]}x{listed_size[1]}, the picture is {width}x{height}; "
                         "picture left out")
-        return None
     kept = []
     for obj in objects:
         try:
             clean = _clean(obj, width, height, name, problems)
         except (TypeError, ValueError, IndexError, KeyError, OverflowError) as error:      # what nobody foresaw, without losing the rest
-            clean = problems.append(f"{name}, annotation {obj.annotation_id}: cannot be read ({error}); dropped")
+            clean = unusable(problems, f"{name}, annotation {obj.annotation_id}: cannot be read ({error}); dropped")
         if clean is not None:
             kept.append(clean)
     if marked and not kept:
-        problems.append(f"{name}: none of its {marked} objects can be used; picture left out")
-        return None
+        return unusable(problems, f"{name}: none of its {marked} objects can be used; picture left out")
     return Record(
         file=str(file), image_id=image_id, width=width, height=height,
         boxes=np.array([k.box for k in kept], np.float32).reshape(-1, 4),
@@ -125,11 +127,14 @@ def _clean(obj, width, height, name, problems):
     def say(text):
         problems.append(f"{name}, annotation {obj.annotation_id}: {text}")
 
+    def dropped(why):
+        return unusable(problems, f"{name}, annotation {obj.annotation_id}: {why}; dropped")
+
     segmentation, box, area = obj.segmentation, obj.box, obj.area
     if isinstance(segmentation, dict):
         fault = rle_fault(segmentation, height, width)
         if fault:
-            return say(f"{fault}; dropped")
+            return dropped(fault)
         if box is None or area is None:
             tight, pixels = rle_extent(segmentation)
             box, area = (tight if box is None else box), (pixels if area is None else area)
@@ -139,21 +144,22 @@ def _clean(obj, width, height, name, problems):
             return None
         points = np.concatenate(segmentation)
         if box is not None and not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
-            box = say(f"box {np.round(box, 1).tolist()} has no size; taken from its outline")
+            say(f"box {np.round(box, 1).tolist()} has no size; taken from its outline")
+            box = None
         box = box if box is not None else (*points.min(0), *points.max(0))
         area = area if area is not None else sum(polygon_area(p) for p in segmentation)
     if box is None:
-        return say("neither box nor outline; dropped")
+        return dropped("neither box nor outline")
     box = np.asarray(box, np.float64)
     if box.shape != (4,) or not np.isfinite(box).all():
-        return say(f"box {box.tolist()} is not four numbers; dropped")
+        return dropped(f"box {box.tolist()} is not four numbers")
     inside = np.clip(box, 0, [width, height, width, height])
     if box[2] <= box[0] or box[3] <= box[1]:
-        return say(f"box {np.round(box, 1).tolist()} has no size; dropped")
+        return dropped(f"box {np.round(box, 1).tolist()} has no size")
     if inside[2] <= inside[0] or inside[3] <= inside[1]:
-        return say(f"box {np.round(box, 1).tolist()} lies outside the {width}x{height} picture; dropped")
+        return dropped(f"box {np.round(box, 1).tolist()} lies outside the {width}x{height} picture")
     if min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE:
-        return say(f"box {np.round(inside, 3).tolist()} is thinner than {MIN_SIDE} px inside the picture; dropped")
+        return dropped(f"box {np.round(inside, 3).tolist()} is thinner than {MIN_SIDE} px inside the picture")
     if np.abs(inside - box).max() > 0.5:                 # half a pixel is how exporters round, not worth a line
         say(f"box leaves the picture by {np.abs(inside - box).max():.1f} px; clipped")
     area = (inside[2] - inside[0]) * (inside[3] - inside[1]) if area is None else area

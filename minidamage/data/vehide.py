@@ -16,7 +16,7 @@ import re
 
 import numpy as np
 
-from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures, unusable
 from minidamage.data.record import Dataset
 
 # code -> English name; the position is the category id (1..7). Dents, scratches and glass first: they are DamageNet's three.
@@ -114,11 +114,11 @@ def _read_part(listed, finder, label_of, problems, next_id):
         for region in _regions(entry):
             annotation_id, next_id[1] = next_id[1], next_id[1] + 1
             if not _is_region(region):
-                objects.append(problems.append(f"{name}, annotation {annotation_id}: not a region with lists all_x and all_y; dropped"))
+                objects.append(unusable(problems, f"{name}, annotation {annotation_id}: not a region with lists all_x and all_y; dropped"))
                 continue
             x, y = region.get("all_x") or [], region.get("all_y") or []
             if len(x) != len(y):
-                objects.append(problems.append(f"{name}, annotation {annotation_id}: {len(x)} x for {len(y)} y coordinates; dropped"))
+                objects.append(unusable(problems, f"{name}, annotation {annotation_id}: {len(x)} x for {len(y)} y coordinates; dropped"))
                 continue
             objects.append(RawObject(annotation_id, label_of[class_code(region["class"])], [list(zip(x, y))]))
         records.append(find_record(finder, name, image_id, objects, problems))

@@ -12,7 +12,7 @@ import os
 
 import numpy as np
 
-from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures, unusable
 from minidamage.data.record import Dataset
 
 PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
@@ -208,12 +208,12 @@ def _read_part(listed, key, label_of, finder, problems, next_id):
             annotation_id, next_id[1] = next_id[1], next_id[1] + 1
             value = _class_value(region["region_attributes"].get(key)) if key else NO_ATTRIBUTE
             if value is None:
-                objects.append(problems.append(f"{name}, annotation {annotation_id}: no single class in attribute {key!r}; dropped"))
+                objects.append(unusable(problems, f"{name}, annotation {annotation_id}: no single class in attribute {key!r}; dropped"))
                 continue
             try:
                 objects.append(RawObject(annotation_id, label_of[value.lower()], [outline(region["shape_attributes"])]))
             except ValueError as error:
-                objects.append(problems.append(f"{name}, annotation {annotation_id}: {error}; dropped"))
+                objects.append(unusable(problems, f"{name}, annotation {annotation_id}: {error}; dropped"))
         records.append(find_record(finder, name, image_id, objects, problems))
     return [record for record in records if record is not None]
 

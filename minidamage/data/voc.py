@@ -19,7 +19,7 @@ import re
 import xml.etree.ElementTree as ElementTree
 
 from minidamage.data.folders import walk
-from minidamage.data.objects import PictureFinder, RawObject, make_record, read_lines, unlisted_pictures
+from minidamage.data.objects import PictureFinder, RawObject, make_record, read_lines, unlisted_pictures, unusable
 from minidamage.data.pictures import EXTENSIONS, is_picture_name
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
@@ -167,8 +167,8 @@ def _parse(file, problems):
     try:
         root = ElementTree.parse(file).getroot()
     except (ElementTree.ParseError, ValueError, LookupError) as error:           # LookupError: an encoding that nobody knows
-        return problems.append(f"{name}: not valid XML ({error}); picture left out")
-    return root if root.tag == "annotation" else problems.append(f"{name}: <{root.tag}> instead of <annotation>; picture left out")
+        return unusable(problems, f"{name}: not valid XML ({error}); picture left out")
+    return root if root.tag == "annotation" else unusable(problems, f"{name}: <{root.tag}> instead of <annotation>; picture left out")
 
 
 # ---- classes
@@ -298,22 +298,22 @@ def _size(root):
 def _raw_object(element, annotation_id, label_of, options, file, problems, tally):
     voc_boxes, voc_difficult = options
 
-    def say(text):
-        problems.append(f"{file}, annotation {annotation_id}: {text}; dropped")
+    def dropped(why):
+        return unusable(problems, f"{file}, annotation {annotation_id}: {why}; dropped")
 
     name, bounds = _name(element), element.find("bndbox")
     if not name:
-        return say("no class name")
+        return dropped("no class name")
     if bounds is None:
-        return say("no <bndbox>")
+        return dropped("no <bndbox>")
     corners = [bounds.findtext(side) for side in ("xmin", "ymin", "xmax", "ymax")]
     try:
         xmin, ymin, xmax, ymax = (float(corner) for corner in corners)
     except (TypeError, ValueError):
-        return say(f"box {corners} is not four numbers")
+        return dropped(f"box {corners} is not four numbers")
     has_no_size = operator.gt if voc_boxes == "pixels" else operator.ge            # from a pixel to itself is one pixel wide
     if has_no_size(xmin, xmax) or has_no_size(ymin, ymax):
-        return say(f"box {[xmin, ymin, xmax, ymax]} has no size: its minimum is not below its maximum")
+        return dropped(f"box {[xmin, ymin, xmax, ymax]} has no size: its minimum is not below its maximum")
     tally["from 0"] += min(xmin, ymin) <= 0
     difficult = (element.findtext("difficult") or "0").strip().lower() in ("1", "true")
     tally["difficult"] += difficult

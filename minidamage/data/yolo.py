@@ -18,7 +18,7 @@ import numpy as np
 
 from minidamage import masks as mask_codec
 from minidamage.data.folders import walk
-from minidamage.data.objects import RawObject, make_record, not_utf8, read_lines
+from minidamage.data.objects import RawObject, make_record, not_utf8, read_lines, unusable
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Dataset
 from minidamage.data.via import PARTS, part_of
@@ -303,7 +303,7 @@ def _read_part(listed, problems, next_id):
             try:
                 objects.append(_raw_object(annotation_id, values, width, height))
             except ValueError as error:
-                objects.append(problems.append(f"{name}, annotation {annotation_id}: line {number}: {error}; dropped"))
+                objects.append(unusable(problems, f"{name}, annotation {annotation_id}: line {number}: {error}; dropped"))
         record = make_record(picture, image_id, objects, problems)
         if record is not None:
             records.append(record)
