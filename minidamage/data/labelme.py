@@ -8,6 +8,7 @@ import base64
 import binascii
 import collections
 import io
+import itertools
 import math
 import os
 
@@ -45,10 +46,10 @@ def read(path, images=None, **_):
                 loaded[part].append((file, content))
     names = _class_names(path, loaded, notes)
     label_of = {name.lower(): k + 1 for k, name in enumerate(names)}
-    parts, seen, next_id = {}, {}, [1, 1]
+    parts, seen, picture_ids, object_ids = {}, {}, itertools.count(1), itertools.count(1)
     for part in ("all", *PARTS):
         if part in loaded:
-            parts[part] = _read_part(path, loaded[part], label_of, images, part, problems, next_id, seen)
+            parts[part] = _read_part(path, loaded[part], label_of, images, part, problems, picture_ids, object_ids, seen)
     records = [r for listed in parts.values() for r in listed]
     for folder in sorted({os.path.dirname(r.file) for r in records}):
         extra = unlisted_pictures(folder, records, [os.path.basename(picture) for picture in seen])
@@ -116,8 +117,8 @@ def _label(shape):
     return str(label).strip() or None if isinstance(label, (str, int)) else None
 
 
-def _read_part(path, listed, label_of, images, part, problems, next_id, seen):
-    """Records of one part. Over all parts run next_id: [picture id, annotation id], and seen: {picture: its JSON}."""
+def _read_part(path, listed, label_of, images, part, problems, picture_ids, object_ids, seen):
+    """Records of one part. Over all parts run picture_ids and object_ids, counters, and seen: {picture: its JSON}."""
     records = []
     root = path if os.path.isdir(path) else os.path.dirname(path) or "."
     finders = {}
@@ -126,12 +127,12 @@ def _read_part(path, listed, label_of, images, part, problems, next_id, seen):
         if folder not in finders:
             places = [images] if images else [folder, os.path.join(folder, "images")]            # never beside the set: another's pictures
             finders[folder] = PictureFinder(places, root=None if images else root, part=part if part != "all" else "")
-        image_id, next_id[0] = next_id[0], next_id[0] + 1
+        image_id = next(picture_ids)
         name = os.path.basename(str(content.get("imagePath") or "").replace("\\", "/")) or os.path.basename(file)
         picture = finders[folder].find(str(content.get("imagePath") or "")) if content.get("imagePath") else None
         size = tuple(content.get(k) for k in ("imageWidth", "imageHeight"))
         size = size if all(isinstance(v, int) and v > 0 for v in size) and size[0] * size[1] <= LARGEST else None
-        objects = _objects(content["shapes"], size, label_of, name, problems, next_id)
+        objects = _objects(content["shapes"], size, label_of, name, problems, object_ids)
         if picture is None:
             embedded = "; the copy inside the JSON is not unpacked, save it beside" if content.get("imageData") else ""
             problems.append(f"{name}: {os.path.basename(file)} names it but it is not there{embedded}; picture left out "
@@ -145,14 +146,14 @@ def _read_part(path, listed, label_of, images, part, problems, next_id, seen):
     return records
 
 
-def _objects(shapes, size, label_of, name, problems, next_id):
+def _objects(shapes, size, label_of, name, problems, object_ids):
     """RawObjects of one picture, None for each shape that cannot be used: shapes joined by group, holes cut.
 
     size: (width, height) of the JSON, or None (then holes are dropped).
     """
     objects, group_at = [], {}
     for shape in shapes:
-        annotation_id, next_id[1] = next_id[1], next_id[1] + 1
+        annotation_id = next(object_ids)
         dropped = lambda why: unusable(problems, f"{name}, annotation {annotation_id}: {why}; dropped")
         label = _label(shape)
         if label is None:

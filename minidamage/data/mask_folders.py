@@ -9,6 +9,7 @@ What the values mean is found out over all masks together (mask_values.py) and p
 `DSC01653_120_360_1526_1294.jpg`: a number, or two or four coordinates) make one group, so that a split keeps them together.
 """
 import collections
+import itertools
 import os
 import re
 
@@ -64,10 +65,10 @@ def read(path, images=None, **_):
     stats = mask_values.scan([mask for _, masks in everything for mask, _ in masks], problems)
     meaning = mask_values.decide(path, [s for s in stats.values() if s], names, one_each=bool(tags), notes=notes, problems=problems)
 
-    parts, next_id = {}, [1]
+    parts, picture_ids = {}, itertools.count(1)
     for part in ("all", *PARTS):
         if part in pairs:
-            parts[part] = _records(pairs[part], stats, meaning, problems, next_id)
+            parts[part] = _records(pairs[part], stats, meaning, problems, picture_ids)
     pooled = [r for records in parts.values() for r in records]
     _group_crops(pooled, notes)
     _note_sets(pooled, notes)
@@ -211,13 +212,11 @@ def _paired(image_folder, mask_folder, pictures, found, problems):
 
 # ---- records
 
-def _records(pairs, stats, meaning, problems, next_id):
-    """Records of the pairs whose masks can be read and fit their picture."""
+def _records(pairs, stats, meaning, problems, picture_ids):
+    """Records of the pairs whose masks can be read and fit their picture. picture_ids: a counter over all parts."""
     records = []
     for picture, masks in pairs:
-        image_id, next_id[0] = next_id[0], next_id[0] + 1
-        name = os.path.basename(picture)
-        layers = []
+        image_id, name, layers = next(picture_ids), os.path.basename(picture), []
         for mask, tag in masks:
             seen = stats[mask]
             if seen is not None and meaning.fits(seen):                # the others have been named already

@@ -10,6 +10,7 @@ of `<name>.jpg`. Times at most a minute apart make one group. Some groups lie in
 """
 import datetime
 import difflib
+import itertools
 import json
 import os
 import re
@@ -42,12 +43,13 @@ def read(path, images=None, **_):
     used = _used_codes(entries, found)
     label_of = {code: k + 1 for k, code in enumerate(code for code in CLASSES if code in used)}
 
-    problems, notes, parts, next_id = [], [], {}, [1, 1]
+    problems, notes, parts = [], [], {}
+    picture_ids, object_ids = itertools.count(1), itertools.count(1)
     for part, listed in entries.items():
         folder = FILES[part][1]
         finder = PictureFinder([images] if images else [os.path.join(root, folder, folder), os.path.join(root, folder), root],
                                root=root, part=folder)
-        parts[part] = _read_part(listed, finder, label_of, problems, next_id)
+        parts[part] = _read_part(listed, finder, label_of, problems, picture_ids, object_ids)
         extra = sum(unlisted_pictures(f, parts[part], listed) for f in finder.folders[:1])
         if extra:
             notes.append(f"{extra} pictures in {finder.folders[0]} are not in {found[part]}: left out (not known to be undamaged)")
@@ -105,14 +107,13 @@ def _used_codes(entries, files):
     return used
 
 
-def _read_part(listed, finder, label_of, problems, next_id):
-    """Records of one JSON. next_id: [picture id, annotation id], running over both parts."""
+def _read_part(listed, finder, label_of, problems, picture_ids, object_ids):
+    """Records of one JSON. picture_ids, object_ids: counters over both parts."""
     records = []
     for name, entry in listed.items():
-        image_id, next_id[0] = next_id[0], next_id[0] + 1
-        objects = []
+        image_id, objects = next(picture_ids), []
         for region in _regions(entry):
-            annotation_id, next_id[1] = next_id[1], next_id[1] + 1
+            annotation_id = next(object_ids)
             if not _is_region(region):
                 objects.append(unusable(problems, f"{name}, annotation {annotation_id}: not a region with lists all_x and all_y; dropped"))
                 continue

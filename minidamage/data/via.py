@@ -8,6 +8,7 @@ Polygon, polyline (closed), rect, circle and ellipse become polygons; a point ha
 Which attribute holds the class differs from file to file (`name`, `class`, `Class Name`, ...): it is detected, and said.
 """
 import collections
+import itertools
 import os
 
 import numpy as np
@@ -44,11 +45,11 @@ def read(path, images=None, attribute=None, **_):
     names = _class_names(entries, keys, notes)
     label_of = {name.lower(): k + 1 for k, name in enumerate(names)}
 
-    parts, next_id = {}, [1, 1]
+    parts, picture_ids, object_ids = {}, itertools.count(1), itertools.count(1)
     for part, file in files.items():
         folder = os.path.dirname(file) or "."
         finder = PictureFinder([images] if images else [folder, os.path.join(folder, "images")], root=folder, part=part)
-        parts[part] = _read_part(entries[part], keys[part], label_of, finder, problems, next_id)
+        parts[part] = _read_part(entries[part], keys[part], label_of, finder, problems, picture_ids, object_ids)
         extra = unlisted_pictures(finder.folders[0], parts[part], [name for name, _ in entries[part]]) if finder.folders else 0
         if extra:
             notes.append(f"{extra} pictures in {finder.folders[0]} are not in {os.path.basename(file)}: left out "
@@ -193,8 +194,8 @@ def _class_names(entries, keys, notes):
     return names
 
 
-def _read_part(listed, key, label_of, finder, problems, next_id):
-    """Records of one file. next_id: [picture id, annotation id], running over all parts."""
+def _read_part(listed, key, label_of, finder, problems, picture_ids, object_ids):
+    """Records of one file. picture_ids, object_ids: counters over all parts."""
     by_name = {}
     for name, regions in listed:
         if name in by_name:
@@ -202,10 +203,9 @@ def _read_part(listed, key, label_of, finder, problems, next_id):
         by_name.setdefault(name, []).extend(regions)
     records = []
     for name, regions in by_name.items():
-        image_id, next_id[0] = next_id[0], next_id[0] + 1
-        objects = []
+        image_id, objects = next(picture_ids), []
         for region in regions:
-            annotation_id, next_id[1] = next_id[1], next_id[1] + 1
+            annotation_id = next(object_ids)
             value = _class_value(region["region_attributes"].get(key)) if key else NO_ATTRIBUTE
             if value is None:
                 objects.append(unusable(problems, f"{name}, annotation {annotation_id}: no single class in attribute {key!r}; dropped"))

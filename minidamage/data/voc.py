@@ -13,6 +13,7 @@ The picture of an XML is the one of the XML's own name; <filename>, often wrong,
 """
 import collections
 import difflib
+import itertools
 import operator
 import os
 import re
@@ -45,14 +46,15 @@ def read(path, images=None, voc_boxes="pixels", voc_difficult="ignore", **_):
     for option, value, known in (("voc_boxes", voc_boxes, VOC_BOXES), ("voc_difficult", voc_difficult, VOC_DIFFICULT)):
         if value not in known:
             raise ValueError(f"{option}: expected {' or '.join(known)}, got {value!r}")
-    notes, problems, next_id = [], [], [1, 1]
+    notes, problems, picture_ids, object_ids = [], [], itertools.count(1), itertools.count(1)
     files = _files_of_parts(path, notes, problems)
     parsed = {part: [(file, root) for file in listed for root in [_parse(file, problems)] if root is not None]
               for part, listed in files.items()}
     names, label_of = _class_map(path, [entry for listed in parsed.values() for entry in listed], notes)
     tally, parts = collections.Counter(), {}
     for part, listed in parsed.items():
-        parts[part] = _read_part(path, part, listed, label_of, images, (voc_boxes, voc_difficult), problems, next_id, tally)
+        parts[part] = _read_part(path, part, listed, label_of, images, (voc_boxes, voc_difficult), problems, picture_ids, object_ids,
+                                 tally)
     _add_notes(notes, tally, voc_boxes, voc_difficult, parts,
                {part: [os.path.basename(f) for f in listed] for part, listed in files.items()})
     dataset = Dataset(path=str(path), layout="voc", class_names=names, category_ids=tuple(range(1, len(names) + 1)), parts=parts,
@@ -223,8 +225,8 @@ def _foreign(counter, file, known):
 
 # ---- pictures and objects
 
-def _read_part(path, part, parsed, label_of, images, options, problems, next_id, tally):
-    """Records of one part. options: (voc_boxes, voc_difficult). next_id: [picture id, annotation id], running over all parts."""
+def _read_part(path, part, parsed, label_of, images, options, problems, picture_ids, object_ids, tally):
+    """Records of one part. options: (voc_boxes, voc_difficult). picture_ids, object_ids: counters over all parts."""
     records, taken, finders = [], {}, {}
     for file, root in parsed:
         folder, xml = os.path.dirname(file), os.path.basename(file)
@@ -233,8 +235,8 @@ def _read_part(path, part, parsed, label_of, images, options, problems, next_id,
                                             part="" if part == "all" else part)
         picture = _find_picture(finders[folder], os.path.splitext(xml)[0], root.findtext("filename") or "", tally)
         elements, said = root.findall("object"), []
-        image_id, next_id[0] = next_id[0], next_id[0] + 1
-        first_id, next_id[1] = next_id[1], next_id[1] + len(elements)
+        image_id = next(picture_ids)
+        numbers = {next(object_ids): number for number, _ in enumerate(elements, 1)}              # VOC's objects have none but their order
         if picture is None:
             problems.append(f"{xml}: its picture is not there; picture left out ({len(elements)} objects)")
             continue
@@ -243,10 +245,10 @@ def _read_part(path, part, parsed, label_of, images, options, problems, next_id,
         if first != xml:
             problems.append(f"{xml}: its picture, {os.path.basename(picture)}, is also that of {first}; this XML left out")
             continue
-        objects = [_raw_object(element, first_id + i, label_of, options, os.path.basename(picture), said, tally)
-                   for i, element in enumerate(elements)]
+        objects = [_raw_object(element, annotation_id, label_of, options, os.path.basename(picture), said, tally)
+                   for annotation_id, element in zip(numbers, elements)]
         record = make_record(picture, image_id, objects, said, listed_size=_size(root))
-        in_file = lambda match: f", object {int(match[1]) - first_id + 1}:"            # VOC's objects have no numbers but their order
+        in_file = lambda match: f", object {numbers.get(int(match[1]), match[1])}:"
         problems += [re.sub(r", annotation (\d+):", in_file, line) for line in said]
         if record is not None:
             records.append(record)

@@ -10,6 +10,7 @@ Classes count from 0 in the files, labels from 1. A picture with an empty .txt i
 said that it is. Five numbers are a box: a ring needs seven or more. `write` writes both forms.
 """
 import codecs
+import itertools
 import os
 import re
 import shutil
@@ -46,10 +47,10 @@ def read(path, images=None, **_):
     files, unlabelled = _files_of_parts(root, images, _part_finder(root, declared), problems)
     lines = {part: [(label, picture, _lines(label)) for label, picture in listed] for part, listed in files.items()}
     names = _class_names(root, declared, lines, notes)
-    parts, next_id = {}, [1, 1]
+    parts, picture_ids, object_ids = {}, itertools.count(1), itertools.count(1)
     for part in ("all", *PARTS):
         if part in lines:
-            parts[part] = _read_part(lines[part], problems, next_id)
+            parts[part] = _read_part(lines[part], problems, picture_ids, object_ids)
     if unlabelled:
         notes.append(f"{len(unlabelled)} pictures have no .txt (first: {unlabelled[0]}): left out (not known to be undamaged; an empty "
                      ".txt says so)")
@@ -286,12 +287,11 @@ def _lines(file):
     return out
 
 
-def _read_part(listed, problems, next_id):
-    """Records of one part. next_id: [picture id, annotation id], running over all parts."""
+def _read_part(listed, problems, picture_ids, object_ids):
+    """Records of one part. picture_ids, object_ids: counters over all parts."""
     records = []
     for label, picture, lines in listed:
-        image_id, next_id[0] = next_id[0], next_id[0] + 1
-        name = os.path.basename(label)
+        image_id, name = next(picture_ids), os.path.basename(label)
         try:
             width, height, _ = picture_header(picture)
         except ValueError as error:
@@ -299,7 +299,7 @@ def _read_part(listed, problems, next_id):
             continue
         objects = []
         for number, values in lines:
-            annotation_id, next_id[1] = next_id[1], next_id[1] + 1
+            annotation_id = next(object_ids)
             try:
                 objects.append(_raw_object(annotation_id, values, width, height))
             except ValueError as error:
