@@ -75,3 +75,15 @@ def test_what_the_caller_takes_out_is_not_entered_by_its_link(tmp_path):
         entered.append(os.path.basename(folder))
         below[:] = [name for name in below if not name.startswith(".")]
     assert entered == ["set", "link"]
+
+
+@pytest.mark.parametrize("start", ["set", "set/", "./set", "../{}/set"])
+def test_depth_counts_the_folders_below_through_links_too(tmp_path, monkeypatch, start):
+    (tmp_path / "set" / "a" / "b" / "c").mkdir(parents=True)
+    (tmp_path / "store" / "d" / "e").mkdir(parents=True)
+    os.symlink(tmp_path / "store", tmp_path / "set" / "link")
+    monkeypatch.chdir(tmp_path)
+    start = start.format(tmp_path.name)
+    reached = lambda depth: [os.path.relpath(folder, "set") for folder, _, _ in walk(start, depth=depth)]
+    assert reached(0) == ["."] and reached(1) == [".", "a", "link"] and reached(2) == [".", "a", "a/b", "link", "link/d"]
+    assert reached(None) == reached(3) == [".", "a", "a/b", "a/b/c", "link", "link/d", "link/d/e"]

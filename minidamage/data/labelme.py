@@ -61,11 +61,9 @@ def read(path, images=None, **_):
 
 def _folders(path):
     """[(folder, its JSON files)] for `path` and below."""
-    found, base = [], os.path.abspath(path).rstrip(os.sep).count(os.sep)
-    for folder, below, names in walk(path):
+    found = []
+    for folder, below, names in walk(path, depth=DEPTH):
         below[:] = sorted(n for n in below if not n.startswith("."))
-        if os.path.abspath(folder).count(os.sep) - base >= DEPTH:
-            below.clear()
         files = [os.path.join(folder, n) for n in sorted(names) if n.lower().endswith(".json") and not n.startswith(".")]
         if files:
             found.append((folder, files))

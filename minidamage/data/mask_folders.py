@@ -102,12 +102,10 @@ def _groups(path):
     """{(words of the folders' names, part): {"image": folders, "mask": folders, "either": folders}}: what belongs together."""
     groups = collections.defaultdict(lambda: {"image": [], "mask": [], "either": []})
     base = os.path.abspath(path)
-    for folder, below, names in walk(base):
+    for folder, below, names in walk(base, depth=DEPTH):
         below[:] = sorted(n for n in below if not n.startswith("."))
         relative = os.path.relpath(folder, base)
         steps = [] if relative == "." else relative.split(os.sep)
-        if len(steps) >= DEPTH:
-            below.clear()
         if not any(map(is_picture_name, names)):
             continue
         words = [[w.lower() for w in re.findall(WORDS, step)] for step in steps]

@@ -17,6 +17,7 @@ from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Record
 
 
+DEPTH = 4                                      # folders below the data set's in which a picture is sought
 MIN_SIDE = 0.01                                # pixels; at large coordinates float32 boxes cannot hold less
 
 
@@ -307,7 +308,7 @@ def rle_extent(rle):
 class PictureFinder:
     """Finds the files that an annotation file names: as a path, by name in the given folders, then anywhere near the data.
 
-    folders: searched in order. root: walked once (four levels deep) when a name is in none of them. Letter case may differ,
+    folders: searched in order. root: walked once (DEPTH folders deep) when a name is in none of them. Letter case may differ,
     and how an accent is written (a Mac writes it apart from its letter).
     """
 
@@ -339,10 +340,7 @@ class PictureFinder:
     def _walk(self):
         if self._walked is None:
             self._walked = {}
-            depth = self.root.rstrip(os.sep).count(os.sep) if self.root else 0
-            for folder, below, names in walk(self.root) if self.root else ():
-                if folder.count(os.sep) - depth >= 4:
-                    below.clear()
+            for folder, _, names in walk(self.root, depth=DEPTH) if self.root else ():
                 for n in filter(is_picture_name, names):
                     self._walked.setdefault(_spelled_alike(n), []).append(os.path.join(folder, n))
         return self._walked

@@ -94,11 +94,9 @@ def _add_notes(notes, tally, voc_boxes, voc_difficult, parts, files):
 
 def _xml_folders(path):
     """Folders, `path` or below, that hold XML with <annotation> as its root; the first readable file of each is looked at."""
-    found, base = [], os.path.abspath(path).rstrip(os.sep).count(os.sep)
-    for folder, below, names in walk(os.path.abspath(path)):
+    found = []
+    for folder, below, names in walk(os.path.abspath(path), depth=DEPTH):
         below.sort()
-        if folder.count(os.sep) - base >= DEPTH:
-            below.clear()
         if any(_is_voc(os.path.join(folder, n)) for n in sorted(filter(_is_xml_name, names))[:5]):
             found.append(os.path.join(path, os.path.relpath(folder, os.path.abspath(path))) if folder != os.path.abspath(path) else path)
     return found

@@ -72,11 +72,9 @@ def _is_yaml(file):
 
 def _label_folders(path):
     """[(folder, names of .txt files)] for `path` and below; files that hold class names or remarks are no labels."""
-    found, base = [], os.path.abspath(path).rstrip(os.sep).count(os.sep)
-    for folder, below, names in walk(os.path.abspath(path)):
+    found = []
+    for folder, below, names in walk(os.path.abspath(path), depth=DEPTH):
         below[:] = sorted(n for n in below if not n.startswith("."))
-        if folder.count(os.sep) - base >= DEPTH:
-            below.clear()
         texts = sorted(n for n in names if n.lower().endswith(".txt") and n.lower() not in NO_LABELS and not n.startswith("."))
         pictures = _pictures_for(folder, path)
         texts = [n for n in texts if os.path.splitext(n)[0] in pictures or _in_labels(folder)]
