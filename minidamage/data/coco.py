@@ -8,9 +8,9 @@ Dataset.category_ids. Categories are joined over the parts by name, never by id.
 import math
 import os
 
+from minidamage.data.folders import PARTS, part_of
 from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, unlisted_pictures, unusable
 from minidamage.data.record import Dataset
-from minidamage.data.via import PARTS, part_of
 
 
 def recognise(path):

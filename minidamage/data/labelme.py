@@ -16,11 +16,11 @@ import numpy as np
 from PIL import Image
 
 from minidamage import masks as mask_codec
-from minidamage.data.folders import walk
+from minidamage.data.folders import PARTS, part_of, walk
 from minidamage.data.objects import PictureFinder, RawObject, make_record, read_json, read_lines, unlisted_pictures, unusable
 from minidamage.data.pictures import READ_ERRORS
 from minidamage.data.record import Dataset
-from minidamage.data.via import ARC_POINTS, PARTS, part_of
+from minidamage.data.via import ARC_POINTS
 
 HOLE, IGNORED = "_background_", "__ignore__"
 NO_AREA = ("point", "points", "line", "linestrip")

@@ -14,12 +14,11 @@ import os
 import re
 
 from minidamage.data import mask_values
-from minidamage.data.folders import walk
+from minidamage.data.folders import PARTS, part_of, walk
 from minidamage.data.label_maps import LabelMapFile
 from minidamage.data.objects import make_record, read_lines
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Dataset
-from minidamage.data.via import PARTS, part_of
 
 IMAGE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "input", "inputs", "original", "originals",
                "jpeg", "rgb"}

@@ -13,10 +13,10 @@ import os
 
 import numpy as np
 
+from minidamage.data.folders import PARTS, part_of
 from minidamage.data.objects import PictureFinder, RawObject, find_record, read_json, unlisted_pictures, unusable
 from minidamage.data.record import Dataset
 
-PARTS = {"train": ("train", "training"), "val": ("val", "valid", "validation", "dev"), "test": ("test", "testing")}
 CLASS_KEYS = ("class", "name", "class_name", "label", "category", "type", "damage", "damage_type", "object", "defect")
 ARC_POINTS = 64                                # corners of the polygon that stands for a circle or an ellipse
 NO_ATTRIBUTE = "object"                        # the one class of a file whose regions carry no attribute at all
@@ -58,12 +58,6 @@ def read(path, images=None, attribute=None, **_):
         notes += _folders_without_file(path, files)
     return Dataset(path=str(path), layout="via", class_names=tuple(names), category_ids=tuple(range(1, len(names) + 1)),
                    parts=parts, problems=problems, notes=notes)
-
-
-def part_of(name):
-    """"train", "val" or "test" for a folder or file name that says so, else None."""
-    words = "".join(c if c.isalpha() else " " for c in name.lower()).split()
-    return next((part for part, known in PARTS.items() if any(w in known for w in words)), None)
 
 
 def entries_of(loaded):

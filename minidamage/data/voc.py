@@ -19,11 +19,10 @@ import os
 import re
 import xml.etree.ElementTree as ElementTree
 
-from minidamage.data.folders import walk
+from minidamage.data.folders import PARTS, part_of, walk
 from minidamage.data.objects import PictureFinder, RawObject, make_record, read_lines, unlisted_pictures, unusable
 from minidamage.data.pictures import EXTENSIONS, is_picture_name
 from minidamage.data.record import Dataset
-from minidamage.data.via import PARTS, part_of
 
 VOC_BOXES, VOC_DIFFICULT = ("pixels", "corners"), ("ignore", "count")
 DEPTH = 5                                      # folders below the data set's in which XML files are sought

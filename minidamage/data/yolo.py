@@ -18,11 +18,10 @@ import shutil
 import numpy as np
 
 from minidamage import masks as mask_codec
-from minidamage.data.folders import walk
+from minidamage.data.folders import PARTS, part_of, walk
 from minidamage.data.objects import RawObject, make_record, not_utf8, read_lines, unusable
 from minidamage.data.pictures import is_picture_name, picture_header
 from minidamage.data.record import Dataset
-from minidamage.data.via import PARTS, part_of
 
 NAME_FILES = ("classes.txt", "obj.names", "_darknet.labels", "labels.txt", "predefined_classes.txt")
 NO_LABELS = {*NAME_FILES, "readme.txt", "requirements.txt", "license.txt", "readme.dataset.txt", "readme.roboflow.txt"}
