@@ -28,7 +28,7 @@ from minidamage.checkpoint import choose_device, load_checkpoint, score_threshol
 from minidamage.command_line import Parser, ended
 from minidamage.data import read_image
 from minidamage.data.folders import walk
-from minidamage.data.mask_folders import IMAGE_WORDS, MASK_WORDS, WORDS
+from minidamage.data.mask_folders import folders_of_masks
 from minidamage.data.pictures import is_picture_name
 from minidamage.data.record import number_of
 from minidamage.layers.segmenter import label_map_of
@@ -218,7 +218,7 @@ def find_photographs(paths, out):
             continue
         inside, others, closed = [], [], []
         for parent, folders, files in walk(path, onerror=closed.append):
-            masks = mask_folders(folders)
+            masks = folders_of_masks(folders)
             if masks:
                 listed = ", ".join(os.path.join(parent, name) for name in masks)
                 print(f"note: passed over {listed}: by the name, masks of the pictures beside")
@@ -246,13 +246,6 @@ def say_passed_over(others, closed):
 
 def first_few(names, most=3):
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
-
-
-def mask_folders(names):
-    """Those of the folders in one place that hold the masks of another one's pictures: masks, train_lab beside images, train_img."""
-    words = {name: {word.lower() for word in re.findall(WORDS, name)} for name in names}
-    pictures = {name for name in names if words[name] & IMAGE_WORDS and not words[name] & MASK_WORDS}
-    return sorted(name for name in names if pictures and words[name] & MASK_WORDS)
 
 
 def load(run, device, args):

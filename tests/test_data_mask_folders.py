@@ -7,7 +7,7 @@ from PIL import Image
 
 from data_sets import picture
 from minidamage.data import SegmentationDataset, label_map, load_dataset, split, summary
-from minidamage.data.mask_folders import photograph
+from minidamage.data.mask_folders import folders_of_masks, photograph
 from test_data_label_maps import mat_file
 
 MASK = np.zeros((48, 64), np.uint8)
@@ -93,6 +93,12 @@ def test_label_studio_names_and_tags(tmp_path):
     expected[12:14, 14:18] = 1                                                            # the smaller on top
     np.testing.assert_array_equal(label_map(five), expected)
     assert not label_map(seven).any()
+
+
+def test_folders_of_masks_are_those_beside_their_pictures():
+    assert folders_of_masks(["images", "masks", "more"]) == ["masks"]
+    assert folders_of_masks(["train_img", "train_lab", "test_lab"]) == ["test_lab", "train_lab"]
+    assert [folders_of_masks(names) for names in (["masks", "more"], ["masks"], ["photos", "my"])] == [[], [], []]
 
 
 def test_two_folders_of_masks_are_refused(tmp_path):

@@ -97,6 +97,17 @@ def class_list(path):
 
 # ---- folders
 
+def folders_of_masks(names):
+    """Those of the folders in one place that hold the masks of another one's pictures: masks, train_lab beside images, train_img."""
+    words = {name: set(_words(name)) for name in names}
+    pictures = {name for name in names if words[name] & IMAGE_WORDS and not words[name] & MASK_WORDS}
+    return sorted(name for name in names if pictures and words[name] & MASK_WORDS)
+
+
+def _words(name):
+    return [word.lower() for word in re.findall(WORDS, name)]
+
+
 def _groups(path):
     """{(words of the folders' names, part): {"image": folders, "mask": folders, "either": folders}}: what belongs together."""
     groups = collections.defaultdict(lambda: {"image": [], "mask": [], "either": []})
@@ -107,7 +118,7 @@ def _groups(path):
         steps = [] if relative == "." else relative.split(os.sep)
         if not any(map(is_picture_name, names)):
             continue
-        words = [[w.lower() for w in re.findall(WORDS, step)] for step in steps]
+        words = [_words(step) for step in steps]
         kinds = [k for k in ("mask" if MASK_WORDS & set(w) else "image" if IMAGE_WORDS & set(w) else None for w in words) if k]
         part = next((p for p in map(part_of, reversed(steps)) if p), None)
         known = IMAGE_WORDS | MASK_WORDS | FILLERS | {w for listed in PARTS.values() for w in listed}
@@ -118,8 +129,8 @@ def _groups(path):
 
 
 def _is_mask_folder(path):
-    words = {w.lower() for w in re.findall(WORDS, os.path.basename(os.path.abspath(path)))}
-    return bool(words & MASK_WORDS) and any(map(is_picture_name, os.listdir(path)))
+    words = _words(os.path.basename(os.path.abspath(path)))
+    return bool(MASK_WORDS.intersection(words)) and any(map(is_picture_name, os.listdir(path)))
 
 
 def _has_masks(group):
