@@ -23,7 +23,7 @@ import torch
 
 from minidamage import MODELS, distributed, run_folder
 from minidamage.checkpoint import load_checkpoint, rng_state, save_checkpoint
-from minidamage.command_line import Parser
+from minidamage.command_line import Parser, ended
 from minidamage.data import collate
 from minidamage.data.flags import add_reading_flags
 from minidamage.data.record import number_of
@@ -604,6 +604,8 @@ def main(argv=None):
             run = set_up(given)
         claim = run_folder.claim(run.folder) if distributed.is_main() else contextlib.nullcontext()
         distributed.on_main(lambda: write_identity(run))              # not before: another training may hold the folder
+    except BrokenPipeError:                                           # | head: `ended`
+        raise
     except (ValueError, OSError) as error:
         if distributed.first_to_say(str(error), seconds=5):
             print(f"train.py: {error}", file=sys.stderr)
@@ -678,6 +680,6 @@ def perform(run):
 
 if __name__ == "__main__":
     try:
-        sys.exit(main())
+        sys.exit(ended(main))
     except KeyboardInterrupt:                                         # while data and model were being set up: nothing to save yet
         sys.exit("train.py: stopped before training began")

@@ -18,7 +18,8 @@ BOX = {"bbox": [10, 10, 20, 20], "area": 400, "segmentation": [[10, 10, 30, 10, 
 
 @pytest.mark.parametrize("command, unbuffered", [                      # the closed pipe shows at the end, or at the first line
     (["-m", "minidamage.data", "set"], ""), (["-m", "minidamage.data", "set"], "1"),
-    (["evaluate.py", "--truth", "gt.json", "--detections", "dt.json"], "")])
+    (["evaluate.py", "--truth", "gt.json", "--detections", "dt.json"], ""),
+    (["train.py", "--data", "set", "--device", "cpu"], "1")])
 def test_a_closed_pipe_ends_a_script_quietly(tmp_path, command, unbuffered):
     coco_set(tmp_path / "set", [BOX])
     dump(tmp_path / "gt.json", coco_content([BOX]))
