@@ -170,21 +170,34 @@ def read_losses(losses, stop):
     return values
 
 
-def check_losses(read, targets, run, validating=False):
+def check_losses(read, targets, run):
     """({term: float} of the whole step, whether any process was asked to stop). read: what `read_losses` gave for each part; targets: each
     part's.
 
-    Raises NonFiniteLoss, in every process, that names the term, the files and what to type, before weights are touched or saved.
+    Raises NonFiniteLoss, in every process, before weights are touched or saved.
     """
-    values = {name: sum(means[name] for means, _, _ in read) for name in (read[0][0] if read else ())}
-    if not validating and all(map(math.isfinite, values.values())):
-        return values, any(asked for *_, asked in read)
-    broken = [(own, [str(target["file"]) for target in part]) for (_, own, _), part in zip(read, targets)
-              if not all(map(math.isfinite, own.values()))]
-    reports = distributed.gather(broken)                              # in validation each process has pictures of its own
-    if validating and not any(reports):
-        return values, False
-    raise NonFiniteLoss(explain_losses(values, reports, run, validating))
+    values = {name: sum(means[name] for means, _, _ in read) for name in read[0][0]}
+    if not are_finite(values):                                        # in every process, or in none: the means are of all
+        refuse(values, [own for _, own, _ in read], targets, run, validating=False)
+    return values, any(asked for *_, asked in read)
+
+
+def check_validated(losses, targets, run):
+    """Raises NonFiniteLoss, in every process, where the last picture that one of them validated has no finite losses. losses, targets: of
+    this process's picture; both empty where it has none."""
+    if distributed.any_of(not are_finite(losses)):                    # each process has pictures of its own
+        refuse(losses, [losses], [targets], run, validating=True)
+
+
+def are_finite(losses):
+    return all(map(math.isfinite, losses.values()))
+
+
+def refuse(values, own, targets, run, validating):
+    """Raises NonFiniteLoss that names the term, the files and what to type. values: {term: float} of the whole step; own: this process's
+    for each part; targets: each part's. In every process at once: they tell each other which parts are broken."""
+    broken = [(losses, [str(target["file"]) for target in part]) for losses, part in zip(own, targets) if not are_finite(losses)]
+    raise NonFiniteLoss(explain_losses(values, distributed.gather(broken), run, validating))
 
 
 def explain_losses(values, reports, run, validating):
@@ -244,7 +257,8 @@ def look_at(run, dataset, stop, progress, what):
     records, names = dataset.records, run.identity["class_names"]
     predict, evaluator = ((predict_detections, CocoEvaluator(names, iou_types(model))) if model.task == "detection" else
                           (predict_label_map, PixelEvaluator(names)))
-    shown_ones, rows, shown, last = pictures_to_show(records), [], [], []
+    shown_ones, rows, shown = pictures_to_show(records), [], []
+    row, targets = {}, []                                             # of the last picture; of several processes one may have none
     for images, targets in loader(run, dataset, [[i] for i in distributed.shard(len(records))]):           # one at a time: any size
         if stop.requested:
             break
@@ -252,14 +266,14 @@ def look_at(run, dataset, stop, progress, what):
         progress.note(f"epoch {run.state.epoch + 1}/{run.recipe.epochs}  {what} {target['index'] + 1}/{len(records)}")
         with uncompiled(run):
             losses, prediction = predict(model, images, targets)
-        rows.append(dict(zip(losses, torch.stack([*losses.values()]).tolist())))
-        last = [targets]
-        if not all(map(math.isfinite, rows[-1].values())):
+        row = dict(zip(losses, torch.stack([*losses.values()]).tolist()))
+        rows.append(row)
+        if not are_finite(row):
             break
         add_picture(evaluator, target, prediction, image.shape[-2:])
         if target["index"] in shown_ones:
             shown.append((target["index"], image, target, prediction))
-    check_losses([(row, row, False) for row in rows[-1:]], last, run, validating=True)
+    check_validated(row, targets, run)
     if distributed.any_of(stop.requested):
         return True, None
     return False, distributed.gather_to_main((rows, evaluator, shown))

@@ -278,11 +278,11 @@ def train_main(arguments, stop_in=None, at_step=0):
     """train.main; process `stop_in` asks itself to stop in its at_step-th step."""
     check_losses, steps = train.check_losses, []
 
-    def counted(*given, **named):
+    def counted(*given):
         steps.append(1)
         if len(steps) == at_step and os.environ.get("RANK", "0") == str(stop_in):
             os.kill(os.getpid(), signal.SIGTERM)
-        return check_losses(*given, **named)
+        return check_losses(*given)
     train.check_losses = counted
     try:
         return train.main(arguments)
@@ -300,7 +300,7 @@ def test_a_run_that_changes_its_number_of_processes(command, tmp_path, both):
     folder = only_run(changing)
     assert f"torchrun --nproc-per-node 2 train.py --resume {folder}" in said
     assert read_checkpoint(os.path.join(folder, "last.pt"))["train"]["step"] == 2
-    assert train_main(["--resume", folder], 0, 3) == 143              # a validation, then a step and a half of the next epoch
+    assert train_main(["--resume", folder], 0, 2) == 143              # a validation, then a step and a half of the next epoch
     assert [result for result, *_ in both(train_main, ["--resume", folder])] == [0, 0]
     one, other = (read_checkpoint(os.path.join(path, "last.pt")) for path in (only_run(straight), folder))
     assert len(one["train"]["history"]) == len(other["train"]["history"]) == 3
@@ -344,14 +344,36 @@ def test_nan_in_one_process_stops_both(command, tmp_path, both, whole):
     assert all(tensor.isfinite().all() for tensor in state["weights"].values())
 
 
+def train_with_broken_validation(arguments):
+    """train.main whose process 1 comes to validation with weights that are NaN."""
+    validate = train.validate
+
+    def broken(run, *rest):
+        if distributed.rank() == 1:
+            torch.nn.init.constant_(run.model.roi_heads.box_predictor.cls_score.weight, math.nan)
+        return validate(run, *rest)
+    train.validate = broken
+    try:
+        return train.main(arguments)
+    finally:
+        train.validate = validate
+
+
+def test_nan_in_the_validation_of_one_process_stops_both(command, tmp_path, both):
+    (one, _, said), (other, _, silent) = both(train_with_broken_validation, command("--epochs", 1))
+    assert one == other == 1 and silent == "" and "loss_classifier = nan in epoch 1, validation, in process 1." in said
+    assert "weights     no longer finite;" in said and "the one saved before" in said
+    assert read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))["train"]["epoch"] == 0
+
+
 def train_slowly(arguments):
     """train.main whose process 1 sleeps in the second step, longer than the other waits."""
     check_losses, steps = train.check_losses, []
 
-    def slow(*given, **named):
+    def slow(*given):
         steps.append(1)
         time.sleep(6 if len(steps) == 2 and distributed.rank() == 1 else 0)
-        return check_losses(*given, **named)
+        return check_losses(*given)
     train.check_losses = slow
     try:
         return train.main(arguments)
@@ -371,11 +393,11 @@ import os, signal, sys
 sys.path.insert(0, {REPOSITORY!r})
 import train
 check_losses, steps = train.check_losses, []
-def dying(*given, **named):
+def dying(*given):
     steps.append(1)
     if len(steps) == 2 and os.environ["RANK"] == "1":
         os.kill(os.getpid(), signal.SIGKILL)
-    return check_losses(*given, **named)
+    return check_losses(*given)
 train.check_losses = dying
 sys.exit(train.main(sys.argv[1:]))
 """
