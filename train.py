@@ -92,6 +92,7 @@ def train(run, stop):
             state.seconds, tick = state.seconds + now - tick, now
             progress.step(step + 1, pictures_of(run, state.step),
                           f"epoch {state.epoch + 1}/{recipe.epochs}  {state.step}/{steps_per_epoch}", values)
+            # Several processes have to decide alike: as it was when the losses were read. One alone sees a signal that came since.
             stopping = asked if distributed.world() > 1 else stop.requested
             if stopping:
                 break
