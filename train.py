@@ -28,12 +28,10 @@ from minidamage.data import collate
 from minidamage.data.flags import add_reading_flags
 from minidamage.data.record import number_of
 from minidamage.layers.segmenter import label_map_of
-from minidamage.metrics.detection import CocoEvaluator
-from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
-from minidamage.training import DEFAULTS, iou_types, is_out_of_memory, set_up, what_broke, write_identity
-from minidamage.tuning import (add_picture, score_mask_thresholds, score_pixel_thresholds, take_mask_threshold,
-                               take_pixel_threshold)
+from minidamage.training import DEFAULTS, is_out_of_memory, set_up, what_broke, write_identity
+from minidamage.tuning import score_mask_thresholds, score_pixel_thresholds, take_mask_threshold, take_pixel_threshold
+from minidamage.validation import add_picture, evaluator_of, predict
 from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
@@ -255,9 +253,7 @@ def look_at(run, dataset, stop, progress, what):
     model = run.model if run.ema is None else run.ema.model
     model.eval()
     distributed.copy_buffers(run.model, model if run.ema else None)
-    records, names = dataset.records, run.identity["class_names"]
-    predict, evaluator = ((predict_detections, CocoEvaluator(names, iou_types(model))) if model.task == "detection" else
-                          (predict_label_map, PixelEvaluator(names)))
+    records, evaluator = dataset.records, evaluator_of(model, run.identity["class_names"])
     shown_ones, rows, shown = pictures_to_show(records), [], []
     row, targets = {}, []                                             # of the last picture; of several processes one may have none
     for images, targets in loader(run, dataset, [[i] for i in distributed.shard(len(records))]):           # one at a time: any size
@@ -326,18 +322,6 @@ def score_validation(gathered, run, progress):
     return metrics, {"thresholds": thresholds, "measured": result.measured(thresholds)}
 
 
-def predict_detections(model, images, targets):
-    """(losses, the detections of one picture in its own pixels, masks as run lengths)."""
-    losses, (detections,) = model.losses_and_detections(images, targets, mask_form="rle")
-    return losses, {name: found.cpu() if isinstance(found, torch.Tensor) else found for name, found in detections.items()}
-
-
-def predict_label_map(model, images, targets):
-    """(losses, {"label_map": [H, W]} of one picture, at the size it is trained at; one class: where its probability is above 0.5)."""
-    losses, probabilities = model.losses_and_probabilities(images, targets)
-    return losses, {"label_map": label_map_of(probabilities[0]).cpu()}
-
-
 def pictures_to_show(records):
     """Indices of the pictures in val_predictions.png: spread over those with damage, and the last one without any."""
     damaged = [i for i, record in enumerate(records) if not record.undamaged]
@@ -357,8 +341,8 @@ def tune_threshold(run, stop):
     checkpoint["train"]["tuned"] = True
     batches, names = loader(run, run.val_set, [[i] for i in distributed.shard(len(run.val_set))]), checkpoint["class_names"]
     words, stopped = "", f"{run.path('best.pt')} keeps {{}}; choose it with\n  python train.py --resume {shlex.quote(run.folder)}"
-    if "segm" in iou_types(model) and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
-        results = score_mask_thresholds(model, batches, names, iou_types(model), stop)
+    if "segm" in model.iou_types and not any(setting.startswith("mask_threshold=") for setting in run.args.set):
+        results = score_mask_thresholds(model, batches, names, stop)
         if results is None:
             print(f"stopped before the mask threshold was chosen: {stopped.format(model.config.mask_threshold)}")
             return ""

@@ -43,7 +43,7 @@ class Recipe:
     score_train: int = 0                      # training pictures scored after each epoch as the validation part is: train/ metrics; 0: off
     jitter_scale: tuple[float, ...] = ()      # large-scale jitter: a factor between the two, then cut or padded to the size before; (): off
     multi_scale: tuple[int, ...] = ()         # detectors: shorter sides, one drawn a picture in place of the config's min_size; (): off
-    select_by: str = ""                       # the metric that picks best.pt, named as in metrics.csv; "": training.default_metric
+    select_by: str = ""                       # the metric that picks best.pt, named as in metrics.csv; "": validation.default_metric
 
 
 def apply_settings(config, settings):

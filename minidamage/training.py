@@ -30,8 +30,7 @@ from minidamage.data.record import outlined
 from minidamage.data.split import from_names, groups_across, names_of, parse_fractions, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.layers.sync_batch_norm import synchronise_norms
-from minidamage.metrics.detection import CocoEvaluator
-from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.validation import default_metric, metric_names, validation_set
 
 DEFAULTS = {"model": "damagenet", "data": "demo", "seed": 0, "split_seed": 0, "out": "runs", "limit": 1.0, "amp": "off",
             "deterministic": False, "keep_epochs": False, "patience": 0, "set": [], "split": None,
@@ -171,20 +170,19 @@ def make_datasets(model, parts, recipe, seed, path):
     if model.task == "segmentation":
         if recipe.multi_scale:
             raise ValueError(f"multi_scale: {model.name} takes pictures of one size (--size); jitter_scale varies what they show")
-        size = model.config.image_size
-        return (SegmentationDataset(parts["train"], recipe, seed=seed, train=True, image_size=size),
-                SegmentationDataset(parts["val"], image_size=size))
+        train_set = SegmentationDataset(parts["train"], recipe, seed=seed, train=True, image_size=model.config.image_size)
+        return train_set, validation_set(model, parts["val"])
     of_pixels = {name: sum(bool(record.label_map) for record in parts[name]) for name in ("train", "val")}
     if any(of_pixels.values()):
         counts = " and ".join(f"{number} of {len(parts[name])} in the {name} part" for name, number in of_pixels.items())
         raise ValueError(f"{path}: expected objects with boxes or outlines, because {model.name} is a detector, got pictures with masks of "
                          f"pixel labels: {counts}; train a segmentation model on them, such as --model unet")
-    learns_masks = "segm" in iou_types(model)
+    learns_masks = "segm" in model.iou_types
     if learns_masks and not outlined(parts["train"]):
         raise ValueError(f"{path}: expected objects with outlines, because {model.name} learns masks, got boxes alone")
-    return (DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600),
-                             mask_form="dense" if learns_masks else "none"),
-            DetectionDataset(parts["val"], mask_form="rle" if learns_masks else "none"))
+    train_set = DetectionDataset(parts["train"], recipe, seed=seed, train=True, max_side=max(2 * model.config.max_size, 1600),
+                                 mask_form="dense" if learns_masks else "none")
+    return train_set, validation_set(model, parts["val"])
 
 
 def scored_set(train_set, val_set, count):
@@ -421,30 +419,6 @@ def check_recipe(recipe, names):
             near = difflib.get_close_matches(value, known, n=1, cutoff=0.0)[0]
             flag = "--select" if field == "select_by" else field
             raise ValueError(f"{flag}: there is no {value!r}; did you mean {near!r}? Known: {', '.join(known)}")
-
-
-def iou_types(model):
-    """("bbox", "segm"); ("bbox",) for a detector without a mask branch; () for a segmenter, whose pixels are no instances."""
-    if model.task == "segmentation":
-        return ()
-    return ("bbox", "segm") if getattr(model.roi_heads, "mask_predictor", None) is not None else ("bbox",)
-
-
-def metric_names(model):
-    """Names of the validation metrics that may choose best.pt, without their val/ in metrics.csv."""
-    if model.task == "segmentation":
-        evaluator = PixelEvaluator([f"class {label}" for label in range(1, model.num_classes)])
-    else:
-        evaluator = CocoEvaluator(["damage"], iou_types(model))
-    return ["loss", *evaluator.evaluate().stats]
-
-
-def default_metric(model):
-    """What picks best.pt where the recipe leaves it open: a segmenter's pooled IoU of the damage, of several classes the mean of theirs; a
-    detector's AP of masks, or of boxes where there are none."""
-    if model.task == "segmentation":
-        return "pixel/mIoU" if model.num_classes > 2 else "pixel/IoU"
-    return f"{iou_types(model)[-1]}/AP"
 
 
 def print_report(report, path):

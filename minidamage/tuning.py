@@ -9,28 +9,19 @@ from minidamage.layers.detector import masks_in_form
 from minidamage.layers.segmenter import IGNORE
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.thresholds import ThresholdSweep
+from minidamage.validation import add_picture, evaluator_of
 
 MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part
 FAR = 0.2                                                             # that one picture moves the threshold: it was that picture's choice
 NEARLY_ALL = 0.95                                                     # of the pixels: found everywhere is not found at all
 
 
-def add_picture(evaluator, target, prediction, size):
-    """Gives one picture's truth and prediction to the evaluator of its task: with label_map [h, w] to a PixelEvaluator, else, as
-    CocoEvaluator.add_picture takes them, to that one. size: (h, w) of the picture."""
-    if "label_map" in target:
-        truth = target["label_map"].numpy()
-        evaluator.add_label_maps(truth, prediction["label_map"].numpy(), ignore=truth == IGNORE)
-    else:
-        evaluator.add_picture(target["index"], target, prediction, size)
-
-
-def score_mask_thresholds(model, batches, class_names, iou_types, stop):
+def score_mask_thresholds(model, batches, class_names, stop):
     """{tau: DetectionResult} of the validation part, the network run once; None when a signal came.
 
     batches: of one picture, this process's share; what all of them found is scored in process 0, the others return {}.
     """
-    evaluators = {tau: CocoEvaluator(class_names, iou_types) for tau in MASK_THRESHOLDS}
+    evaluators = {tau: evaluator_of(model, class_names) for tau in MASK_THRESHOLDS}
     for images, targets in batches:
         if stop.requested:
             break

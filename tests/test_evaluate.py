@@ -74,7 +74,7 @@ NAMES = ("dent", "scratch")
 class RedFinder(torch.nn.Module):
     """Every red square of a picture is a dent of score 0.9, every green one a scratch of score 0.3."""
 
-    task, name, roi_heads = "detection", "red", types.SimpleNamespace(mask_predictor=True)
+    task, name, iou_types = "detection", "red", ("bbox", "segm")
 
     def __init__(self):
         super().__init__()

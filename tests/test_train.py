@@ -28,6 +28,7 @@ from minidamage.data.split import three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.models.danet import settled
 from minidamage.progress import Progress, clock
+from minidamage.visualize.plots import read_metrics
 
 pytestmark = pytest.mark.usefixtures("narrow")
 REPOSITORY = os.path.dirname(os.path.abspath(train.__file__))
@@ -88,6 +89,16 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert isinstance(model([torch.zeros(3, 48, 64, dtype=torch.uint8)])[0]["boxes"], torch.Tensor)
     printed = capsys.readouterr().out
     assert "python evaluate.py" in printed and "python predict.py" in printed and "val_predictions.png" in printed
+
+
+def test_kept_epochs_are_scored_again_as_they_were_validated(command, tmp_path):
+    assert train.main(command("--epochs", 2, "--keep-epochs")) == 0
+    folder = only_run(tmp_path)
+    assert evaluate.main(["--test-epochs", folder, "--device", "cpu"]) == 0
+    validated, again = (read_metrics(os.path.join(folder, name)) for name in ("metrics.csv", "test-epochs.csv"))
+    assert len(again["epoch"]) == 2 and {"loss", "bbox/AP", "segm/AP50"} <= again.keys()
+    for name, values in again.items():
+        assert values == pytest.approx(validated[name if name == "epoch" else f"val/{name}"], nan_ok=True), name
 
 
 def test_what_is_typed_next_works_without_a_test_part(command, tmp_path, capsys):

@@ -15,7 +15,7 @@ from PIL import Image
 import evaluate
 import minidamage
 import train
-from minidamage import training, tuning
+from minidamage import training, tuning, validation
 from minidamage.checkpoint import load_checkpoint, read_checkpoint
 from minidamage.config import Recipe
 from minidamage.data.synthetic import make_demo
@@ -107,8 +107,8 @@ def test_several_classes(command, tmp_path, capsys):
     assert "threshold " not in printed and "loss_ce" in open(os.path.join(folder, "metrics.csv"), encoding="utf-8").readline()
     model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
     assert checkpoint["thresholds"] == {} and checkpoint["train"]["tuned"]
-    assert training.default_metric(model) == "pixel/mIoU"
-    assert {"pixel/mIoU", "pixel/mDice"} <= set(training.metric_names(model)) & checkpoint["metrics"].keys()
+    assert validation.default_metric(model) == "pixel/mIoU"
+    assert {"pixel/mIoU", "pixel/mDice"} <= set(validation.metric_names(model)) & checkpoint["metrics"].keys()
     assert list(checkpoint["measured"]) == list(checkpoint["class_names"])
     assert model.head.out_channels == len(checkpoint["class_names"]) + 1 > 2
 

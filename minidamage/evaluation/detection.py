@@ -18,7 +18,6 @@ from minidamage.metrics.detection import CocoEvaluator, run_model
 from minidamage.metrics.measure import peak_memory, speed
 from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress
-from minidamage.training import iou_types
 from minidamage.visualize.matrix import matrix_plot
 from minidamage.visualize.overlay import draw_detections, draw_truth, grid, save_picture
 from minidamage.visualize.plots import precision_recall_plot
@@ -34,7 +33,7 @@ def score(job):
     if job.args.set:
         model.config = change_finish(model, job.args.set)
     thresholds = score_thresholds(job.checkpoint, job.args.score)
-    with_masks = "segm" in iou_types(model) and outlined(records)
+    with_masks = "segm" in model.iou_types and outlined(records)
     samples, pixels, judged, unreadable = Samples(records, with_masks, job.args.occlude), PixelEvaluator(names), [], []
     progress = Progress(len(samples), device=job.device)
 

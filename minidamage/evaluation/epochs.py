@@ -10,15 +10,11 @@ import torch
 
 from minidamage import run_folder
 from minidamage.checkpoint import load_checkpoint
-from minidamage.data import DetectionDataset, SegmentationDataset, collate
+from minidamage.data import collate
 from minidamage.evaluation.common import writing
 from minidamage.metrics import tables
-from minidamage.metrics.detection import CocoEvaluator
-from minidamage.metrics.segmentation import PixelEvaluator
-from minidamage.layers.segmenter import label_map_of
 from minidamage.progress import Progress
-from minidamage.training import default_metric, iou_types
-from minidamage.tuning import add_picture
+from minidamage.validation import add_picture, default_metric, evaluator_of, predict, validation_set
 
 SHOWN = {"segmentation": ("pixel/IoU", "pixel/Dice", "pixel/mIoU", "pixel/accuracy", "any-damage/Dice", "any-damage/IoU"),
          "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
@@ -63,26 +59,17 @@ def kept_epochs(run):
 @torch.inference_mode()
 def score_epoch(model, names, records, device):
     """{"loss", "pixel/IoU", ...} on the records, at the size that the model trains at, at 0.5; as train.py validates."""
-    segments = model.task == "segmentation"
-    if segments:
-        dataset = SegmentationDataset(records, image_size=model.config.image_size)
-    else:
-        dataset = DetectionDataset(records, mask_form="rle" if "segm" in iou_types(model) else "none")
-    evaluator = PixelEvaluator(names) if segments else CocoEvaluator(names, iou_types(model))
+    dataset, evaluator = validation_set(model, records), evaluator_of(model, names)
     total, progress = 0.0, Progress(len(dataset), device=device)
     for images, targets in torch.utils.data.DataLoader(dataset, batch_size=1, collate_fn=collate):
-        if segments:
-            losses, probabilities = model.losses_and_probabilities(images, targets)
-            prediction = {"label_map": label_map_of(probabilities[0]).cpu()}
-        else:
-            losses, detections = model.losses_and_detections(images, targets, mask_form="rle")
-            prediction = detections[0]
+        losses, prediction = predict(model, images, targets)
         total += sum(float(value) for value in losses.values())
         add_picture(evaluator, targets[0], prediction, images[0].shape[-2:])
         progress.note(f"{targets[0]['index'] + 1}/{len(dataset)} pictures")
     progress.clear()
     result = evaluator.evaluate()
-    return {"loss": total / max(len(records), 1), **result.stats, **(result.any_damage() if segments else {})}
+    any_damage = result.any_damage() if model.task == "segmentation" else {}
+    return {"loss": total / max(len(records), 1), **result.stats, **any_damage}
 
 
 def finish(run, rows, select_by, shown):

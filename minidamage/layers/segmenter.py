@@ -50,6 +50,7 @@ class Segmenter(nn.Module):
     """
 
     task = "segmentation"
+    iou_types = ()                                  # what a detector is scored by: pixels are no instances
     finish_fields = ()                              # config fields that are read after the network: they may change once it is trained
     stride = 32                                     # `logits` takes heights and widths that are multiples of it
     smallest_side = 1                               # ... and at least this, where the network needs more than one stride

@@ -106,6 +106,7 @@ class FasterRCNN(nn.Module):
     """The detector. num_classes: classes + 1, label 0 is background. config: FasterRCNNConfig. Runs in channels_last."""
 
     task = "detection"
+    iou_types = ("bbox",)                           # what it is scored by
     finish_fields = ()                              # config fields that are read after the network: they may change once it is trained
 
     def __init__(self, num_classes, config=FasterRCNNConfig(), name="fasterrcnn_resnet50_fpn"):

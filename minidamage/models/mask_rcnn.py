@@ -77,6 +77,7 @@ DEMO = {
 class MaskRCNN(faster_rcnn.FasterRCNN):
     """The detector. num_classes: classes + 1, label 0 is background. config: MaskRCNNConfig. Runs in channels_last."""
 
+    iou_types = ("bbox", "segm")
     finish_fields = ("mask_threshold",)
 
     def __init__(self, num_classes, config=MaskRCNNConfig(), name="maskrcnn_resnet50_fpn"):
