@@ -24,11 +24,10 @@ import sys
 from minidamage import distributed, run_folder
 from minidamage.checkpoint import choose_device, load_checkpoint
 from minidamage.command_line import Parser, ended
-from minidamage.data import load_dataset
-from minidamage.data.flags import OF_A_KIND, READING, add_reading_flags, reading
-from minidamage.data.split import from_names
+from minidamage.data.flags import add_reading_flags, reading
 from minidamage.evaluation import ceiling, comparison, complexity, detection, epochs, occlusion, segmentation
 from minidamage.evaluation.common import Job, without_nan, writing
+from minidamage.evaluation.selection import choose_pictures
 from minidamage.metrics import tables
 from minidamage.metrics.detection import evaluate_coco_files
 
@@ -78,7 +77,7 @@ def answer(args):
     if args.complexity is not None:
         return complexity.report(args.complexity, choose_device(args.device), args.out)
     if args.test_epochs:
-        return epochs.score(args.test_epochs, choose_device(args.device), choose_pictures, args)
+        return epochs.score(args.test_epochs, choose_device(args.device), args)
     return score_model(args)
 
 
@@ -193,48 +192,6 @@ def check_task(args, model):
     for task, flags in typed.items():
         for flag in [flag for flag, is_typed in flags if is_typed and task != model.task]:
             raise ValueError(f"{flag} is for {task} models, the checkpoint holds {model.name} ({model.task}); leave it out")
-
-
-def choose_pictures(args, checkpoint, path):
-    """(Dataset, part's name, records, whether the set is the run's own). The run's split where it is; else the set's own parts."""
-    trained_on = checkpoint.get("run", {}).get("data")
-    where = args.data or trained_on
-    if not where:
-        raise ValueError(f"{path} does not say what it was trained on; name the data set with --data")
-    if not args.data and not os.path.exists(where):
-        raise ValueError(f"{where}: the data set that {path} was trained on is not there any more; name its new place, or another set, "
-                         "with --data")
-    as_trained = reading(checkpoint.get("run", {}).get("args", {}), OF_A_KIND if args.data else READING)
-    dataset = load_dataset(where, class_names=checkpoint["class_names"], **{**as_trained, **reading(args)})
-    split, own = checkpoint.get("split") or {}, False
-    if split and (not args.data or is_own(dataset, split, trained_on)):
-        parts, own = from_names(dataset, split), True
-    else:
-        parts = dataset.parts
-    parts = {name: records for name, records in parts.items() if records}
-    part = args.part or ("test" if own or "test" in parts else "val" if "val" in parts else "all")
-    if part == "all":
-        return dataset, part, [r for records in parts.values() for r in records], own
-    if part not in parts:
-        raise ValueError(f"--part {part}: {where} has {', '.join(f'{name} ({len(r)})' for name, r in parts.items())}"
-                         f"{'' if own else '; it is not the set the run was split from'}; take one of these, or --part all")
-    return dataset, part, parts[part], own
-
-
-def is_own(dataset, split, trained_on):
-    """Whether a data set given by --data is the one that the run was split from, at its own place, moved or copied. Equal file names
-    alone do not say so (every VehiDE-like set has an image/1.jpg): while the run's own set is there, its files must be of equal size."""
-    try:
-        records = [record for part in from_names(dataset, split).values() for record in part]
-    except ValueError:
-        return False
-    folder = lambda path: os.path.realpath(path if os.path.isdir(path) else os.path.dirname(path) or ".")
-    if not trained_on or not os.path.exists(trained_on):
-        print(f"note: {dataset.path} has every picture of the run's split by name: taken for the run's own set in a new place")
-        return True
-    here, there = folder(dataset.path), folder(trained_on)
-    places = [(record.file, os.path.join(there, os.path.relpath(os.path.realpath(record.file), here))) for record in records]
-    return here == there or all(os.path.isfile(old) and os.path.getsize(old) == os.path.getsize(new) for new, old in places)
 
 
 if __name__ == "__main__":

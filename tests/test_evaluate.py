@@ -15,7 +15,7 @@ from minidamage import masks
 from minidamage.checkpoint import save_checkpoint
 from minidamage.data import DetectionDataset, load_dataset
 from minidamage.data.synthetic import make_demo
-from minidamage.evaluation import detection
+from minidamage.evaluation import detection, selection
 from minidamage.metrics import coco
 from minidamage.metrics.detection import evaluate_model
 from minidamage.metrics.measure import speed
@@ -162,14 +162,14 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypa
 
 
 def test_pictures_that_cannot_be_read_are_named_everywhere(red_run, monkeypatch, capsys):
-    load = evaluate.load_dataset
+    load = selection.load_dataset
 
     def truncated(*arguments, **options):                             # after the headers were read: the fault shows when it is decoded
         dataset = load(*arguments, **options)
         file = red_run.data / "images" / "0.png"
         file.write_bytes(file.read_bytes()[:100])
         return dataset
-    monkeypatch.setattr(evaluate, "load_dataset", truncated)
+    monkeypatch.setattr(selection, "load_dataset", truncated)
     assert evaluate.main(["--device", "cpu"]) == 0
     results, page = read(red_run.out / "results.json"), (red_run.out / "report.html").read_text(encoding="utf-8")
     assert [os.path.basename(file) for file in results["unreadable"]] == ["0.png"] and results["at_thresholds"]["dent"]["FN"] == 2
@@ -278,7 +278,7 @@ def test_a_full_disk_names_the_file_and_leaves_the_older_one(red_run, capsys):
 def test_a_failure_to_read_is_not_called_one_to_write(red_run, monkeypatch, capsys):
     def refused(*arguments, **options):
         raise PermissionError(13, "Permission denied", "annotations.json")
-    monkeypatch.setattr(evaluate, "load_dataset", refused)
+    monkeypatch.setattr(selection, "load_dataset", refused)
     assert evaluate.main(["--device", "cpu"]) == 1
     assert capsys.readouterr().err == "evaluate.py: [Errno 13] Permission denied: 'annotations.json'\n"
 

@@ -12,7 +12,7 @@ from torch import nn
 import evaluate
 import minidamage
 from minidamage.checkpoint import save_checkpoint
-from minidamage.evaluation import comparison, complexity, epochs
+from minidamage.evaluation import comparison, complexity, epochs, selection
 from minidamage.evaluation.segmentation import at_both_sizes, names_of_maps
 from minidamage.layers.segmenter import Segmenter, SegmenterConfig
 from minidamage.visualize.plots import SIZE, series_colour
@@ -175,13 +175,13 @@ def test_nothing_found_and_nothing_there_are_explained(red_run, capsys):
 
 
 def test_a_picture_that_cannot_be_read_is_named(red_run, monkeypatch, capsys):
-    load = evaluate.load_dataset
+    load = selection.load_dataset
 
     def truncated(*arguments, **options):
         dataset = load(*arguments, **options)
         (red_run.data / "images" / "0.png").write_bytes((red_run.data / "images" / "0.png").read_bytes()[:60])
         return dataset
-    monkeypatch.setattr(evaluate, "load_dataset", truncated)
+    monkeypatch.setattr(selection, "load_dataset", truncated)
     assert evaluate.main(["--device", "cpu", "--draws", "0"]) == 0
     results = read(red_run.out / "results.json")
     assert [os.path.basename(file) for file in results["unreadable"]] == ["0.png"]

@@ -1,1 +1,2 @@
-"""What evaluate.py does with a model once it is loaded: detection.py and segmentation.py score it, the others compare and count."""
+"""What evaluate.py does with a model once it is loaded: selection.py finds its pictures, detection.py and segmentation.py score it, the
+others compare and count."""

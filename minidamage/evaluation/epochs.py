@@ -12,6 +12,7 @@ from minidamage import run_folder
 from minidamage.checkpoint import load_checkpoint
 from minidamage.data import collate
 from minidamage.evaluation.common import writing
+from minidamage.evaluation.selection import choose_pictures
 from minidamage.metrics import tables
 from minidamage.progress import Progress
 from minidamage.validation import add_picture, default_metric, evaluator_of, predict, validation_set
@@ -20,10 +21,10 @@ SHOWN = {"segmentation": ("pixel/IoU", "pixel/Dice", "pixel/mIoU", "pixel/accura
          "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
 
 
-def score(run, device, choose_pictures, args):
+def score(run, device, args):
     """Prints a row an epoch, writes test-epochs.csv into the run, says which is best and how to use it. Returns 0.
 
-    choose_pictures: evaluate.py's, which finds the data set and the part of a checkpoint. Raises ValueError where no epoch was kept.
+    Raises ValueError where no epoch was kept.
     """
     kept = kept_epochs(run)
     args = copy.copy(args)
