@@ -1,6 +1,6 @@
 """From a command line to a `Run`: the data, the model, the recipe and the counters that `train()` in train.py works on.
 
-A run starts fresh (`settle` decides what it is made of) or goes on where an earlier one stopped (`restore`). Every user's
+A run starts fresh (`fresh`) or goes on where an earlier one stopped (`gone_on_with`, `restore`). Every user's
 mistake is found here, before the first step, and raised as a ValueError that says what was expected, what came, what to type.
 """
 import argparse
@@ -90,7 +90,34 @@ def set_up(given):
 
     Raises ValueError for every user's mistake, before anything is written.
     """
-    checkpoint, args = None, argparse.Namespace(**{**DEFAULTS, **given})
+    args, checkpoint, path = what_is_asked(given)
+    make_repeatable(args)
+    dataset = open_data(args)
+    if checkpoint is None:
+        model, parts, recipe = fresh(args, dataset)
+    else:
+        model, parts, recipe = gone_on_with(checkpoint, path, given, dataset)
+    recipe = dataclasses.replace(recipe, select_by=recipe.select_by or default_metric(model))
+    check_recipe(recipe, metric_names(model))
+    check_batches(model, parts["train"], recipe, args)
+    put_in_place(model, args)
+    train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
+
+    run = Run(folder=folder_of(args, path), args=args, recipe=recipe, device=torch.device(args.device), model=model,
+              optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
+              train_set=train_set, val_set=val_set, scored_set=scored_set(train_set, val_set, recipe.score_train),
+              ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
+              identity=identity(model, dataset, parts, recipe, args, checkpoint))
+    if checkpoint is not None:
+        restore(run, checkpoint, path)
+    if args.compile:                                                  # last: the averaged copy above stays as it is
+        model.compile_static(COMPILER)
+    return run
+
+
+def what_is_asked(given):
+    """(all arguments, checked; the checkpoint to go on with and its path, None and None for a fresh run)."""
+    args, checkpoint, path = argparse.Namespace(**{**DEFAULTS, **given}), None, None
     if "resume" in given:
         path = distributed.on_main(lambda: run_folder.find_checkpoint(given["resume"], args.out, "last.pt"))
         checkpoint = read_checkpoint(path)
@@ -98,55 +125,64 @@ def set_up(given):
     if args.deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # cuBLAS asks for it; read when CUDA starts, so before the device
     check_arguments(args)                                             # is tried
+    return args, checkpoint, path
+
+
+def make_repeatable(args):
+    """Seeds every random generator, and for --deterministic settles the order in which a GPU adds up."""
     random.seed(args.seed), np.random.seed(args.seed), torch.manual_seed(args.seed)
     if args.deterministic:
         torch.use_deterministic_algorithms(True)
         torch.utils.deterministic.fill_uninitialized_memory = False   # every new tensor, with NaN: nothing here reads what it did not write
         torch.backends.cudnn.benchmark = False
 
-    dataset = open_data(args)
-    if checkpoint is None:
-        config, recipe = settle(args)
-        parts = split_parts(dataset, args)
-        if args.anchors == "auto":
-            config = with_chosen_anchors(config, parts["train"], args)
-        model = minidamage.build_model(args.model, num_classes=len(dataset.class_names) + 1, **vars(config))
-        if "pretrained" in given:
-            print_report(load_pretrained(model, args.pretrained), args.pretrained)
-        elif getattr(config, "norm", "") == "frozen":
-            print("note: norm=frozen expects loaded statistics; without --pretrained nothing is normalised, --set norm=batch learns better")
-    else:
-        check_same_classes(dataset, checkpoint, path)
-        recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
-        parts = from_names(dataset, checkpoint["split"])
-        model = build_from_checkpoint(checkpoint, path)
-    recipe = dataclasses.replace(recipe, select_by=recipe.select_by or default_metric(model))
-    check_recipe(recipe, metric_names(model))
+
+def fresh(args, dataset):
+    """(model, {part: records}, Recipe) of a run that starts."""
+    config, recipe = settle(args)
+    parts = split_parts(dataset, args)
+    if args.anchors == "auto":
+        config = with_chosen_anchors(config, parts["train"], args)
+    model = minidamage.build_model(args.model, num_classes=len(dataset.class_names) + 1, **vars(config))
+    if "pretrained" in vars(args):
+        print_report(load_pretrained(model, args.pretrained), args.pretrained)
+    elif getattr(config, "norm", "") == "frozen":
+        print("note: norm=frozen expects loaded statistics; without --pretrained nothing is normalised, --set norm=batch learns better")
+    return model, parts, recipe
+
+
+def gone_on_with(checkpoint, path, given, dataset):
+    """(model, {part: records}, Recipe) of a run that stopped; `restore` puts its state back once all is built."""
+    check_same_classes(dataset, checkpoint, path)
+    recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
+    parts = from_names(dataset, checkpoint["split"])
+    return build_from_checkpoint(checkpoint, path), parts, recipe
+
+
+def check_batches(model, records, recipe, args):
+    """ValueError for batches that the processes cannot share evenly, or whose pictures do not fit together."""
     distributed.check_batch(recipe.batch_size, args.accumulate)
     if getattr(model.config, "image_size", None) == 0:
-        check_own_sizes(parts["train"], recipe.batch_size // (args.accumulate * distributed.world()))
+        check_own_sizes(records, recipe.batch_size // (args.accumulate * distributed.world()))
+
+
+def put_in_place(model, args):
+    """Moves the model to its device, its norms over all processes where --sync-bn asks for it."""
     if args.sync_bn and distributed.world() > 1:
         print(f"batch normalisation over all processes: {synchronise_norms(model)} layers")
     if args.device.startswith("cuda:"):                               # "cuda" is the current one as it is
         torch.cuda.set_device(args.device)                            # the streams and events of all that follows are this GPU's
     model.to(args.device)
-    train_set, val_set = make_datasets(model, parts, recipe, args.seed, dataset.path)
 
-    folder = os.path.dirname(os.path.abspath(path)) if checkpoint else distributed.on_main(
+
+def folder_of(args, path):
+    """The run folder: of the checkpoint at `path`, or a new one. Raises ValueError in a process that does not see it."""
+    folder = os.path.dirname(os.path.abspath(path)) if path is not None else distributed.on_main(
         lambda: run_folder.new_run_folder(args.out, args.model, args.data))
     if not os.path.isdir(folder):
         raise ValueError(f"{os.path.abspath(folder)}: process {distributed.rank()} does not see the folder that process 0 made; give --out "
                          "on a disk that all machines share")
-    run = Run(folder=folder, args=args, recipe=recipe, device=torch.device(args.device), model=model,
-              optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
-              train_set=train_set, val_set=val_set, scored_set=scored_set(train_set, val_set, recipe.score_train),
-              ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
-              identity=identity(model, dataset, parts, recipe, args, checkpoint))
-    if checkpoint:
-        restore(run, checkpoint, path)
-    if args.compile:                                                  # last: the averaged copy above stays as it is
-        model.compile_static(COMPILER)
-    return run
+    return folder
 
 
 def write_identity(run):
