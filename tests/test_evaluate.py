@@ -13,11 +13,10 @@ import evaluate
 import minidamage
 from minidamage import masks
 from minidamage.checkpoint import save_checkpoint
-from minidamage.data import DetectionDataset, load_dataset
+from minidamage.data import load_dataset
 from minidamage.data.synthetic import make_demo
 from minidamage.evaluation import detection, selection
 from minidamage.metrics import coco
-from minidamage.metrics.detection import evaluate_model
 from minidamage.metrics.measure import speed
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
@@ -314,12 +313,14 @@ def damagenet_run(tmp_path_factory):
 
 
 def test_damagenet_end_to_end(damagenet_run):
-    path, _ = damagenet_run
+    path, data = damagenet_run
     assert evaluate.main(["--checkpoint", str(path.parent), "--part", "all", "--device", "cpu", "--score", "0"]) == 0
     folder = path.parent / "evaluation-demo-all"
     results = read(folder / "results.json")
     assert len(results["stats"]) == 24 and results["pictures"] == 4 and len(read(folder / "detections.json")) == 24
-    sizes = {image["id"]: [image["height"], image["width"]] for image in read(folder / "truth.json")["images"]}
+    truth = read(folder / "truth.json")
+    assert len(truth["annotations"]) == sum(len(r.labels) for part in load_dataset(data, quiet=True).parts.values() for r in part) > 0
+    sizes = {image["id"]: [image["height"], image["width"]] for image in truth["images"]}
     assert all(d["segmentation"]["size"] == sizes[d["image_id"]] for d in read(folder / "detections.json"))
 
 
@@ -335,20 +336,6 @@ def test_the_finish_of_masks_can_be_changed_and_nothing_else(damagenet_run, tmp_
     assert "island_share" in capsys.readouterr().err
     assert evaluate.main([*common, "--set", "mask_threshold=7"]) == 2
     assert "mask_threshold: expected from 0 to 1, got 7.0" in capsys.readouterr().err
-
-
-def test_evaluate_model_takes_batches_of_a_data_set(damagenet_run):
-    path, data = damagenet_run
-    model, checkpoint = minidamage.load_checkpoint(path)
-    records = load_dataset(data, quiet=True).parts["train"]
-    dataset = DetectionDataset(records)
-    batches = (([dataset[i][0]], [dict(dataset[i][1], image_id=i)]) for i in range(len(records)))
-    metrics, result, evaluator = evaluate_model(model, batches, checkpoint["class_names"])
-    assert metrics["ms per picture"] > 0 and set(result.stats) < set(metrics) and len(result.image_ids) == len(records)
-    truth = evaluator.coco_truth()
-    assert len(truth["images"]) == len(records) and len(truth["annotations"]) == sum(len(r.labels) for r in records)
-    with pytest.raises(ValueError, match="model.eval"):
-        evaluate_model(model.train(), [], checkpoint["class_names"])
 
 
 def test_results_do_not_go_among_the_data_sets_files(damagenet_run, capsys):

@@ -1,5 +1,6 @@
 """Scores a detector: COCO and VOC numbers, what is found at the thresholds in use, false alarms, pixels, intervals, worst pictures."""
 import os
+import time
 
 import numpy as np
 import torch
@@ -14,8 +15,8 @@ from minidamage.evaluation.common import (change_finish, cost_text, general_note
 from minidamage.evaluation.occlusion import in_words, occluded
 from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
-from minidamage.metrics.detection import CocoEvaluator, run_model
-from minidamage.metrics.measure import peak_memory, speed
+from minidamage.metrics.detection import CocoEvaluator
+from minidamage.metrics.measure import peak_memory, speed, synchronize
 from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.progress import Progress
 from minidamage.visualize.matrix import matrix_plot
@@ -47,7 +48,8 @@ def score(job):
         progress.note(f"{len(judged)}/{len(samples)} pictures")
 
     loader = torch.utils.data.DataLoader(samples, batch_size=None, sampler=distributed.shard(len(samples)), num_workers=job.workers)
-    evaluator, seconds = run_model(job.model, loader, names, ("bbox", "segm") if with_masks else ("bbox",), on_picture)
+    evaluator = CocoEvaluator(names, ("bbox", "segm") if with_masks else ("bbox",))
+    seconds = run_model(model, loader, evaluator, on_picture)
     progress.clear()
     gathered = distributed.gather_to_main((evaluator, pixels, judged, unreadable, seconds))
     if gathered is None:
@@ -82,6 +84,24 @@ def score(job):
         write_page(folder, shown, about, [("Accuracy", curves(result)), ("In use", confusion_picture(result, thresholds))], pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, pictures.json, detections.json, truth.json"
           + f" and {number_of(len(pictures), 'picture')} of the worst predictions" * bool(pictures))
+
+
+@torch.inference_mode()
+def run_model(model, samples, evaluator, on_picture):
+    """Runs a detector over (picture, truth) pairs into the evaluator, and calls on_picture(image, truth, detection) after each, masks as
+    run lengths; returns the seconds that the model took for each."""
+    seconds, device = [], next(model.parameters()).device
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    for image, truth in samples:
+        synchronize(device)
+        began = time.perf_counter()
+        (detection,) = model.detect([image], mask_form="rle")
+        synchronize(device)
+        seconds.append(time.perf_counter() - began)
+        evaluator.add_picture(truth["image_id"], truth, detection, image.shape[-2:])
+        on_picture(image, truth, detection)
+    return seconds
 
 
 class Samples(torch.utils.data.Dataset):

@@ -11,16 +11,13 @@ are kilobytes here, not 1.2 GB.
 """
 import dataclasses
 import functools
-import time
 
 import numpy as np
-import torch
 
 from minidamage import masks
 from minidamage.distributed import interleave
 from minidamage.metrics import coco, coco_files, confusion, diagnosis, intervals, operating, voc
 from minidamage.metrics.coco import COCO
-from minidamage.metrics.measure import peak_memory, speed, synchronize
 
 IOU_TYPES = ("bbox", "segm")
 
@@ -282,41 +279,6 @@ class DetectionResult:
         if np.isscalar(thresholds):
             return np.full(len(self.class_names), float(thresholds))
         return np.array([thresholds.get(name, 0.5) for name in self.class_names], np.float64)
-
-
-@torch.inference_mode()
-def evaluate_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None):
-    """Runs a detector over pictures: returns (metrics dict, DetectionResult, CocoEvaluator).
-
-    samples: iterable of (image [3, H, W], truth dict), or of (list of images, list of truths) as a DataLoader with `collate` gives. A truth
-    has boxes [G, 4] xyxy, labels [G], and where there are any: rles (G RLE dicts) or masks [G, H, W], iscrowd [G], area [G], image_id
-    (default: its place). metrics: the result's stats, "ms per picture", "pictures per second" (the model alone), "peak memory MB".
-    on_picture(image, truth, detection) is called after each, detection with masks as RLEs. Raises ValueError for a model in training mode.
-    """
-    evaluator, seconds = run_model(model, samples, class_names, iou_types, on_picture)
-    result = evaluator.evaluate()
-    return {**result.stats, **speed(seconds), "peak memory MB": peak_memory(next(model.parameters()).device)}, result, evaluator
-
-
-def run_model(model, samples, class_names, iou_types=IOU_TYPES, on_picture=None):
-    """The first half of `evaluate_model`: (CocoEvaluator with every picture, seconds of each), nothing scored yet."""
-    if model.training:
-        raise ValueError("evaluate_model expects the model in evaluation mode; call model.eval() first")
-    evaluator, seconds, device = CocoEvaluator(class_names, iou_types), [], next(model.parameters()).device
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    for images, truths in samples:
-        images, truths = (images, truths) if isinstance(images, (list, tuple)) else ([images], [truths])
-        synchronize(device)
-        began = time.perf_counter()
-        detections = model.detect(list(images), mask_form="rle")
-        synchronize(device)
-        seconds += [(time.perf_counter() - began) / len(images)] * len(images)
-        for image, truth, detection in zip(images, truths, detections):
-            evaluator.add_picture(truth.get("image_id", len(evaluator._truth)), truth, detection, image.shape[-2:])
-            if on_picture is not None:
-                on_picture(image, truth, detection)
-    return evaluator, seconds
 
 
 def evaluate_coco_files(truth, detections, iou_type="bbox", use_cats=True, area_from_boxes=False):
