@@ -139,12 +139,12 @@ def from_results(path, content, pictures, size="model", at="chosen"):
     if content.get("task") != "segmentation":
         draws = pictures and {name: np.array([row], np.float64) for name, row in pictures["draws"].items()}           # null: NaN
         return Evaluation(task="detection", scored="", stats=numbers_of(content["stats"]), draws=draws, **known)
-    name = size if size in content["sizes"] else "native"             # pictures of the model's own size are scored once
-    scored, points = content["sizes"][name], list(content["sizes"][name]["points"])
+    size = size if size in content["sizes"] else "native"             # pictures of the model's own size are scored once
+    scored, points = content["sizes"][size], list(content["sizes"][size]["points"])
     point = points[-1] if at == "chosen" else points[0]
     stats = numbers_of(scored["points"][point]["stats"])
     stats = {**{name: stats[f"pixel/{name}"] for name in NAMES}, **stats}
-    counts = pictures and np.array(pictures["counts"][name][point], np.int64)[:, None]
+    counts = pictures and np.array(pictures["counts"][size][point], np.int64)[:, None]
     return Evaluation(task="segmentation", scored=f"{scored['pixels']}, {point}", stats=stats, counts=counts, **known)
 
 

@@ -187,9 +187,9 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
         image, truth = samples[index]
         is_false, is_missed = result.errors_in_picture(samples.image_id(index), thresholds)
         left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"], enlarge=True,
-                          remarks=["missed" if wrong else "" for wrong in is_missed])
+                          remarks=["missed" if each else "" for each in is_missed])
         right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names, enlarge=True,
-                                remarks=["false" if wrong else "" for wrong in is_false])
+                                remarks=["false" if each else "" for each in is_false])
         caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed" + covered
         path = os.path.join(folder, f"worst-{rank:02d}.jpg")
         save_picture(path, grid([left, right], ["truth", "prediction"], columns=2, title=caption))

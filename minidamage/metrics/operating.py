@@ -36,20 +36,20 @@ def best_f1(scored, categories):
 def at_thresholds(scored, thresholds):
     """K + 1 dicts (classes, then all together): TP, FP, FN, precision, recall, F1, matched IoU of detections at or above thresholds [K]."""
     categories = len(thresholds)
-    kept = counted(scored) & (scored.detections["score"] >= thresholds[scored.detections["category"]])
+    kept = counted(scored) & found(scored, thresholds)
     true = kept & (scored.arrays["dt_match"][AT_IOU] >= 0)
     per_class = lambda chosen, weights=None: np.bincount(scored.detections["category"][chosen], weights, minlength=categories)
-    tp, found = per_class(true), per_class(kept)
+    tp, findings = per_class(true), per_class(kept)
     iou = per_class(true, scored.arrays["dt_iou"][AT_IOU, true])
     truth = np.bincount(scored.truths["category"][scored.truths["crowd"] == 0], minlength=categories)
-    rows = [_numbers(*row) for row in zip(tp, found, truth, iou)]
-    return rows + [_numbers(tp.sum(), found.sum(), truth.sum(), iou.sum())]
+    rows = [_numbers(*row) for row in zip(tp, findings, truth, iou)]
+    return rows + [_numbers(tp.sum(), findings.sum(), truth.sum(), iou.sum())]
 
 
-def _numbers(tp, found, truth, iou):
+def _numbers(tp, findings, truth, iou):
     ratio = lambda a, b: float(a / b) if b else float("nan")
-    return {"TP": int(tp), "FP": int(found - tp), "FN": int(truth - tp), "precision": ratio(tp, found), "recall": ratio(tp, truth),
-            "F1": ratio(2 * tp, found + truth), "matched IoU": ratio(iou, tp)}
+    return {"TP": int(tp), "FP": int(findings - tp), "FN": int(truth - tp), "precision": ratio(tp, findings), "recall": ratio(tp, truth),
+            "F1": ratio(2 * tp, findings + truth), "matched IoU": ratio(iou, tp)}
 
 
 def errors(scored, thresholds):
