@@ -37,7 +37,7 @@ from minidamage.visualize.training import draw_first_batch, draw_predictions
 
 AMP_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 FEW_STEPS = 20                                                        # of a whole run: below, a network learns next to nothing
-FEW_PICTURES = 5                                                      # of the validation part: below, chance chooses
+FEW_PICTURES = 10                                                     # of the validation part: below, chance chooses
 PICTURES_SHOWN = 6                                                    # rows of val_predictions.png
 HEADLINES = ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50", "pixel/IoU", "pixel/Dice", "pixel/mIoU")  # of an epoch's line
 
@@ -553,8 +553,9 @@ def introduce(run):
     print(f"pictures: {', '.join(f'{name} {len(files)}' for name, files in run.identity['split'].items())} "
           "(train: what trains, val: what chooses, test: kept for evaluate.py)")
     if chooses < FEW_PICTURES:
-        print(f"WARNING: {chooses} picture{'s choose' if chooses > 1 else ' chooses'} best.pt and its thresholds: expected 10 or more, or "
-              f"chance chooses; {'a larger --limit' if run.args.limit < 1 else 'more data, or another share of it (--split 70/15/15)'}")
+        remedy = "a larger --limit" if run.args.limit < 1 else "more data, or another share of it (--split 70/15/15)"
+        print(f"WARNING: {chooses} picture{'s choose' if chooses > 1 else ' chooses'} best.pt and its thresholds: expected {FEW_PICTURES} "
+              f"or more, or chance chooses; {remedy}")
     if steps < FEW_STEPS:
         print(f"WARNING: {number_of(steps, 'step')} in all, {len(run.train_set)} pictures in batches of {run.recipe.batch_size}: next to "
               "nothing is learned in so few; more --epochs, or a smaller --batch-size")

@@ -629,14 +629,15 @@ def test_pretrained_lists_what_does_not_fit(command, tmp_path, capsys):
 
 # --- the parts, by hand
 
-def words_of(act, capsys, *more, **changes):
+def words_of(act, capsys, *more, chooses=1, **changes):
     """What introduce or say_goodbye print of a run of DANet that is made of its numbers alone."""
     config = settled(minidamage.MODELS["danet"][1](**changes))
     record = {"hardware": {"gpu": None, "cpu": "a CPU", "threads": 1}, "kernels": {"backend": "native"}}
     run = argparse.Namespace(
         folder="runs/x", path="runs/x/{}".format, device=torch.device("cpu"), unsaved=(), state=training.State(best=0.0, best_epoch=0),
         model=argparse.Namespace(config=config, parameters=lambda: [], task="detection"), train_set=[None] * 10,
-        val_set=argparse.Namespace(records=[argparse.Namespace(file="a.jpg")]), recipe=Recipe(epochs=3, batch_size=2, select_by="segm/AP"),
+        val_set=argparse.Namespace(records=[argparse.Namespace(file="a.jpg")] * chooses),
+        recipe=Recipe(epochs=3, batch_size=2, select_by="segm/AP"),
         identity={"run": record, "split": {"train": range(10), "val": range(1)}},
         args=argparse.Namespace(model="danet", amp="off", data="cars", limit=1.0, keep_epochs=False,
                                 set=[f"{k}={v}" for k, v in changes.items()]))
@@ -647,7 +648,9 @@ def words_of(act, capsys, *more, **changes):
 def test_what_is_introduced_is_what_the_user_changed(capsys):
     plain = words_of(train.introduce, capsys)
     assert "it differs from the paper's: nowhere\n" in plain and "(1 thread, kernels native" in plain
-    assert "WARNING: 1 picture chooses best.pt and its thresholds: expected 10 or more" in plain
+    assert "WARNING: 1 picture chooses best.pt and its thresholds: expected 10 or more, or chance chooses; more data" in plain
+    assert "WARNING: 9 pictures choose best.pt" in words_of(train.introduce, capsys, chooses=9)
+    assert "best.pt" not in words_of(train.introduce, capsys, chooses=10)
     assert "warm-up: shortened from 500 to 5 steps, a third of this run's 15\n" in plain
     assert "it differs from the paper's: phase=2\n" in words_of(train.introduce, capsys, phase=2)
     assert "it differs from the paper's: dcn=False\n" in words_of(train.introduce, capsys, dcn=False)
