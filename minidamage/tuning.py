@@ -8,7 +8,7 @@ from minidamage import distributed
 from minidamage.layers.detector import masks_in_form
 from minidamage.layers.segmenter import IGNORE
 from minidamage.metrics.detection import CocoEvaluator
-from minidamage.metrics.thresholds import ThresholdSweep
+from minidamage.metrics.thresholds import THRESHOLDS, ThresholdSweep
 from minidamage.validation import add_picture, evaluator_of
 
 MASK_THRESHOLDS = (0.3, 0.4, 0.5, 0.6, 0.7)                           # tau, tried on the validation part
@@ -88,7 +88,7 @@ def take_pixel_threshold(checkpoint, result, files=()):
     if 1 < len(without) == len(files) and abs(without[k] - best["threshold"]) > FAR:
         print(f"WARNING: the threshold hangs on one picture: without {files[k]} it would be {without[k]:g}; look at it, and choose on more "
               "pictures if you can")
-    tp, fp, fn, tn = result.counts.sum(0)[round(100 * best["threshold"]) - 1].tolist()        # as in ThresholdSweep
+    tp, fp, fn, tn = result.counts.sum(0)[THRESHOLDS.tolist().index(best["threshold"])].tolist()
     found, true = (tp + fp) / (tp + fp + fn + tn), (tp + fn) / (tp + fp + fn + tn)
     if found > NEARLY_ALL and true < NEARLY_ALL / 2:
         print(f"WARNING: the model has not learned: at this threshold {found:.0%} of the pixels are positive, {true:.1%} are damage; train "

@@ -114,12 +114,13 @@ def segmentation_tables(sizes):
 
 
 def _interval_tables(sizes):
-    rows = [[f"{s.title}, {point}, {name.removeprefix('pixel/').replace('image/', 'per picture ')}", i.value, i.low, i.high]
-            for s in sizes.values() for point, found in s.intervals.items() for name, i in found.items()]
-    if not rows:
+    intervals = [(f"{s.title}, {point}, {name.removeprefix('pixel/').replace('image/', 'per picture ')}", interval)
+                 for s in sizes.values() for point, found in s.intervals.items() for name, interval in found.items()]
+    if not intervals:
         return []
-    one = next(iter(next(iter(next(iter(sizes.values())).intervals.values())).values()))
-    return [(f"95 % intervals ({len(one.samples)} bootstrap draws of whole pictures)", ["", "value", "low", "high"], rows)]
+    draws = len(intervals[0][1].samples)
+    return [(f"95 % intervals ({draws} bootstrap draws of whole pictures)", ["", "value", "low", "high"],
+             [[name, i.value, i.low, i.high] for name, i in intervals])]
 
 
 def crack_tables(sizes):
