@@ -90,8 +90,8 @@ def plain(value):
     raise TypeError(f"a checkpoint holds tensors, numbers, strings, lists and dicts, not {type(value).__name__}: {value!r:.80}")
 
 
-def read_checkpoint(path, device="cpu"):
-    """Returns the checkpoint dict of a file that `save_checkpoint` wrote, tensors on `device`.
+def read_checkpoint(path):
+    """Returns the checkpoint dict of a file that `save_checkpoint` wrote, tensors on the CPU.
 
     Raises ValueError that says what is wrong: no such file, half-written, not one of ours, from a newer version.
     """
@@ -103,7 +103,7 @@ def read_checkpoint(path, device="cpu"):
         raise ValueError(f"{path}: half-written or not a checkpoint ({os.path.getsize(path):,} bytes, and the zip index that "
                          "ends a torch file is missing); copy it again, or take the run's other file (best.pt, last.pt)")
     try:
-        state = torch.load(path, map_location=device, weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path}: damaged, or it holds more than plain tensors and numbers ({_reason(error)})") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:

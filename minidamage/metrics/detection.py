@@ -28,8 +28,8 @@ class CocoEvaluator:
     class_names: K names, label k is class_names[k - 1]. iou_types: what is scored, "bbox", "segm" or both.
     """
 
-    def __init__(self, class_names, iou_types=IOU_TYPES, protocol=COCO):
-        self.class_names, self.iou_types, self.protocol = tuple(map(str, class_names)), tuple(iou_types), protocol
+    def __init__(self, class_names, iou_types=IOU_TYPES):
+        self.class_names, self.iou_types = tuple(map(str, class_names)), tuple(iou_types)
         unknown = set(self.iou_types) - set(IOU_TYPES)
         if unknown or not self.iou_types:
             raise ValueError(f"CocoEvaluator expects iou_types out of {IOU_TYPES}, got {iou_types!r}")
@@ -130,9 +130,9 @@ class CocoEvaluator:
         scored = {}
         for iou_type in self.iou_types:
             truths, detections, image_ids = self.tables(iou_type)
-            arrays = coco.evaluate(truths, detections, len(image_ids), len(self.class_names), self.protocol, keep_matches=True)
-            scored[iou_type] = Scored(truths, detections, arrays, self.protocol.max_dets[-1])
-        return DetectionResult(self.class_names, image_ids, scored, self.protocol)
+            arrays = coco.evaluate(truths, detections, len(image_ids), len(self.class_names), keep_matches=True)
+            scored[iou_type] = Scored(truths, detections, arrays)
+        return DetectionResult(self.class_names, image_ids, scored)
 
     def coco_detections(self, category_ids=None):
         """The detections as COCO's list of dicts, in the numbering of `category_ids` (default 1..K); they score the same as files."""
@@ -184,9 +184,10 @@ class DetectionResult:
     were read from files, which may hold them in another form.
     """
 
-    def __init__(self, class_names, image_ids, scored, protocol=COCO, of_files=False):
-        self.class_names, self.image_ids, self.scored, self.protocol = tuple(class_names), image_ids, scored, protocol
-        self.of_files = of_files
+    protocol = COCO                                           # by which it was scored
+
+    def __init__(self, class_names, image_ids, scored, of_files=False):
+        self.class_names, self.image_ids, self.scored, self.of_files = tuple(class_names), image_ids, scored, of_files
         self.arrays = {t: {name: s.arrays[name] for name in ("precision", "recall", "scores")} for t, s in scored.items()}
         self.stats = {name: value for t, s in scored.items() for name, value in coco.summarize(s.arrays, f"{t}/").items()}
 
@@ -202,9 +203,8 @@ class DetectionResult:
             precision, recall = s.arrays["precision"][:, :, k, 0, -1], s.arrays["recall"][:, k, 0, -1]
             numbers[f"{iou_type}/AP"] = coco.mean_of_known(precision)
             for threshold in (0.5, 0.75):
-                if threshold in np.round(self.protocol.iou_thresholds, 9):
-                    t = int(np.flatnonzero(np.round(self.protocol.iou_thresholds, 9) == threshold)[0])
-                    numbers[f"{iou_type}/AP{round(100 * threshold)}"] = coco.mean_of_known(precision[t])
+                at = np.isclose(self.protocol.iou_thresholds, threshold)
+                numbers[f"{iou_type}/AP{round(100 * threshold)}"] = coco.mean_of_known(precision[at])
             numbers[f"{iou_type}/AR{self.protocol.max_dets[-1]}"] = coco.mean_of_known(recall)
         return numbers
 
@@ -213,28 +213,33 @@ class DetectionResult:
         """Why numbers are NaN or 0: a list of sentences, empty when there is nothing to explain."""
         return diagnosis.explain(self)
 
-    def interval(self, name="segm/AP", level=0.95, samples=500, seed=0):
-        """The bootstrap Interval over pictures of "bbox/AP", "segm/AP50" and the like (intervals.py)."""
+    def interval(self, name="segm/AP", samples=500):
+        """The 95 % bootstrap Interval over pictures of "bbox/AP", "segm/AP50" and the like (intervals.py)."""
         iou_type, _, number = name.partition("/")
         if number[:2] != "AP" or (number[2:] and not number[2:].isdigit()):
             raise ValueError(f"interval expects bbox/AP, segm/AP50 and the like, got {name!r}")
         threshold = float(number[2:]) / 100 if number[2:] else None
         scored = self.scored[self._type(iou_type)]
-        return intervals.ap_interval(scored, len(self.image_ids), len(self.class_names), self.protocol, threshold, level, samples, seed)
+        return intervals.ap_interval(scored, len(self.image_ids), len(self.class_names), self.protocol, threshold, samples)
 
-    def best_f1(self, iou_type=None):
+    @property
+    def deciding(self):
+        """The Scored of masks if there are masks, else of boxes: what thresholds are chosen by, and what is right or wrong at them."""
+        return self.scored["segm" if "segm" in self.scored else "bbox"]
+
+    def best_f1(self):
         """{name: {"threshold", "F1", "precision", "recall"}} where F1 at IoU 0.5 is best; threshold NaN for a class never found."""
-        return dict(zip(self.class_names, operating.best_f1(self.scored[self._type(iou_type)], len(self.class_names))))
+        return dict(zip(self.class_names, operating.best_f1(self.deciding, len(self.class_names))))
 
-    def best_thresholds(self, iou_type=None, default=0.5):
-        """{name: score} of the best F1, `default` where there is none: what to ship. Masks decide if there are masks."""
-        best = {name: numbers["threshold"] for name, numbers in self.best_f1(iou_type).items()}
-        return {name: default if np.isnan(threshold) else threshold for name, threshold in best.items()}
+    def best_thresholds(self):
+        """{name: score} of the best F1, 0.5 where there is none: what to ship."""
+        best = {name: numbers["threshold"] for name, numbers in self.best_f1().items()}
+        return {name: 0.5 if np.isnan(threshold) else threshold for name, threshold in best.items()}
 
-    def at_thresholds(self, thresholds, iou_type=None):
+    def at_thresholds(self, thresholds):
         """{name: {"precision", "recall", "F1", "TP", "FP", "FN", "matched IoU"}} and the same under "all", for detections whose score is at
         least their class's threshold; match at IoU 0.5. "matched IoU" is the mean IoU of the true positives' masks (or boxes)."""
-        rows = operating.at_thresholds(self.scored[self._type(iou_type)], self._threshold_list(thresholds))
+        rows = operating.at_thresholds(self.deciding, self._threshold_list(thresholds))
         return dict(zip((*self.class_names, "all"), rows))
 
     def measured(self, thresholds):
@@ -242,19 +247,18 @@ class DetectionResult:
         rows = self.at_thresholds(thresholds)
         return {name: {key: rows[name][key] for key in ("precision", "recall")} for name in self.class_names}
 
-    def errors_by_picture(self, thresholds=0.5, iou_type=None):
+    def errors_by_picture(self, thresholds=0.5):
         """int [I, 2]: false findings and missed truths of each picture (in the order of image_ids), at IoU 0.5."""
-        return operating.errors_by_picture(self.scored[self._type(iou_type)], len(self.image_ids), self._threshold_list(thresholds))
+        return operating.errors_by_picture(self.deciding, len(self.image_ids), self._threshold_list(thresholds))
 
-    def errors_in_picture(self, image_id, thresholds=0.5, iou_type=None):
+    def errors_in_picture(self, image_id, thresholds=0.5):
         """(false [F], missed [G]), bool: which of a picture's findings fit no truth, which of its truths no finding, at IoU 0.5, each in
         the order that they were added in."""
-        return operating.errors_in_picture(self.scored[self._type(iou_type)], self.image_ids.index(image_id),
-                                           self._threshold_list(thresholds))
+        return operating.errors_in_picture(self.deciding, self.image_ids.index(image_id), self._threshold_list(thresholds))
 
-    def confusion(self, thresholds=0.5, iou_type=None):
+    def confusion(self, thresholds=0.5):
         """int [K + 1, K + 1] at the thresholds: the objects' classes by the findings', last row false alarms, last column missed."""
-        return confusion.confusion_matrix(self.scored[self._type(iou_type)], self._threshold_list(thresholds))
+        return confusion.confusion_matrix(self.deciding, self._threshold_list(thresholds))
 
     def false_alarms(self, thresholds=0.5):
         """{"pictures": undamaged pictures, "with findings": share of them with one at least, "findings": per such picture}."""
@@ -269,8 +273,6 @@ class DetectionResult:
                 for method, values in found.items()}
 
     def _type(self, iou_type):
-        if iou_type is None:
-            return "segm" if "segm" in self.scored else "bbox"
         if iou_type not in self.scored:
             raise ValueError(f"this evaluation scored {', '.join(self.scored)}, not {iou_type!r}; ask the evaluator for it by iou_types")
         return iou_type

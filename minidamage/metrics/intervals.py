@@ -6,13 +6,13 @@ curves are summed again with the weights. (Copies of a picture tie in score; the
 import numpy as np
 
 from minidamage.metrics.coco import EPSILON
-from minidamage.metrics.statistics import Interval, bootstrap
+from minidamage.metrics.statistics import bootstrap, percentiles
 
 
-def ap_interval(scored, images, categories, protocol, iou_threshold=None, level=0.95, samples=500, seed=0):
-    """The Interval of AP (iou_threshold None: the mean over the protocol's) or of AP at one threshold; all sizes, most detections.
+def ap_interval(scored, images, categories, protocol, iou_threshold=None, samples=500):
+    """The 95 % Interval of AP (iou_threshold None: the mean over the protocol's) or of AP at one threshold; all sizes, most detections.
 
-    Two models scored on the same pictures with the same seed are drawn alike: the difference of their `samples` is paired.
+    Two models scored on the same pictures are drawn alike: the difference of their `samples` is paired.
     """
     curves = [_class_curve(scored, k) for k in range(categories)]
     curves = [c for c in curves if c is not None]
@@ -20,9 +20,9 @@ def ap_interval(scored, images, categories, protocol, iou_threshold=None, level=
     if not chosen.any():
         raise ValueError(f"ap_interval expects an IoU threshold among {protocol.iou_thresholds}, got {iou_threshold}")
     if not curves:
-        return Interval(float("nan"), float("nan"), float("nan"), level, np.full(samples, np.nan))
+        return percentiles(float("nan"), np.full(samples, np.nan))
     ap_of = lambda drawn: _ap(curves, np.bincount(drawn, minlength=images), protocol, chosen)
-    return bootstrap(np.arange(images), ap_of, level=level, samples=samples, seed=seed)
+    return bootstrap(np.arange(images), ap_of, samples=samples)
 
 
 def _class_curve(scored, k):
