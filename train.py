@@ -31,7 +31,7 @@ from minidamage.layers.segmenter import label_map_of
 from minidamage.progress import Progress, StopSignal, clock, ignore_signals, memory
 from minidamage.training import DEFAULTS, is_out_of_memory, set_up, what_broke, write_identity
 from minidamage.tuning import score_mask_thresholds, score_pixel_thresholds, take_mask_threshold, take_pixel_threshold
-from minidamage.validation import add_picture, evaluator_of, predict
+from minidamage.validation import add_picture, evaluator_of, metrics_of, predict
 from minidamage.visualize.plots import curves_from_csv
 from minidamage.visualize.training import draw_first_batch, draw_predictions
 
@@ -292,8 +292,8 @@ def score_training(run, stop, progress):
     if stopped:
         return None
     evaluators = lambda: [evaluator for _, evaluator, _ in gathered]
-    stats = distributed.on_main(lambda: type(gathered[0][1]).joined(evaluators()).evaluate().stats)
-    return {f"train/{name}": value for name, value in stats.items()}
+    metrics = distributed.on_main(lambda: metrics_of(type(gathered[0][1]).joined(evaluators()).evaluate()))
+    return {f"train/{name}": value for name, value in metrics.items()}
 
 
 def in_order(gathered):
@@ -312,7 +312,7 @@ def score_validation(gathered, run, progress):
     result = type(gathered[0][1]).joined([evaluator for _, evaluator, _ in gathered]).evaluate()
     detects = run.model.task == "detection"
     means = {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-    metrics = {"loss": sum(means.values()), **means, **result.stats}
+    metrics = {"loss": sum(means.values()), **means, **metrics_of(result)}
     if math.isnan(metrics[run.recipe.select_by]):
         causes = result.causes if detects else ["no damage in the validation part"]
         progress.line("\n".join([f"{run.recipe.select_by} is not a number:", *causes]))

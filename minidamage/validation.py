@@ -3,14 +3,14 @@
     dataset, evaluator = validation_set(model, records), evaluator_of(model, class_names)
     losses, prediction = predict(model, [image], [target])            # of dataset; one at a time: any size
     add_picture(evaluator, target, prediction, image.shape[-2:])
-    evaluator.evaluate().stats[default_metric(model)]
+    metrics_of(evaluator.evaluate())[default_metric(model)]
 """
 import torch
 
 from minidamage.data import DetectionDataset, SegmentationDataset
 from minidamage.layers.segmenter import IGNORE, label_map_of
 from minidamage.metrics.detection import CocoEvaluator
-from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.metrics.segmentation import PixelEvaluator, PixelResult
 
 
 def validation_set(model, records):
@@ -45,10 +45,15 @@ def add_picture(evaluator, target, prediction, size):
         evaluator.add_picture(target["index"], target, prediction, size)
 
 
+def metrics_of(result):
+    """{name: number} of an evaluator's result; of a segmenter also those of the car-damage segmentation project ("any-damage/...")."""
+    return {**result.stats, **(result.any_damage() if isinstance(result, PixelResult) else {})}
+
+
 def metric_names(model):
     """Names of the metrics that may choose best.pt, without their val/ in metrics.csv."""
     names = [f"class {label}" for label in range(1, model.num_classes)]
-    return ["loss", *evaluator_of(model, names).evaluate().stats]
+    return ["loss", *metrics_of(evaluator_of(model, names).evaluate())]
 
 
 def default_metric(model):

@@ -172,7 +172,7 @@ def collect(result, pixels, thresholds, metrics, intervals, notes):
 
 
 def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):
-    """Writes worst-01.jpg ... (truth beside prediction) and returns their paths and captions: most wrong findings and misses first,
+    """Writes worst-01.jpg ... (photograph, truth and prediction, DamageNet's Fig. 5) and returns their paths and captions: most wrong findings and misses first,
     among equals the smaller overlap."""
     wrong = result.errors_by_picture(thresholds)
     position = {image_id: i for i, image_id in enumerate(result.image_ids)}
@@ -186,13 +186,13 @@ def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count
             break
         image, truth = samples[index]
         is_false, is_missed = result.errors_in_picture(samples.image_id(index), thresholds)
-        left = draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"], enlarge=True,
-                          remarks=["missed" if each else "" for each in is_missed])
-        right = draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names, enlarge=True,
-                                remarks=["false" if each else "" for each in is_false])
+        views = [image, draw_truth(image, truth["boxes"], truth["labels"], truth.get("rles"), names, truth["iscrowd"], enlarge=True,
+                                   remarks=["missed" if each else "" for each in is_missed]),
+                 draw_detections(image, kept["boxes"], kept["labels"], kept["scores"], kept["masks"], names, enlarge=True,
+                                 remarks=["false" if each else "" for each in is_false])]
         caption = f"{os.path.basename(truth['file'])}: {false} false, {missed} missed" + covered
         path = os.path.join(folder, f"worst-{rank:02d}.jpg")
-        save_picture(path, grid([left, right], ["truth", "prediction"], columns=2, title=caption))
+        save_picture(path, grid(views, ["photograph", "truth", "prediction"], columns=3, title=caption))
         drawn.append((path, caption))
     return drawn
 

@@ -15,7 +15,7 @@ from minidamage.evaluation.common import writing
 from minidamage.evaluation.selection import choose_pictures
 from minidamage.metrics import tables
 from minidamage.progress import Progress
-from minidamage.validation import add_picture, default_metric, evaluator_of, predict, validation_set
+from minidamage.validation import add_picture, default_metric, evaluator_of, metrics_of, predict, validation_set
 
 SHOWN = {"segmentation": ("pixel/IoU", "pixel/Dice", "pixel/mIoU", "pixel/accuracy", "any-damage/Dice", "any-damage/IoU"),
          "detection": ("bbox/AP", "bbox/AP50", "segm/AP", "segm/AP50")}
@@ -68,9 +68,7 @@ def score_epoch(model, names, records, device):
         add_picture(evaluator, targets[0], prediction, images[0].shape[-2:])
         progress.note(f"{targets[0]['index'] + 1}/{len(dataset)} pictures")
     progress.clear()
-    result = evaluator.evaluate()
-    any_damage = result.any_damage() if model.task == "segmentation" else {}
-    return {"loss": total / max(len(records), 1), **result.stats, **any_damage}
+    return {"loss": total / max(len(records), 1), **metrics_of(evaluator.evaluate())}
 
 
 def finish(run, rows, select_by, shown):

@@ -259,7 +259,7 @@ def curves(sizes):
 
 
 def draw_worst(job, result, threshold):
-    """Writes worst-01.jpg ... (truth, prediction, errors) and returns [(path, caption)]: the lowest IoU first, among equals the most
+    """Writes worst-01.jpg ... (photograph, truth, prediction, errors) and returns [(path, caption)]: the lowest IoU first, among equals the most
     wrong pixels."""
     iou, wrong = result.per_image("IoU"), result.counts[:, 0, 1:3].sum(1)
     order = sorted(np.flatnonzero((wrong > 0) & np.isfinite(iou)), key=lambda i: (iou[i], -wrong[i], i))
@@ -269,14 +269,14 @@ def draw_worst(job, result, threshold):
         image, target = dataset[index]
         truth = target["label_map"].numpy()
         found = label_map_of(at_both_sizes(job.model, image)["native"], threshold).cpu().numpy()
-        views = [draw_label_map(image, truth, job.names, enlarge=True),
+        views = [image, draw_label_map(image, truth, job.names, enlarge=True),
                  draw_label_map(image, found, job.names, enlarge=True, empty="nothing found"),
                  draw_errors(image, truth, found, enlarge=True, longest=ERRORS_AT)]
         tp, fp, fn, _ = result.counts[index, 0].tolist()
         undamaged = "" if tp + fn else " (undamaged)"
         caption = f"{os.path.basename(target['file'])}{undamaged}: IoU {iou[index]:.3f}, {fp:,} px too many, {fn:,} px missed{covered}"
         path = os.path.join(job.folder, f"worst-{rank:02d}.jpg")
-        titles = ["truth", "prediction", "green right, yellow too much, violet missed"]
-        save_picture(path, grid(views, titles, columns=3, title=caption))
+        titles = ["photograph", "truth", "prediction", "green right, yellow too much, violet missed"]
+        save_picture(path, grid(views, titles, columns=2, title=caption))
         drawn.append((path, caption))
     return drawn

@@ -148,7 +148,8 @@ def curves_from_csv(csv_path, png_path, title="", select_by=""):
     if losses:
         plots.append(line_plot(losses, "Loss" + " (thick: chooses best.pt)" * chosen_by_loss, "epoch", "sum of the loss terms"))
     metrics = [name.removeprefix("val/") for name in columns if name.startswith("val/") and not _is_loss(name)]
-    known = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "pixel/IoU", "pixel/mIoU", "pixel/precision", "pixel/recall")
+    known = ("segm/AP", "segm/AP50", "bbox/AP", "bbox/AP50", "pixel/IoU", "pixel/mIoU", "pixel/precision", "pixel/recall",
+             "any-damage/Dice", "any-damage/accuracy")
     shown = [name for name in known if name in metrics] or metrics[:6]
     shown += [select_by] * (select_by in metrics and select_by not in shown)
     if shown:
