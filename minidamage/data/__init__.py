@@ -49,7 +49,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     attribute: VIA only, the region attribute with the class. class_names: labels follow this list (a checkpoint's), so that
     a set with fewer classes, or in another order, fits the model. quiet: print nothing (`summary(dataset)` returns the text).
     voc_boxes: Pascal VOC only, "pixels" (numbers of pixels from 1, as VOC has them) | "corners" (coordinates as they stand).
-    voc_difficult: Pascal VOC only, objects marked so: "ignore" (neither trained on nor false alarms, VOC's rule) | "count".
+    voc_difficult: Pascal VOC only, objects marked so: "ignore" (neither targets nor false alarms, VOC's rule) | "count".
 
     Bad objects and pictures are dropped, clipped or kept as Dataset.problems says, one line each. Raises ValueError for a path
     that is missing or in no known layout, an unknown class name (listing the known), broken JSON and a set without pictures.
