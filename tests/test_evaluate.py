@@ -150,6 +150,9 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypa
     assert results["pixels_per_class"]["dent"]["pixel/precision"] == pytest.approx(tp / (tp + fp))
     assert results["ms_per_picture"] > 0 and results["peak_memory_MB"] > 0 and results["pictures"] == 4 and results["part"] == "test"
     assert results["intervals"]["segm/AP50"] == pytest.approx([1, 1]) and "95 % intervals (500" in printed
+    draws = read(red_run.out / "pictures.json")["draws"]
+    assert draws.keys() == {f"{kind}/{number}" for kind in ("bbox", "segm") for number in ("AP", "AP50")} | {"pixel/IoU", "pixel/mIoU"}
+    assert all(len(drawn) == 500 for drawn in draws.values()) and "pixel mIoU" in printed
     assert "\nSummary: box: AP 1.000, AP50 1.000\nSummary: mask: AP 1.000, AP50 1.000\n" in printed
     assert "50.0% of the 2 pictures without damage" in printed and "report.html" in printed
     page = (red_run.out / "report.html").read_text(encoding="utf-8")

@@ -1,4 +1,5 @@
 """evaluate.py for segmenters: a model whose probability is the red of each pixel, real networks end to end, comparisons, costs, epochs."""
+import functools
 import json
 import os
 import types
@@ -15,6 +16,7 @@ from minidamage.checkpoint import save_checkpoint
 from minidamage.evaluation import comparison, complexity, epochs, selection
 from minidamage.evaluation.segmentation import at_both_sizes, names_of_maps
 from minidamage.layers.segmenter import Segmenter, SegmenterConfig
+from minidamage.metrics.statistics import bootstrap
 from minidamage.visualize.plots import SIZE, series_colour
 
 
@@ -300,6 +302,46 @@ def test_compare_pairs_the_pictures_of_one_set(tmp_path, capsys):
     assert "Wilcoxon" not in (printed := capsys.readouterr().out) and "nothing is written" not in printed       # one set: nothing to rank
     assert "above 0: unet scores higher" in table["caption"]
     assert "2 models on 1 data set</title>" in (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+
+
+class TwoClasses(RedSegmenter):
+    """Red pixels above a level are the second class, or with mistaken the first one, which the truth has elsewhere."""
+
+    def __init__(self, mistaken=False):
+        super().__init__()
+        self.num_classes, self.mistaken = 3, mistaken
+
+    def logits(self, x):
+        red = x[:, :1] * self.image_std[0] + self.image_mean[0]
+        found = [red - 0.6, torch.full_like(red, -9)]
+        return torch.cat([torch.zeros_like(red), *(found if self.mistaken else found[::-1])], 1) * 20
+
+
+def test_means_over_classes_are_tested_with_what_each_evaluation_drew(red_run, capsys):
+    """The pictures' kept counts are of any damage, which both models find alike; their classes are not."""
+    pictures = [[(4, 10, 50, 3, 90, True), (4, 30, 20 + 4 * i, 6, 90, True)] for i in range(6)]
+    data = draw_set(red_run.path / "two", pictures, names=("dent", "scratch"))
+    red_run.checkpoint.update(class_names=("dent", "scratch"), thresholds={}, run={"data": str(data)},
+                              split={"train": [], "val": [], "test": [f"images/{i}.png" for i in range(6)]})
+    for name, mistaken in (("a", False), ("b", True)):
+        red_run.model.make, red_run.checkpoint["model"] = functools.partial(TwoClasses, mistaken), name
+        assert evaluate.main(["--device", "cpu", "--draws", "60", "--worst", "0", "--out", name]) == 0
+    assert read(red_run.path / "a" / "pictures.json")["counts"] == read(red_run.path / "b" / "pictures.json")["counts"]
+    assert evaluate.main(["--compare", "a", "b", "--metric", "mIoU", "--out", "out"]) == 0
+    [table] = [t for t in read(red_run.path / "out" / "comparison.json")["tables"] if "paired bootstrap draws" in t["caption"]]
+    row = dict(zip(table["columns"], *table["rows"]))
+    sizes = np.array([(150, 6 * (20 + 4 * i)) for i in range(6)])                       # dent and scratch of each picture
+    share = lambda drawn, k: sizes[drawn, k].sum() / sizes[drawn].sum() / 2             # mIoU of a model that calls all of it class k
+    wanted = bootstrap(np.arange(6), lambda drawn: share(drawn, 1) - share(drawn, 0), samples=60)
+    assert (row["pictures"], row["draws"]) == (6, 60)
+    assert (row["difference"], row["low"], row["high"]) == pytest.approx((wanted.value, wanted.low, wanted.high), abs=1e-5)
+    for name in ("a", "b"):                                                             # kept by an older version
+        content = read(red_run.path / name / "pictures.json")
+        del content["draws"]
+        (red_run.path / name / "pictures.json").write_text(json.dumps(content))
+    capsys.readouterr()
+    assert evaluate.main(["--compare", "a", "b", "--metric", "mIoU"]) == 0
+    assert "no test of pixel/mIoU: it takes what evaluate.py draws of it" in (printed := capsys.readouterr().out) and "p, Holm" not in printed
 
 
 def test_other_pictures_and_other_folders_are_said(tmp_path, capsys):

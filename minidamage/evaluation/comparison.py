@@ -44,8 +44,8 @@ class Evaluation:
     model: its name, and once `name_apart` has seen all of them what it was trained otherwise; settings: what --set changed in its
     training; trained_by: its other arguments (None: an older evaluation, which did not keep them); data: the set's name and part; folder:
     its path; stats: {metric: number}, the mean over S seeds, and spread: {metric: their sample standard deviation}; of the N pictures,
-    where they are known: files, their names, and counts: int64 [N, S, 4] (segmentation) or draws: {metric: [S, B]}, what it is in B
-    bootstrap draws (detection)."""
+    where they are known: files, their names, counts: int64 [N, S, 4] (segmentation), and draws: {metric: [S, B]}, what it is in B bootstrap
+    draws (a detector's AP, and the means over classes)."""
 
     paths: list
     task: str
@@ -98,8 +98,8 @@ def compare(runs, metric, size, at, draws, out):
     tested = signed_rank_table(by_model, metric, notes)
     shown += [table for table in (paired, tested) if table]
     print("\n\n".join(tables.as_text(*table, digits=4) for table in shown))
-    if metric.removeprefix("pixel/") in MEANS:
-        notes.append(f"no test of {metric}: the counts that an evaluation keeps of each picture are of any damage alone")
+    if metric.removeprefix("pixel/") in MEANS and not paired and draws:
+        notes.append(f"no test of {metric}: it takes what evaluate.py draws of it (mIoU, since this version); evaluate the runs again")
     notes += ["interval and p are over the pictures: what another seed would change is not in them"] * bool(paired)
     for note in notes:
         print(f"note: {note}")
@@ -137,15 +137,21 @@ def from_results(path, content, pictures, size="model", at="chosen"):
     known = {"paths": [path], "model": content["model"], "settings": list(content.get("trained_with", [])), "data": data,
              "trained_by": content.get("trained_by"), "seeds": [content.get("seed")], "folder": content["data"], "files": files}
     if content.get("task") != "segmentation":
-        draws = pictures and {name: np.array([row], np.float64) for name, row in pictures["draws"].items()}           # null: NaN
-        return Evaluation(task="detection", scored="", stats=numbers_of(content["stats"]), draws=draws, **known)
+        stats = numbers_of({**content.get("pixels", {}), **content["stats"]})
+        return Evaluation(task="detection", scored="", stats=stats, draws=pictures and samples_of(pictures["draws"]), **known)
     size = size if size in content["sizes"] else "native"             # pictures of the model's own size are scored once
     scored, points = content["sizes"][size], list(content["sizes"][size]["points"])
     point = points[-1] if at == "chosen" else points[0]
     stats = numbers_of(scored["points"][point]["stats"])
     stats = {**{name: stats[f"pixel/{name}"] for name in NAMES}, **stats}
     counts = pictures and np.array(pictures["counts"][size][point], np.int64)[:, None]
-    return Evaluation(task="segmentation", scored=f"{scored['pixels']}, {point}", stats=stats, counts=counts, **known)
+    draws = pictures and samples_of(pictures.get("draws", {}).get(size, {}).get(point, {}))
+    return Evaluation(task="segmentation", scored=f"{scored['pixels']}, {point}", stats=stats, counts=counts, draws=draws, **known)
+
+
+def samples_of(draws):
+    """{metric: [1, B]} of the draws that a pictures.json has, {metric: B numbers, null where one has none}."""
+    return {name: np.array([row], np.float64) for name, row in draws.items()}
 
 
 def numbers_of(stats):
@@ -372,7 +378,8 @@ def paired_tests(first, others, metric, draws):
 
 def paired_difference(a, b, metric, draws):
     """The Interval of Evaluation a's metric minus b's, the same pictures drawn for both; over the means of their seeds. draws: how many
-    (of a detector: what was drawn when it was evaluated, and draws is not looked at). None where that is not known of the same pictures."""
+    (of a detector, and of means over classes: what was drawn in its evaluation, and draws is not looked at). None where that is not known
+    of the same pictures."""
     name = metric.removeprefix("pixel/")
     if a.files is None or a.files != b.files or a.data != b.data:                         # data: not the same, with damage covered in one
         return None

@@ -17,7 +17,7 @@ from minidamage.metrics import tables
 from minidamage.metrics.confusion import confusion_table
 from minidamage.metrics.detection import CocoEvaluator
 from minidamage.metrics.measure import peak_memory, speed, synchronize
-from minidamage.metrics.segmentation import PixelEvaluator
+from minidamage.metrics.segmentation import PixelEvaluator, pooled_intervals
 from minidamage.progress import Progress
 from minidamage.visualize.matrix import matrix_plot
 from minidamage.visualize.overlay import draw_detections, draw_truth, grid, save_picture
@@ -63,6 +63,8 @@ def score(job):
 
     wanted = [f"{iou_type}/{number}" for iou_type in result.scored for number in ("AP", "AP50")] if job.args.draws else []
     intervals = {name: result.interval(name, samples=job.args.draws) for name in wanted}
+    if pixel_result and job.args.draws:
+        intervals |= pooled_intervals(pixel_result, job.args.draws, ("IoU",))
 
     notes = [*general_notes(job, unreadable), *result.causes]
     ceiling = mask_ceiling(records, names, job.args.ceiling).evaluate().stats if with_masks and job.args.ceiling else None

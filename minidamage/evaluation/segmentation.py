@@ -24,7 +24,7 @@ from minidamage.layers.segmenter import label_map_of, probabilities_of
 from minidamage.metrics import tables
 from minidamage.metrics.crack import CrackEvaluator, pixel_widths
 from minidamage.metrics.measure import peak_memory, speed, synchronize
-from minidamage.metrics.segmentation import PixelEvaluator, mean_over_classes, quotients
+from minidamage.metrics.segmentation import PixelEvaluator, pooled_intervals
 from minidamage.metrics.statistics import bootstrap
 from minidamage.metrics.thresholds import ThresholdSweep
 from minidamage.progress import Progress
@@ -181,14 +181,8 @@ class SizeScores:
 
 
 def intervals_of(result, draws):
-    """{"pixel/IoU", "pixel/Dice", "pixel/mIoU" of several classes, "pixel/image/IoU": Interval}: whole pictures drawn again, so that pixels
-    of one stay together."""
-    whole = result.counts[:, 0]
-    pooled = lambda name: lambda rows: float(quotients(rows.sum(0))[name])
-    per_picture = quotients(whole)["IoU"]
-    found = {f"pixel/{name}": bootstrap(whole, pooled(name), samples=draws) for name in ("IoU", "Dice")}
-    if "pixel/mIoU" in result.stats:
-        found["pixel/mIoU"] = bootstrap(result.counts, mean_over_classes, samples=draws)
+    """{"pixel/IoU", "pixel/Dice", "pixel/mIoU" of several classes, "pixel/image/IoU": Interval}."""
+    found, per_picture = pooled_intervals(result, draws, ("IoU", "Dice")), result.per_image("IoU")
     if np.isfinite(per_picture).any():
         mean = lambda rows: float(np.nanmean(rows)) if np.isfinite(rows).any() else float("nan")
         found["pixel/image/IoU"] = bootstrap(per_picture, mean, samples=draws)
@@ -211,11 +205,13 @@ def finish(job, sizes, points, metrics, unreadable):
     numbers = {**about, "in_use": in_use, "sizes": {name: scores.numbers() for name, scores in sizes.items()},
                **{name.replace(" ", "_"): value for name, value in metrics.items()}, "notes": notes, "unreadable": unreadable}
     counts = {name: {point: result.counts[:, 0].tolist() for point, result in scores.pixel.items()} for name, scores in sizes.items()}
+    draws = {name: {point: {"pixel/mIoU": found["pixel/mIoU"].samples.round(6).tolist()} for point, found in scores.intervals.items()
+                    if "pixel/mIoU" in found} for name, scores in sizes.items()}              # the counts are of any damage alone
     maps = {"maps": [f"maps/{name}.png" for name in names_of_maps(job.records)]} if job.args.save_maps else {}
     with writing(folder, shown):
         run_folder.write_json(os.path.join(folder, "results.json"), without_nan(numbers))
-        run_folder.write_json(os.path.join(folder, "pictures.json"), {"columns": ["TP", "FP", "FN", "TN"], "files": relative_files(job),
-                                                                      **maps, "counts": counts}, indent=None)
+        of_pictures = {"columns": ["TP", "FP", "FN", "TN"], "files": relative_files(job), **maps, "counts": counts, "draws": draws}
+        run_folder.write_json(os.path.join(folder, "pictures.json"), without_nan(of_pictures), indent=None)
         pictures = draw_worst(job, sizes["native"].pixel[in_use], points[in_use])
         write_page(folder, shown, about, [("Accuracy", curves(sizes))], pictures)
     print(f"\nwritten: {os.path.join(folder, 'report.html')}, results.json, pictures.json"

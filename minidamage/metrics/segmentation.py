@@ -24,6 +24,7 @@ import numpy as np
 
 from minidamage import masks
 from minidamage.distributed import interleave
+from minidamage.metrics.statistics import bootstrap
 
 NAMES = ("IoU", "Dice", "F1", "precision", "recall", "accuracy", "two-class IoU", "two-class Dice")
 MEANS = {"mIoU": "IoU", "mDice": "Dice"}                      # over classes
@@ -42,6 +43,16 @@ def quotients(counts, empty=float("nan")):
     return {"IoU": iou, "Dice": dice, "F1": dice, "precision": ratio(tp, tp + fp), "recall": ratio(tp, tp + fn),
             "accuracy": ratio(tp + tn, tp + fp + fn + tn), "two-class IoU": (iou + background_iou) / 2,
             "two-class Dice": (dice + background_dice) / 2}
+
+
+def pooled_intervals(result, draws, names):
+    """{"pixel/IoU": Interval} of a PixelResult's pooled numbers, and of several classes "pixel/mIoU": whole pictures drawn again, so that
+    pixels of one stay together."""
+    pooled = lambda name: lambda rows: float(quotients(rows.sum(0))[name])
+    found = {f"pixel/{name}": bootstrap(result.counts[:, 0], pooled(name), samples=draws) for name in names}
+    if "pixel/mIoU" in result.stats:
+        found["pixel/mIoU"] = bootstrap(result.counts, mean_over_classes, samples=draws)
+    return found
 
 
 def of_pictures(counts, empty=float("nan")):

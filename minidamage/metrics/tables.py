@@ -19,7 +19,8 @@ def coco_tables(result):
 
 def interval_table(intervals, pictures):
     """intervals: {"bbox/AP50": Interval, ...} over so many pictures."""
-    rows = [[f"{KINDS[name.split('/')[0]]} {name.split('/')[1]}", i.value, i.low, i.high] for name, i in intervals.items()]
+    rows = [[f"{KINDS.get(kind, kind)} {number}", i.value, i.low, i.high]
+            for (kind, _, number), i in ((name.partition("/"), i) for name, i in intervals.items())]
     draws = len(next(iter(intervals.values())).samples)
     return f"95 % intervals ({draws} bootstrap draws of the {pictures} pictures)", ["", "value", "low", "high"], rows
 
