@@ -12,8 +12,8 @@
     python evaluate.py --complexity unet context_cracknet                parameters, multiply-adds, time, memory (no name: all of them)
 
 With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), report.html, the pictures of the worst
-predictions, and for --compare pictures.json (a segmenter's counts of each picture, a detector's AP in every bootstrap draw of them); of a
-detector also detections.json and truth.json (COCO; the last command but four on them gives the same numbers), of a segmenter with
+predictions, and for --compare pictures.json (a segmenter's counts of each picture; a detector's AP, and the means over classes, in every
+bootstrap draw of them); of a detector also detections.json and truth.json (COCO; the last command but four on them gives the same numbers), of a segmenter with
 --save-maps its label maps.
 
 What is scored, and how: minidamage/evaluation/.

@@ -10,6 +10,7 @@ Everything in the JSON is in pixels of the photograph as it is seen (after its E
 works at. The photographs themselves are never written to.
 """
 import collections
+import contextlib
 import dataclasses
 import errno
 import json
@@ -357,13 +358,17 @@ def _free_for(stem, source):
 
 def write_together(stem, files):
     """Writes all results of a photograph into a folder beside, and then gives them their places: what fails or is stopped before leaves
-    an earlier run's results as they were. The JSON comes first: it says whose the others are (`output_stem`)."""
+    an earlier run's results as they were. The JSON comes first: it says whose the others are (`output_stem`). What an earlier run made of
+    the photograph and this one does not, goes."""
     name = os.path.basename(stem)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=os.path.dirname(stem)) as folder:
         for ending, write in files.items():
             write(os.path.join(folder, name + ending))
         for ending in files:
             os.replace(os.path.join(folder, name + ending), stem + ending)
+    for ending in set(ENDINGS) - set(files):
+        with contextlib.suppress(FileNotFoundError):
+            os.remove(stem + ending)
 
 
 def write_json(path, content):

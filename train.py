@@ -578,7 +578,7 @@ def in_use(recipe):
 def say_goodbye(run, seconds, tuned):
     """Says how it went, where the pictures are and what to type next. tuned: words on the threshold, of `tune_threshold`."""
     checkpoint, state, select_by = run.path("best.pt"), run.state, run.recipe.select_by
-    at, then = (" at 0.5" * select_by.startswith("pixel/"), f"; {tuned}, which best.pt uses") if tuned else ("", "")
+    at, then = (" at 0.5" * select_by.startswith(("pixel/", "any-damage/")), f"; {tuned}, which best.pt uses") if tuned else ("", "")
     print(f"\ndone in {clock(seconds)}, {memory(run.device)}; best {select_by} {state.best:.3f}{at} in epoch {state.best_epoch + 1}{then}: "
           f"{checkpoint}")
     if state.best == 0 and not tuned and "loss" not in select_by:

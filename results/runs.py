@@ -425,9 +425,10 @@ CAR_NOTE = (f"The paper: {listed(published.DAMAGENET)} on 5,200 VehiDE pictures 
             "photographs in VehiDE's layout, 490 / 105 / 105 by vehicle, split seed 0")
 CAR_SMALL_NOTE = f"{CAR_NOTE}; a ResNet-18 (ImageNet weights without its last stage), 320 px, narrow heads"
 CAR_FULL_NOTE = f"{CAR_NOTE}; 48 epochs of a ResNet-50 from AugNet weights at 1024 px."
+FOCAL_NOTE = ("Phase 5's classification loss is weighted by 4, for the paper's alpha divides it by 4: beside phase 4 it has that change "
+              "too.")
 STEEL_NOTE = ("NEU-DET's 1,800 pictures split 1,296 / 144 / 360 by our seed (the paper's 1,440 / 360 are not listed by name); the body "
-              "starts from AugNet weights, trained without labels (the paper's: COCO). Phase 5's classification loss is weighted by 4, "
-              "for the paper's alpha divides it by 4: beside phase 4 it has that change too. The paper's Table 4: "
+              f"starts from AugNet weights, trained without labels (the paper's: COCO). {FOCAL_NOTE} The paper's Table 4: "
               f"{listed(published.DANET_PEERS)}. An independent run of a strong one-stage detector has {published.NEU_DET_ELSEWHERE}, the "
               f"highest published on NEU-DET is {' to '.join(map(str, published.NEU_DET_BEST))}.")
 SEGMENTER_NOTE = ("The printed rows are of the document's own car set's validation part; ours are of the Roboflow car set with eight "
@@ -457,7 +458,7 @@ TABLES = {
                               "and the order of pictures are the same seed by seed, what is sampled is not."),
     "voc-full": Table("DANet on Pascal VOC 2007", VOC_COLUMNS, "DANet, section IV.D", VOC_PRINTED, percent=True,
                       note="The set is not at hand: the runs wait for `VOC2007` (JPEGImages, Annotations, ImageSets) under "
-                           "MINIDAMAGE_DATA. The paper does not state its IoU.", waits=" and for the data"),
+                           f"MINIDAMAGE_DATA. The paper does not state its IoU. {FOCAL_NOTE}", waits=" and for the data"),
     "coco-tiny-overfit": Table("Sixteen pictures of COCO, or four of them, learned by heart", OVERFIT_COLUMNS,
                                note="Scored on the very pictures that were trained on: a proof that everything is wired, no result."),
     **{f"study-{kind}{where}{size}": Table(f"The Mask R-CNN study: {what} {scored}{reduced}", columns, f"the study, section {section}",

@@ -18,6 +18,7 @@ from minidamage.data.synthetic import make_demo
 from minidamage.evaluation import detection, selection
 from minidamage.metrics import coco
 from minidamage.metrics.measure import speed
+from minidamage.visualize.overlay import grid
 
 DATA = os.path.join(os.path.dirname(__file__), "data")
 TRUTH, FOUND = os.path.join(DATA, "coco_gt.json"), os.path.join(DATA, "coco_dt.json")
@@ -129,7 +130,8 @@ def red_run(tmp_path, monkeypatch):
 
 
 def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypatch, capsys):
-    matched, match, remarks = [], coco.evaluate, {}
+    matched, match, remarks, shown = [], coco.evaluate, {}, []
+    monkeypatch.setattr(detection, "grid", lambda views, titles, **options: shown.append((titles, views)) or grid(views, titles, **options))
     for name in ("draw_truth", "draw_detections"):
         draw = getattr(detection, name)
         monkeypatch.setattr(detection, name, lambda *arguments, _draw=draw, _name=name, **options: (
@@ -158,8 +160,8 @@ def test_without_arguments_the_newest_run_on_its_own_test_part(red_run, monkeypa
     page = (red_run.out / "report.html").read_text(encoding="utf-8")
     assert "Worst predictions" in page and "data:image/" in page and "1.000" in page
     assert sorted(f for f in os.listdir(red_run.out) if f.startswith("worst")) == ["worst-01.jpg", "worst-02.jpg"]
-    with Image.open(red_run.out / "worst-01.jpg") as picture:
-        assert picture.width > 2 * 160
+    assert [titles for titles, _ in shown] == [["photograph", "truth", "prediction"]] * 2
+    assert all((views[0] != views[k]).any() for _, views in shown for k in (1, 2) if views[0].shape == views[k].shape)
     assert sorted(remarks["draw_truth"]) == [[], ["missed"]] and sorted(remarks["draw_detections"]) == [[], ["false"]]
 
 

@@ -119,6 +119,8 @@ def test_empty_pictures_of_the_tolerance():
     stats = evaluator.evaluate().stats
     assert stats["tolerance 2 px/image/F1"] == stats["tolerance 2 px/image/precision"] == stats["tolerance 2 px/recall"] == 0
     assert np.isnan(stats["tolerance 2 px/precision"])
+    evaluator.add(np.eye(4), np.eye(4))
+    assert evaluator.evaluate().stats["tolerance 2 px/image/precision"] == 1 / 2           # the empty one is left out
 
 
 # ---- width -------------------------------------------------------------------------------------------------------------------------

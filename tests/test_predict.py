@@ -323,12 +323,32 @@ def test_a_photograph_has_all_its_results_of_one_run_or_those_of_the_one_before(
     assert after.keys() == before.keys() and all(after[name] != before[name] for name in after)
 
 
-def test_what_a_killed_run_left_makes_way(folder):
-    """The JSON takes its place first; without it nothing says whose the others are."""
+def test_what_a_killed_run_left_makes_way(folder, monkeypatch):
+    """Between two of its renames: the JSON has its place first, without it nothing says whose the others are."""
+    placed, replace = [], os.replace
+
+    def killed(source, target):
+        if os.path.dirname(target) == "predictions":
+            placed.append(os.path.basename(target))
+            if len(placed) == 2:
+                raise KeyboardInterrupt
+        replace(source, target)
+
     photograph().save(folder / "car.png")
-    assert run("car.png") == 0
-    (folder / "predictions" / "car.overlay.jpg").unlink()
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "replace", killed)
+        run("car.png")
+    assert placed == ["car.json", "car.overlay.jpg"] and os.listdir(folder / "predictions") == ["car.json"]
     assert run("car.png") == 0 and sorted(os.listdir(folder / "predictions")) == ["car.json", "car.overlay.jpg"]
+
+
+def test_what_this_run_does_not_make_goes(folder):
+    """A picture of other findings beside the new JSON would pass for its own."""
+    photograph().save(folder / "car.png")
+    assert run("car.png", "--beside", "best.pt") == 0 and (folder / "predictions" / "car.beside.jpg").exists()
+    (folder / "predictions" / "car.txt").write_text("mine")
+    assert run("car.png") == 0
+    assert sorted(os.listdir(folder / "predictions")) == ["car.json", "car.overlay.jpg", "car.txt"]
 
 
 def test_json_keeps_lists_of_numbers_on_one_line_and_names_as_they_are():

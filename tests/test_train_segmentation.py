@@ -102,13 +102,15 @@ def test_it_learns_and_the_numbers_are_the_evaluators(command, tmp_path):
 
 def test_several_classes(command, tmp_path, capsys):
     data = make_demo(str(tmp_path / "sets" / "cars"), images=10, size=64, seed=3, val_fraction=0.4)
-    assert train.main(command("--epochs", 1, "--data", data)) == 0
+    assert train.main(command("--epochs", 1, "--data", data, "--select", "any-damage/IoU", "--set", "score_train=1")) == 0
     folder, printed = only_run(tmp_path), capsys.readouterr().out
-    assert "threshold " not in printed and "loss_ce" in open(os.path.join(folder, "metrics.csv"), encoding="utf-8").readline()
+    assert "threshold " not in printed and "; best any-damage/IoU 0." in printed
+    [row] = csv.DictReader(open(os.path.join(folder, "metrics.csv"), encoding="utf-8"))
+    assert {"train/loss_ce", "val/any-damage/IoU", "train/any-damage/Dice"} <= row.keys()
     model, checkpoint = load_checkpoint(os.path.join(folder, "best.pt"))
     assert checkpoint["thresholds"] == {} and checkpoint["train"]["tuned"]
     assert validation.default_metric(model) == "pixel/mIoU"
-    assert {"pixel/mIoU", "pixel/mDice"} <= set(validation.metric_names(model)) & checkpoint["metrics"].keys()
+    assert {"pixel/mIoU", "pixel/mDice", "any-damage/accuracy"} <= set(validation.metric_names(model)) & checkpoint["metrics"].keys()
     assert list(checkpoint["measured"]) == list(checkpoint["class_names"])
     assert model.head.out_channels == len(checkpoint["class_names"]) + 1 > 2
 

@@ -16,7 +16,7 @@ def add_reading_flags(parser):
     add("--attribute", metavar="NAME", help="VIA: the region attribute that holds the class (default: detected)")
     add("--voc-boxes", choices=VOC_BOXES, help="Pascal VOC: what the numbers of a box are, pixels counted from 1 or corners (default: "
         f"{VOC_BOXES[0]})")
-    add("--voc-difficult", choices=VOC_DIFFICULT, help="Pascal VOC: objects marked difficult are left out of training and scoring, or "
+    add("--voc-difficult", choices=VOC_DIFFICULT, help="Pascal VOC: objects marked difficult are neither targets nor false alarms, or "
         f"count as the others do (default: {VOC_DIFFICULT[0]})")
 
 

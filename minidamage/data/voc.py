@@ -10,7 +10,7 @@ Boxes are numbers of pixels: the first is 1 and the last one counts, so xmin 1, 
 alarms, as VOC has it; with voc_difficult="count" they are objects like the others. (NEU-DET marks 81 of its 4,189 so. Its papers do not
 say what they did; tools that turn VOC into COCO often forget the mark, and so count them.) They are kept as COCO's crowd regions: in the
 COCO numbers, AP50 among them, a finding that lies in one counts nowhere however small it is, where VOC's own AP (metrics/voc.py) asks for
-an IoU of 0.5. In training, as crowd regions everywhere here, they are no targets, and so background.
+an IoU of 0.5. A detector trains on them, as on all crowd regions, as background; a segmenter's pixels there count nowhere.
 The picture of an XML is the one of the XML's own name; <filename>, often wrong, is asked where there is none.
 """
 import collections

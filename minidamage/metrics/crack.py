@@ -22,7 +22,7 @@ from minidamage.distributed import interleave
 TOLERANCES = (0, 2, 5)                                        # pixels
 PIXEL_EDGES = (3.0, 6.0, 12.0, 24.0)                          # bounds between the classes of width, pixels
 MM_EDGES, MM_NAMES = (1.0, 3.0), ("tiny, under 1 mm", "small, 1 to 3 mm", "wide, 3 mm and more")      # Context-CrackNet, section 1
-FOUND, PREDICTED, REACHED, DAMAGED = range(4)                 # columns of the tolerance's counts
+_, PREDICTED, _, DAMAGED = range(4)                           # columns of the tolerance's counts, see CrackResult
 
 
 class CrackEvaluator:
@@ -76,7 +76,8 @@ class CrackEvaluator:
         tolerant = np.asarray(self._tolerant, np.int64).reshape(-1, len(self.tolerances), 4)
         widths = np.asarray(self._widths, np.int64).reshape(-1, len(self.edges) + 1, 2)
         pooled, images = tolerant_scores(tolerant.sum(0)), tolerant_scores(tolerant)
-        images["precision"][(tolerant[..., 1] == 0) & (tolerant[..., 3] > 0)] = 0          # silent on damage, as in segmentation.py
+        silent = (tolerant[..., PREDICTED] == 0) & (tolerant[..., DAMAGED] > 0)
+        images["precision"][silent] = 0                       # as in segmentation.py
         stats = {}
         for i, t in enumerate(self.tolerances):
             stats |= {f"tolerance {t} px/{name}": float(values[i]) for name, values in pooled.items()}

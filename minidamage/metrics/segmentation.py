@@ -71,7 +71,8 @@ def mean_over_classes(counts, name="mIoU"):
 class PixelEvaluator:
     """Sums pixel counts of pictures for damage as a whole and for each class. class_names: K names, label k is class_names[k - 1].
 
-    empty: what a 0 / 0 of one picture counts as in the means over pictures: NaN (left out, the default) or, as some code does it, 1.
+    empty: what a 0 / 0 of one picture counts as in the means over pictures: NaN (left out, the default) or, as some code does it, 1; the
+    precision of damage of which nothing is found is 0 with either.
     """
 
     def __init__(self, class_names, empty=float("nan")):
