@@ -586,7 +586,7 @@ def say_goodbye(run, seconds, tuned):
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
     part = "" if run.identity["split"].get("test") else " --part val    # there is no test part: these pictures chose best.pt"
     print(f"next:     python evaluate.py --checkpoint {shlex.quote(checkpoint)}{part}\n"
-          f"          python predict.py {shlex.quote(run.val_set.records[0].file)} --checkpoint {shlex.quote(checkpoint)}")
+          f"          python predict.py {shlex.quote(run.example)} --checkpoint {shlex.quote(checkpoint)}")
     if run.args.keep_epochs:
         print(f"          python evaluate.py --test-epochs {shlex.quote(run.folder)}")
     if run.args.data == "demo":

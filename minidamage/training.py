@@ -75,6 +75,7 @@ class Run:
     val_set: DetectionDataset | SegmentationDataset
     scored_set: DetectionDataset | SegmentationDataset | None         # training pictures that are scored too
     identity: dict                                                    # the checkpoint's keys that never change in a run
+    example: str                                                      # a picture to predict on: of the test part, which chose nothing
     ema: "Ema | None" = None
     state: State = dataclasses.field(default_factory=State)
     unsaved: set = dataclasses.field(default_factory=set)             # files whose last write met a full disk
@@ -107,7 +108,7 @@ def set_up(given):
               optimizer=make_optimizer(model, recipe), scaler=torch.amp.GradScaler(args.device.split(":")[0], enabled=args.amp == "fp16"),
               train_set=train_set, val_set=val_set, scored_set=scored_set(train_set, val_set, recipe.score_train),
               ema=Ema(model, recipe.ema_decay) if recipe.ema_decay else None,
-              identity=identity(model, dataset, parts, recipe, args, checkpoint))
+              identity=identity(model, dataset, parts, recipe, args, checkpoint), example=(parts.get("test") or parts["val"])[0].file)
     if checkpoint is not None:
         restore(run, checkpoint, path)
     if args.compile:                                                  # last: the averaged copy above stays as it is

@@ -62,7 +62,7 @@ def only_run(tmp_path):
 
 # --- a run
 
-def test_a_run_leaves_everything(command, tmp_path, capsys):
+def test_a_run_leaves_everything(command, data, tmp_path, capsys):
     assert train.main(command("--epochs", 2)) == 0
     folder = only_run(tmp_path)
     assert os.path.basename(folder) == "damagenet-cars-001"
@@ -88,7 +88,8 @@ def test_a_run_leaves_everything(command, tmp_path, capsys):
     assert list(checkpoint["measured"]) == list(checkpoint["class_names"])
     assert isinstance(model([torch.zeros(3, 48, 64, dtype=torch.uint8)])[0]["boxes"], torch.Tensor)
     printed = capsys.readouterr().out
-    assert "python evaluate.py" in printed and "python predict.py" in printed and "val_predictions.png" in printed
+    example = os.path.join(load_dataset(data, quiet=True).path, split["test"][0])                  # of pictures that chose nothing
+    assert "python evaluate.py" in printed and f"python predict.py {example} --checkpoint" in printed and "val_predictions.png" in printed
 
 
 def test_kept_epochs_are_scored_again_as_they_were_validated(command, tmp_path):
