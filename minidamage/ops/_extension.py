@@ -204,7 +204,7 @@ def _build_ops(cuda):
     """cuda: the toolkit, or None for the CPU alone."""
     compiler, native = tools.cxx(), tools.native_flags()
     include = ["-I", str(CSRC)] + (["-I" + str(cuda["include"]), "-DMINIDAMAGE_CUDA"] if cuda else [])
-    bindings = [*compiler, *tools.OPTIMISE, *tools.torch_flags(), *tools.openmp_flags()[0], *include]
+    bindings = [*compiler, *tools.OPTIMISE_BINDINGS, *tools.torch_flags(), *tools.openmp_flags()[0], *include]
     objects = [(CSRC / "bindings.cpp", bindings)]                            # first: it takes longest
     objects += [(source, [*compiler, "-std=c++17", *tools.OPTIMISE, *native]) for source in sorted((CSRC / "cpu").glob("*.cpp"))]
     link = [*compiler, "-shared", *tools.torch_libraries(), *tools.openmp_flags()[1]]
