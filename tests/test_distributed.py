@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 import time
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -114,11 +115,8 @@ def without_objects(indices):
         image, target = getitem(self, index)
         none = {key: target[key][:0] for key in ("boxes", "labels", "iscrowd", "area", "masks")}
         return image, {**target, **none} if index in indices else target
-    minidamage.data.DetectionDataset.__getitem__ = emptied
-    try:
+    with mock.patch.object(minidamage.data.DetectionDataset, "__getitem__", emptied):
         yield
-    finally:
-        minidamage.data.DetectionDataset.__getitem__ = getitem
 
 
 def one_step(arguments, epoch=0, empty=(), freeze=True):
@@ -283,11 +281,8 @@ def train_main(arguments, stop_in=None, at_step=0):
         if len(steps) == at_step and os.environ.get("RANK", "0") == str(stop_in):
             os.kill(os.getpid(), signal.SIGTERM)
         return check_losses(*given)
-    train.check_losses = counted
-    try:
+    with mock.patch.object(train, "check_losses", counted):
         return train.main(arguments)
-    finally:
-        train.check_losses = check_losses
 
 
 def test_a_run_that_changes_its_number_of_processes(command, tmp_path, both):
@@ -325,11 +320,8 @@ def train_with_nan(arguments, whole):
         if not whole:
             next(buffer for name, buffer in self.named_buffers() if name.endswith("running_mean")).mul_(factor)
         return {**losses, "loss_mask": losses["loss_mask"] * factor}
-    minidamage.MODELS["damagenet"][0].forward = broken
-    try:
+    with mock.patch.object(minidamage.MODELS["damagenet"][0], "forward", broken):
         return train.main(arguments), calls[2]
-    finally:
-        minidamage.MODELS["damagenet"][0].forward = forward
 
 
 @pytest.mark.parametrize("whole", [True, False])
@@ -352,11 +344,8 @@ def train_with_broken_validation(arguments):
         if distributed.rank() == 1:
             torch.nn.init.constant_(run.model.roi_heads.box_predictor.cls_score.weight, math.nan)
         return validate(run, *rest)
-    train.validate = broken
-    try:
+    with mock.patch.object(train, "validate", broken):
         return train.main(arguments)
-    finally:
-        train.validate = validate
 
 
 def test_nan_in_the_validation_of_one_process_stops_both(command, tmp_path, both):
@@ -374,11 +363,8 @@ def train_slowly(arguments):
         steps.append(1)
         time.sleep(6 if len(steps) == 2 and distributed.rank() == 1 else 0)
         return check_losses(*given)
-    train.check_losses = slow
-    try:
+    with mock.patch.object(train, "check_losses", slow):
         return train.main(arguments)
-    finally:
-        train.check_losses = check_losses
 
 
 def test_a_process_that_hangs_is_given_up_after_the_timeout(command, tmp_path, both):
@@ -421,11 +407,8 @@ def train_on_a_full_disk(arguments, from_epoch):
         if distributed.is_main() and run.state.epoch > from_epoch and file == "last.pt":
             os.symlink("/dev/full", run.path("last.pt.partial"))
         return save(run, file, metrics)
-    train.save = full
-    try:
+    with mock.patch.object(train, "save", full):
         return train.main(arguments)
-    finally:
-        train.save = save
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full on this system")
