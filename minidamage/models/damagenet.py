@@ -15,6 +15,8 @@ Differs from the paper:
   transposed convolution before the masks (the paper has one mask and four offsets a RoI and no upsampling).
 
 Ablations (`--set`): context=false, fpn=false, fill_holes=false, remove_islands=false, mask_threshold=...
+Its figures: 4, curves of both parts, `train.py --set score_train=64`; 5, photograph, truth and prediction, evaluate.py's worst pictures; 6,
+stage by stage, `predict.py --explain`; 7, ablations side by side, `predict.py --beside RUN`.
 
 Read first: mask_rcnn.py.
 """
