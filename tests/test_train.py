@@ -637,7 +637,7 @@ def words_of(act, capsys, *more, chooses=1, **changes):
     run = argparse.Namespace(
         folder="runs/x", path="runs/x/{}".format, device=torch.device("cpu"), unsaved=(), state=training.State(best=0.0, best_epoch=0),
         model=argparse.Namespace(config=config, parameters=lambda: [], task="detection"), train_set=[None] * 10,
-        val_set=argparse.Namespace(records=[argparse.Namespace(file="a.jpg")] * chooses),
+        val_set=argparse.Namespace(records=[None] * chooses), example="a.jpg",
         recipe=Recipe(epochs=3, batch_size=2, select_by="segm/AP"),
         identity={"run": record, "split": {"train": range(10), "val": range(1)}},
         args=argparse.Namespace(model="danet", amp="off", data="cars", limit=1.0, keep_epochs=False,
