@@ -13,8 +13,8 @@
 
 With a model, writes `evaluation-<part>/` into the run's folder: results.json (every number), report.html, the pictures of the worst
 predictions, and for --compare pictures.json (a segmenter's counts of each picture; a detector's AP, and the means over classes, in every
-bootstrap draw of them); of a detector also detections.json and truth.json (COCO; the last command but four on them gives the same numbers), of a segmenter with
---save-maps its label maps.
+bootstrap draw of them); of a detector also detections.json and truth.json (COCO; --truth and --detections give the same numbers on them),
+of a segmenter with --save-maps its label maps.
 
 What is scored, and how: minidamage/evaluation/.
 """

@@ -59,7 +59,8 @@ case "${1:-}" in
   waiting)
     failed=0
     bash results/gpu.sh tests box_coding deform_conv2d emulated focal_loss hostile_arguments linear_attention roi_align roi_pool \
-      benchmark_models data_real no_waiting segmenters train train_segmentation || failed=1
+      benchmark_models data_real no_waiting segmenters train train_segmentation \
+      nms paste_masks mask_rcnn evaluate evaluate_segmentation distributed || failed=1 # since: bindings at -O1, how a model is validated
     bash results/gpu.sh sanitize linear_attention deform_conv2d roi_align || failed=1
     bash results/gpu.sh benchmark-ops linear_attention roi_pool paste_masks focal_loss nms code_boxes deterministic || failed=1
     bash results/gpu.sh benchmark-models context_cracknet CAGM danet || failed=1

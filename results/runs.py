@@ -85,7 +85,8 @@ def car_runs(prefix, schedule, hardware, data, seeds, minutes, contexts=()):
 
 CAR_COLUMNS = {"box AP": "stats/bbox/AP", "box AP50": "stats/bbox/AP50", "mask AP": "stats/segm/AP", "mask AP50": "stats/segm/AP50",
                "mean IoU of correct findings": "at_thresholds/all/matched IoU", "mask F1 at the scores in use": "at_thresholds/all/F1",
-               "mIoU over classes": "pixels/pixel/mIoU", "small-object recall (mask ARs)": "stats/segm/ARs", "pixel IoU, any damage": "pixels/pixel/IoU",
+               "mIoU over classes": "pixels/pixel/mIoU", "small-object recall (mask ARs)": "stats/segm/ARs",
+               "pixel IoU, any damage": "pixels/pixel/IoU",
                "undamaged with a finding": "false_alarms/with findings",     # no time: benchmark.py measures it, on a quiet machine
                "mask AP, 95 % over pictures": "intervals/segm/AP"}
 

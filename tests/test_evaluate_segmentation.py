@@ -341,7 +341,8 @@ def test_means_over_classes_are_tested_with_what_each_evaluation_drew(red_run, c
         (red_run.path / name / "pictures.json").write_text(json.dumps(content))
     capsys.readouterr()
     assert evaluate.main(["--compare", "a", "b", "--metric", "mIoU"]) == 0
-    assert "no test of pixel/mIoU: it takes what evaluate.py draws of it" in (printed := capsys.readouterr().out) and "p, Holm" not in printed
+    printed = capsys.readouterr().out
+    assert "no test of pixel/mIoU: it takes what evaluate.py draws of it" in printed and "p, Holm" not in printed
 
 
 def test_other_pictures_and_other_folders_are_said(tmp_path, capsys):

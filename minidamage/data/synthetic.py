@@ -33,8 +33,8 @@ def make_demo(folder, images=240, size=256, seed=0, val_fraction=0.2):
 
     A share of val_fraction goes to VehiDE's `validation/`. Every picture is drawn from (seed, its number): no vehicle repeats,
     within or across the parts. A finished set of the same images, size and seed is left as it is, another one is replaced; a folder
-    with anything else in it is a ValueError. It is drawn beside, where the folder above has to be writable, and renamed into place, whole or
-    not at all.
+    with anything else in it is a ValueError. It is drawn beside, where the folder above has to be writable, and renamed into place,
+    whole or not at all.
     """
     if images < 2 or size < 64 or not 0 < val_fraction < 1:
         raise ValueError("the demo set needs at least 2 pictures of 64 pixels and a validation share between 0 and 1, got "

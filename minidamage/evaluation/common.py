@@ -105,7 +105,8 @@ def cost_text(metrics):
 
 
 def summary(lines, occlude):
-    """The first section of the page, the last in a terminal: the main numbers by name, and once the share that is covered, where --occlude asked for it."""
+    """The first section of the page, the last in a terminal: the main numbers by name, and once the share that is covered, where --occlude
+    asked for it."""
     return ("Summary", [*lines, *([f"{in_words(occlude)} by a patch in the picture, the truth left whole"] if occlude else [])])
 
 

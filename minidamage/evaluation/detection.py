@@ -174,8 +174,8 @@ def collect(result, pixels, thresholds, metrics, intervals, notes):
 
 
 def draw_worst(folder, samples, judged, result, pixels, thresholds, names, count):
-    """Writes worst-01.jpg ... (photograph, truth and prediction, DamageNet's Fig. 5) and returns their paths and captions: most wrong findings and misses first,
-    among equals the smaller overlap."""
+    """Writes worst-01.jpg ... (photograph, truth and prediction, DamageNet's Fig. 5) and returns their paths and captions: most wrong
+    findings and misses first, among equals the smaller overlap."""
     wrong = result.errors_by_picture(thresholds)
     position = {image_id: i for i, image_id in enumerate(result.image_ids)}
     overlap = np.nan_to_num(pixels.per_image("IoU"), nan=0.0) if pixels else np.zeros(len(judged))

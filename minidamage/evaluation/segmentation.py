@@ -255,8 +255,8 @@ def curves(sizes):
 
 
 def draw_worst(job, result, threshold):
-    """Writes worst-01.jpg ... (photograph, truth, prediction, errors) and returns [(path, caption)]: the lowest IoU first, among equals the most
-    wrong pixels."""
+    """Writes worst-01.jpg ... (photograph, truth, prediction, errors) and returns [(path, caption)]: the lowest IoU first, among equals
+    the most wrong pixels."""
     iou, wrong = result.per_image("IoU"), result.counts[:, 0, 1:3].sum(1)
     order = sorted(np.flatnonzero((wrong > 0) & np.isfinite(iou)), key=lambda i: (iou[i], -wrong[i], i))
     dataset, drawn = occluded(SegmentationDataset(job.records), job.args.occlude), []

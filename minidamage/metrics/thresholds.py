@@ -40,8 +40,8 @@ class ThresholdSweep:
                              f"{list(probability.shape)} and {list(truth.shape)}; give the channel of the damage class, or 1 minus the "
                              "background's")
         if probability.isnan().any():
-            raise ValueError("ThresholdSweep.add expects probabilities 0..1, got NaN: the model's weights or the precision that it works in "
-                             "have overflowed; try another checkpoint")
+            raise ValueError("ThresholdSweep.add expects probabilities 0..1, got NaN: the model's weights or the precision that it works "
+                             "in have overflowed; try another checkpoint")
         thresholds = torch.as_tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
         above = torch.bucketize(probability.contiguous(), thresholds)                     # number of thresholds below the probability
         states = above + (truth.to(above.device) != 0) * (len(THRESHOLDS) + 1)
