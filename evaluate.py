@@ -24,12 +24,22 @@ import sys
 from minidamage import distributed, run_folder
 from minidamage.checkpoint import choose_device, load_checkpoint
 from minidamage.command_line import Parser, ended
-from minidamage.data.flags import add_reading_flags, reading
+from minidamage.data.flags import READING, add_reading_flags, reading
+from minidamage.data.folders import root_of
 from minidamage.evaluation import ceiling, comparison, complexity, detection, epochs, occlusion, segmentation
 from minidamage.evaluation.common import Job, without_nan, writing
 from minidamage.evaluation.selection import choose_pictures
 from minidamage.metrics import tables
 from minidamage.metrics.detection import evaluate_coco_files
+
+OF_A_SET = {"data", "part", "out", *READING}
+USES = {"two COCO files": {"truth", "detections", "iou_type", "no_categories", "out"},
+        "--ceiling without a model": {"ceiling", *OF_A_SET},
+        "--compare": {"compare", "metric", "size", "at", "draws", "out"},
+        "--complexity": {"complexity", "device", "out"},
+        "--test-epochs": {"test_epochs", "device", "data", *READING},
+        "one model": {"checkpoint", "ceiling", "score", "draws", "set", "occlude", "worst", "mm_per_px", "save_maps", "device", "workers",
+                      *OF_A_SET}}                              # what is done: the flags that it takes
 
 
 def main(argv=None):
@@ -59,26 +69,35 @@ def main(argv=None):
 def answer(args):
     """Does what was asked; returns the exit code. Of several processes all score a model, process 0 alone does the rest."""
     check_numbers(args)
-    of_the_set = args.ceiling is not None and not args.checkpoint
-    needs_one = args.truth or args.detections or args.compare or args.complexity is not None or args.test_epochs or of_the_set
-    if args.occlude is not None and needs_one:
-        raise ValueError("--occlude: expected one model to score on the covered pictures, got a task without; leave the flag out, or name "
-                         "a --checkpoint")
-    if needs_one and not distributed.is_main():
+    task = task_of(args)
+    for flag in sorted(args.typed - USES[task]):
+        raise ValueError(f"--{flag.replace('_', '-')}: {task} {'has' if task != 'two COCO files' else 'have'} no use for it; leave it out")
+    if task != "one model" and not distributed.is_main():
         return 0
-    if args.truth or args.detections:
+    if task == "two COCO files":
         return score_files(args)
-    if of_the_set:
+    if task == "--ceiling without a model":
         if not args.data:
             raise ValueError("--ceiling is a data set's: name it with --data")
         return ceiling.report(args.ceiling, args.data, args.part, args.out, **reading(args))
-    if args.compare:
+    if task == "--compare":
         return comparison.compare(args.compare, args.metric, args.size, args.at, args.draws, args.out)
-    if args.complexity is not None:
+    if task == "--complexity":
         return complexity.report(args.complexity, choose_device(args.device), args.out)
-    if args.test_epochs:
+    if task == "--test-epochs":
         return epochs.score(args.test_epochs, choose_device(args.device), args)
     return score_model(args)
+
+
+def task_of(args):
+    """The key of USES that is asked for."""
+    if args.truth or args.detections:
+        return "two COCO files"
+    if args.ceiling is not None and not args.checkpoint:
+        return "--ceiling without a model"
+    if args.complexity is not None:
+        return "--complexity"
+    return "--compare" if args.compare else "--test-epochs" if args.test_epochs else "one model"
 
 
 def check_numbers(args):
@@ -138,7 +157,9 @@ def parse_arguments(argv):
                          "models, or of every segmentation model, beside the crack paper's Table 7, and of DamageNet and Mask R-CNN")
     several.add_argument("--test-epochs", metavar="RUN", help="score every epoch-NNN.pt of a run (train.py --keep-epochs) on its "
                          "validation part and name the best")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.typed = {flag for flag, value in vars(args).items() if value != parser.get_default(flag)}
+    return args
 
 
 # ---------------------------------------------------------------------------------------------------------- two files
@@ -179,7 +200,7 @@ def score_model(args):
 
 def check_out_folder(out, data):
     """ValueError where the results would lie among a data set's own files, some of which have the same names."""
-    folder = os.path.realpath(data if os.path.isdir(data) else os.path.dirname(data) or ".")
+    folder = os.path.realpath(root_of(data))
     if out and os.path.isdir(folder) and os.path.commonpath([folder, os.path.realpath(out)]) == folder:
         raise ValueError(f"--out {out}: expected a folder outside of the data set ({folder}), whose files truth.json and the like would "
                          "replace")

@@ -259,7 +259,8 @@ def load(run, device, args):
 
 def what_is_asked(model, checkpoint, path, args):
     """What the JSON says of the model and of how it was used. ValueError for a --score that is none."""
-    segments, names, thresholds = model.task == "segmentation", list(checkpoint["class_names"]), score_thresholds(checkpoint, args.score)
+    segments, names = model.task == "segmentation", list(checkpoint["class_names"])
+    thresholds = score_thresholds(checkpoint, args.score, model.task)
     about = {"model": checkpoint["model"], "checkpoint": path, "class_names": names,
              "score_thresholds": None if segments and len(names) > 1 else thresholds}
     about |= ({flag: getattr(args, flag) for flag in ("tile", "overlap", "min_area", "mm_per_px")} if segments

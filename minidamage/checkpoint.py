@@ -141,10 +141,14 @@ def choose_device(name):
     return device
 
 
-def score_thresholds(checkpoint, score):
-    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own (chosen on val), else 0.5."""
+def score_thresholds(checkpoint, score, task):
+    """{class name: lowest score of a finding}: --score for all, else the checkpoint's own (chosen on val), else 0.5. ValueError for a
+    score that is none, and for any where a segmenter of several classes takes each pixel's likeliest."""
     if score is not None and not 0 <= score <= 1:
         raise ValueError(f"--score {score}: expected a number from 0 to 1")
+    if score is not None and task == "segmentation" and len(checkpoint["class_names"]) > 1:
+        raise ValueError(f"--score {score}: is for detectors and for segmenters of one class; this one has "
+                         f"{len(checkpoint['class_names'])}, and each pixel is of the likeliest: leave it out")
     own = checkpoint.get("thresholds") or {}
     return {name: float(own.get(name, 0.5) if score is None else score) for name in checkpoint["class_names"]}
 

@@ -27,7 +27,7 @@ from minidamage.data import DetectionDataset, SegmentationDataset, limit, load_d
 from minidamage.data.anchor_choice import choose_anchors, fit_of, training_sides
 from minidamage.data.flags import reading
 from minidamage.data.record import outlined
-from minidamage.data.split import from_names, groups_across, names_of, parse_fractions, three_parts
+from minidamage.data.split import from_names, names_of, parse_fractions, shared_by, three_parts
 from minidamage.data.synthetic import make_demo
 from minidamage.layers.sync_batch_norm import synchronise_norms
 from minidamage.validation import default_metric, metric_names, validation_set
@@ -154,7 +154,7 @@ def fresh(args, dataset):
 
 def gone_on_with(checkpoint, path, given, dataset):
     """(model, {part: records}, Recipe) of a run that stopped; `restore` puts its state back once all is built."""
-    check_same_classes(dataset, checkpoint, path)
+    follow_classes(dataset, checkpoint, path)
     recipe = override(from_dict(Recipe, checkpoint["run"]["recipe"]), given)
     parts = from_names(dataset, checkpoint["split"])
     return build_from_checkpoint(checkpoint, path), parts, recipe
@@ -286,9 +286,9 @@ def split_parts(dataset, args):
     Runs of several seeds share their pictures: the split has a seed of its own, or their mean would be one over different test parts.
     """
     parts = three_parts(dataset, args.split and parse_fractions(args.split), seed=args.split_seed)
-    shared = groups_across(parts)
+    shared = shared_by(parts)
     if shared:
-        print(f"note: the set's own parts share {len(shared)} vehicles or photographs ({', '.join(shared[:3])}): what is reported was in "
+        print(f"note: the set's own parts share {len(shared)} vehicles or pictures ({', '.join(shared[:3])}): what is reported was in "
               "part trained on, or chosen by. --split 70/15/15 keeps them together; near-duplicates too: "
               f"python -m minidamage.data {shlex.quote(dataset.path)}")
     if args.limit < 1.0:                                              # a quick trial; test stays whole, so results compare
@@ -313,9 +313,6 @@ def settle(args):
         config, recipe = dataclasses.replace(config, **demo["config"]), dataclasses.replace(recipe, **demo["recipe"])
     in_epochs = recipe.epochs
     recipe = override(recipe, vars(args))
-    if recipe.epochs != in_epochs:                                    # a longer or shorter run keeps the shape of its schedule
-        milestones = tuple(round(milestone * recipe.epochs / in_epochs) for milestone in recipe.milestones)
-        recipe = dataclasses.replace(recipe, milestones=milestones)
     if hasattr(args, "size"):
         config = resized(config, args.size)
     fields = {which: {field.name for field in dataclasses.fields(which)} for which in (config_class, Recipe)}
@@ -329,6 +326,9 @@ def settle(args):
             known = sorted(fields[config_class] | fields[Recipe])
             raise ValueError(f"--set {setting}: neither {config_class.__name__} nor the recipe has a field {key!r}; did you mean "
                              f"{difflib.get_close_matches(key, known, n=1, cutoff=0.0)[0]!r}? Fields: {', '.join(known)}")
+    if not any(setting.partition("=")[0] == "milestones" for setting in args.set):     # a longer or shorter run keeps its schedule's shape
+        milestones = tuple(round(milestone * recipe.epochs / in_epochs) for milestone in recipe.milestones)
+        recipe = dataclasses.replace(recipe, milestones=milestones)
     return config, recipe
 
 
@@ -388,8 +388,11 @@ def resumed_arguments(given, checkpoint, path):
     return argparse.Namespace(**{**saved, **given})
 
 
-def check_same_classes(dataset, checkpoint, path):
-    """ValueError when the data set's classes are not the ones that the run was started with, in the same order."""
+def follow_classes(dataset, checkpoint, path):
+    """Calls the one class of masks, which has its name from the folder, what the run calls it. ValueError when the data set's classes are
+    not the ones that the run was started with, in the same order."""
+    if dataset.unnamed and len(checkpoint["class_names"]) == 1:
+        dataset.class_names = tuple(checkpoint["class_names"])
     trained, found = list(checkpoint["class_names"]), list(dataset.class_names)
     if trained != found:
         raise ValueError(f"{dataset.path}: expected the {len(trained)} classes of {path} ({', '.join(trained)}), got {len(found)} "

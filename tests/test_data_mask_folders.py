@@ -1,4 +1,5 @@
 """Mask folders in the layouts that real sets have; values understood or refused; every loss named."""
+import os
 import struct
 
 import numpy as np
@@ -266,6 +267,12 @@ def test_an_unnamed_class_is_the_models_one_class(tmp_path):
     assert load(pairs(tmp_path / "deep_crack")).class_names == ("crack",)
 
 
+def test_numbered_pictures_of_a_small_set_are_not_crops_of_one(tmp_path):
+    data = load(pairs(tmp_path, names=[f"crack-{i}" for i in range(6)]))
+    assert not any(r.group for r in data.parts["all"]) and any("6 pictures could be crops of 1 photograph, which" in n for n in data.notes)
+    assert [len(part) for part in split.three_parts(data).values()] == [4, 1, 1]
+
+
 # ---- sets by prefix, crops of one photograph ------------------------------------------------------------------------------------------
 
 def test_one_of_several_sets_by_the_beginning_of_the_names(tmp_path):
@@ -277,6 +284,9 @@ def test_one_of_several_sets_by_the_beginning_of_the_names(tmp_path):
     assert data.notes[0].startswith("only 2 pictures of ") and all(note.startswith("of all ") for note in data.notes[1:])
     names = split.names_of({"test": data.parts["all"]}, data.path)
     assert [r.file for r in split.from_names(load(f"{tmp_path}:Volker"), names)["test"]] == [r.file for r in data.parts["all"]]
+    beside = {"test": [os.path.relpath(r.file, tmp_path) for r in data.parts["all"]]}
+    assert names == beside == split.names_of({"test": data.parts["all"]}, f"{tmp_path}/:Volker") == split.names_of(
+        {"test": data.parts["all"]}, str(tmp_path))                                                   # however the set is called
     with pytest.raises(ValueError, match=r"begins with Volk; they begin with GAPS384 \(3\), Volker \(2\), Volkers \(2\)"):
         load(f"{tmp_path}:Volk")
     with pytest.raises(ValueError, match="no such file"):

@@ -307,8 +307,9 @@ def test_coco_rle_compressed_uncompressed_and_crowd(tmp_path):
     ({"bbox": [100, 5, 10, 20]}, "lies outside"),
     ({"bbox": [1, 2, 3]}, "is not [x, y, width, height]"),
     ({}, "neither box nor outline"),
-    ({"segmentation": [[1, 1, 9, 1, 9]], "bbox": [1, 1, 5, 5]}, "odd number"),
-    ({"segmentation": [[1, 1, 9, 9]], "bbox": [1, 1, 5, 5]}, "polygon with 2 points"),
+    ({"segmentation": [[1, 1, 9, 1, 9]]}, "odd number"),
+    ({"segmentation": [[1, 1, 9, 9]]}, "polygon with 2 points"),
+    ({"segmentation": [[1, 1, 9, 9]], "bbox": [1, 1, 0, 5]}, "no usable outline; its box is kept"),
 ])
 def test_coco_bad_objects_are_dropped_with_their_id(tmp_path, annotation, said):
     data = load(coco_set(tmp_path, [annotation, BOX]))
@@ -399,6 +400,31 @@ def test_coco_orphans_double_ids_and_wrong_sizes(tmp_path):
         assert any(said in p for p in data.problems), (said, data.problems)
 
 
+@pytest.mark.parametrize("outline", [[[]], [[1, 2, 3]], [[10, 5, 30, 25]], [[5, 5, 5, 5, 5, 5]], []])
+def test_coco_a_box_without_a_usable_outline_is_kept(tmp_path, outline):
+    data = load(coco_set(tmp_path, [BOX, {**BOX, "segmentation": outline}]))
+    [record] = data.parts["all"]
+    assert record.boxes.tolist() == [[10, 5, 30, 25]] * 2 and record.masks[1] is None and record.area.tolist() == [400, 400]
+    assert not outline or any("annotation 101" in problem and "outline" in problem for problem in data.problems)
+
+
+def test_coco_paths_written_on_windows(tmp_path):
+    coco_set(tmp_path, [BOX, {**BOX, "image_id": 8}], images=((7, "a/1.jpg", 64, 48), (8, "b/1.jpg", 64, 48)))
+    file = tmp_path / "annotations.json"
+    file.write_text(file.read_text().replace("/1.jpg", "\\\\1.jpg"))
+    assert [r.file[-7:] for r in load(tmp_path).parts["all"]] == ["a/1.jpg", "b/1.jpg"]
+
+
+def test_coco_pictures_that_another_part_lists_are_not_left_out(tmp_path):
+    for seed, name in enumerate("abcde"):
+        picture(tmp_path / f"images/{name}.jpg", seed=seed)
+    for part, names in (("train", "ab"), ("val", "c"), ("test", "d")):
+        images = tuple((k, f"{name}.jpg", 64, 48) for k, name in enumerate(names, 7))
+        dump(tmp_path / f"annotations/instances_{part}.json", coco_content([BOX], images=images))
+    assert [note for note in load(tmp_path).notes if "left out" in note] == [
+        f"1 pictures in {tmp_path}/images are not in instances_train.json, instances_val.json, instances_test.json: left out"]
+
+
 def test_coco_ids_of_mixed_types_are_one(tmp_path):
     """1, 1.0 and "1" are one id; an id beyond 64 bits is counted anew; "0" is no crowd."""
     coco_set(tmp_path, [{**BOX, "iscrowd": "0"}, {**BOX, "iscrowd": "1"}, BOX])
@@ -440,6 +466,15 @@ def test_outlines_that_fit_the_unturned_picture_alone_are_turned(tmp_path):
     data = load(tmp_path)
     np.testing.assert_allclose(data.parts["train"][0].boxes, [[33, 50, 43, 62]])
     assert "annotated before its EXIF rotation" in data.problems[0]
+
+
+def test_boxes_of_a_square_picture_are_not_turned(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    coco_set(tmp_path, [BOX], images=((7, "a.jpg", 48, 48),))
+    picture(tmp_path / "a.jpg", 48, 48, exif=exif)
+    data = load(tmp_path)
+    assert data.parts["all"][0].boxes.tolist() == [[10, 5, 30, 25]] and not data.problems
 
 
 def test_annotations_made_before_the_exif_rotation_are_turned(tmp_path):

@@ -58,9 +58,11 @@ def test_protocol_of_three_parts():
     tenth = split.three_parts(dataset_of(train=train, test=test))
     assert tenth["test"] == test and len(tenth["train"]) + len(tenth["val"]) == 60 and 3 <= len(tenth["val"]) <= 9
     pooled = split.three_parts(dataset_of(train=train, val=val), fractions=(0.7, 0.15, 0.15))
-    everything = [r for p in pooled.values() for r in p]
-    assert len(everything) == 90 and len({r.image_id for r in everything}) == 90           # both parts counted from 0
+    assert sorted(r.file for p in pooled.values() for r in p) == sorted(r.file for r in train + val)
     assert {n: len(p) for n, p in split.three_parts(dataset_of(all=train)).items()}["train"] == pytest.approx(42, abs=3)
+    with pytest.raises(ValueError, match=r"somewhere: expected pictures in the train part, got none \(val 30, test 18\)"):
+        split.three_parts(dataset_of(val=val, test=test))
+    assert len(split.three_parts(dataset_of(val=val, test=test), fractions=(0.7, 0.15, 0.15))["train"]) == pytest.approx(34, abs=3)
 
 
 def test_too_few_groups_and_bad_shares_are_errors():
@@ -170,7 +172,9 @@ def test_a_set_s_own_parts_that_share_a_vehicle_are_said_and_a_split_of_ours_nev
     records = vehicles(40)
     own = dataset_of(train=records[:100], val=records[100:110], test=records[110:])                 # car 33 and car 36 are cut
     parts = training.split_parts(own, argparse.Namespace(split="50/25/25", split_seed=0, limit=1.0))
-    assert split.groups_across(parts) == [] and "share" not in capsys.readouterr().out
+    assert split.shared_by(parts) == [] and "share" not in capsys.readouterr().out
     training.split_parts(own, argparse.Namespace(split=None, split_seed=0, limit=1.0))
-    said = "share 2 vehicles or photographs (car 33, car 36): what is reported was in part trained on, or chosen by. --split 70/15/15"
+    said = "share 2 vehicles or pictures (car 33, car 36): what is reported was in part trained on, or chosen by. --split 70/15/15"
     assert said in capsys.readouterr().out
+    lists = dataset_of(train=[record("d/a.jpg"), record("d/b.jpg")], val=[record("d/c.jpg")], test=[record("d/../d/b.jpg")])
+    assert split.shared_by(lists.parts) == ["b.jpg"]                                                # one picture in two lists

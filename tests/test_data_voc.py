@@ -149,6 +149,17 @@ def test_vocs_own_layout_and_lists(tmp_path):
     assert {part: len(records) for part, records in data.parts.items()} == {"train": 3, "test": 1}
 
 
+def test_lists_of_names_with_spaces(tmp_path):
+    for seed, stem in enumerate(("photo", "photo (1)", "photo (2)")):
+        pair(tmp_path / "JPEGImages", tmp_path / "Annotations", stem, [("dent", (1, 1, 9, 9))], seed=seed)
+    (tmp_path / "ImageSets/Main").mkdir(parents=True)
+    (tmp_path / "ImageSets/Main/train.txt").write_text("photo\nphoto (1)\n")
+    (tmp_path / "ImageSets/Main/test.txt").write_text("photo (2)  1\nphoto (2)\n")
+    data = load(tmp_path)
+    assert {part: [r.file.split("/")[-1] for r in records] for part, records in data.parts.items()} == {
+        "train": ["photo.jpg", "photo (1).jpg"], "test": ["photo (2).jpg"]}
+
+
 def test_parts_by_folder_with_the_same_names_in_both(tmp_path):
     for seed, part in enumerate(("train", "validation")):
         for stem, name in (("1", "dent"), ("2", "scratch")):

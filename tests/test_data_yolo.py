@@ -88,6 +88,61 @@ def test_data_yaml_says_the_parts(tmp_path):
     assert {part: [r.file[-5] for r in records] for part, records in data.parts.items()} == {"train": ["a", "b"], "test": ["c", "d", "e"]}
 
 
+@pytest.mark.parametrize("line", ["images/{}/0.jpg", "./images/{}/0.jpg", "images\\{}\\0.jpg", "{root}/images/{}/0.jpg"])
+def test_lists_tell_pictures_of_one_name_apart(tmp_path, line):
+    for folder in "abc":
+        yolo_set(tmp_path, f"images/{folder}/{{}}.jpg", f"labels/{folder}/{{}}.txt", "0")
+    text(tmp_path / "train.txt", line.format("a", root=tmp_path) + "\n")
+    text(tmp_path / "val.txt", line.format("b", root=tmp_path) + "\n")
+    text(tmp_path / "data.yaml", "train: train.txt\nval: val.txt\nnames: [dent, scratch]\n")
+    data = load(tmp_path)
+    assert {part: [r.file.split("/")[-2] for r in records] for part, records in data.parts.items()} == {"train": ["a"], "val": ["b"]}
+    assert data.problems == ["0.jpg: in none of the parts that data.yaml names; picture left out"]
+
+
+def test_lists_made_elsewhere_go_by_the_pictures_names(tmp_path):
+    yolo_set(tmp_path, names="abc")
+    text(tmp_path / "train.txt", "C:\\data\\a.jpg\n/home/me/b.jpg\n")
+    text(tmp_path / "val.txt", "/home/me/c.jpg\n")
+    text(tmp_path / "data.yaml", "train: train.txt\nval: val.txt\nnames: [dent, scratch]\n")
+    assert {part: [r.file[-5] for r in records] for part, records in load(tmp_path).parts.items()} == {"train": ["a", "b"], "val": ["c"]}
+
+
+def test_pictures_outside_of_the_declared_folders_do_not_pool_the_parts(tmp_path):
+    for folder, names in (("train", "ab"), ("val", "c"), ("extra", "d")):
+        yolo_set(tmp_path, f"images/{folder}/{{}}.jpg", f"labels/{folder}/{{}}.txt", names)
+    with pytest.raises(ValueError, match=r"expected every picture in train, val or test \(there are train 2, val 1\), got 1 picture in "
+                                         "images/extra, which no name puts there"):
+        load(tmp_path)
+    text(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [dent, scratch]\n")
+    data = load(tmp_path)
+    assert {part: len(records) for part, records in data.parts.items()} == {"train": 2, "val": 1}
+    assert data.problems == ["d.jpg: in none of the parts that data.yaml names; picture left out"]
+
+
+def test_pictures_without_a_part_beside_a_test_part_are_what_trains(tmp_path):
+    yolo_set(tmp_path, names="abc")
+    yolo_set(tmp_path, "test/images/{}.jpg", "test/labels/{}.txt", "de")
+    data = load(tmp_path)
+    assert {part: len(records) for part, records in data.parts.items()} == {"train": 3, "test": 2}
+    assert "3 pictures in images, in no part by any name, taken as train" in data.notes
+
+
+def test_other_yaml_files_and_text_blocks_in_data_yaml(tmp_path):
+    text(yolo_set(tmp_path) / "augment.yaml", "steps:\n  - flip: 0.5\n    p: 1\n  - crop\nnames_of: x\n")
+    text(tmp_path / "data.yaml", "names:\n  0: dent\n  1: scratch\ndownload: |\n  from x import y\n  urls = ['a:b']  # more\n  - 1\n")
+    assert load(tmp_path).class_names == ("dent", "scratch")
+    assert yolo.read_yaml(tmp_path / "augment.yaml")["steps"] == ["flip: 0.5", "crop"]
+
+
+def test_names_beside_the_labels_and_two_pictures_of_one_stem(tmp_path):
+    text(yolo_set(tmp_path) / "labels/classes.txt", "dent\nscratch\n")
+    picture(tmp_path / "images/a.png")
+    data = load(tmp_path)
+    assert data.class_names == ("dent", "scratch") and [r.file[-5:] for r in data.parts["all"]] == ["a.jpg", "b.jpg"]
+    assert any("1 pictures have no .txt (first: a.png)" in n for n in data.notes)
+
+
 def test_data_yaml_that_is_none_and_missing_names(tmp_path):
     with pytest.raises(ValueError, match=r"x.yaml, line 2: expected `key: value`"):
         yolo.read_yaml(text(tmp_path / "x.yaml", "names: [a]\nwhat\n"))

@@ -231,7 +231,17 @@ def test_equal_file_names_do_not_make_it_the_run_s_own_set(red_run, tmp_path, ca
     assert read(run / "evaluation-test" / "results.json")["pictures"] == 2                                # nothing that trained
     assert evaluate.main(["--device", "cpu", "--data", str(other)]) == 0
     assert read(run / "evaluation-other-all" / "results.json")["pictures"] == 4
-    assert "new place" not in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "new place" not in printed and f"{tmp_path / 'copy'} is not" not in printed
+    assert f"{other} is not the set that the run was split from, but 2 pictures of it (first: images/0.png) have names that it" in printed
+    shutil.copytree(red_run.data, tmp_path / "kept")
+    content = read(red_run.data / "annotations.json")
+    content["images"].pop()                                                        # one picture has gone: no set to score whole
+    (red_run.data / "annotations.json").write_text(json.dumps(content))
+    assert evaluate.main(["--device", "cpu", "--data", str(red_run.data)]) == 2
+    assert "1 pictures of the saved split are not in" in capsys.readouterr().err
+    shutil.rmtree(red_run.data)
+    shutil.move(tmp_path / "kept", red_run.data)
     shutil.move(red_run.data, tmp_path / "moved")
     assert evaluate.main(["--device", "cpu", "--data", str(tmp_path / "moved")]) == 0
     assert "taken for the run's own set in a new place" in capsys.readouterr().out
@@ -259,11 +269,16 @@ def test_boxes_alone_where_nothing_has_an_outline(red_run):
     ([], {"class_names": ("dent",)}, "has objects of 'scratch', which the model does not know"),
     ([], {"split": {"test": ["images/9.png"]}}, "1 pictures of the saved split"),
     (["--checkpoint", "runs/none.pt"], {}, "runs/none.pt"),
+    (["--iou-type", "bbox"], {}, "--iou-type: one model has no use for it; leave it out"),
+    (["--truth", TRUTH, "--detections", FOUND, "--checkpoint", "best.pt"], {}, "--checkpoint: two COCO files have no use for it"),
+    (["--test-epochs", "runs/red-001", "--part", "test"], {}, "--part: --test-epochs has no use for it"),
+    (["--compare", "a", "b", "--voc-difficult", "count"], {}, "--voc-difficult: --compare has no use for it"),
 ])
 def test_mistakes_end_with_2(red_run, arguments, change, message, capsys):
     import re
     red_run.checkpoint.update(change)
-    assert evaluate.main(["--device", "cpu", *arguments] if "--device" not in arguments else arguments) == 2
+    alone = {"--device", "--truth", "--compare"} & set(arguments)
+    assert evaluate.main(arguments if alone else ["--device", "cpu", *arguments]) == 2
     assert re.search(message, capsys.readouterr().err)
 
 
@@ -337,6 +352,12 @@ def test_the_finish_of_masks_can_be_changed_and_nothing_else(damagenet_run, tmp_
         assert evaluate.main([*common, "--out", str(tmp_path / tau), "--set", f"mask_threshold={tau}", "--set", "fill_holes=false"]) == 0
         area[tau] = sum(masks.area([d["segmentation"]]).item() for d in read(tmp_path / tau / "detections.json"))
     assert area["0.3"] > area["0.7"]
+    assert evaluate.main([*common, "--set", "mask_threshold=0.7"]) == 0
+    plain, changed = (path.parent / f"evaluation-demo-all{more}" for more in ("", "-mask_threshold=0.7"))
+    assert evaluate.main(common) == 0 and "mask_threshold=0.7" in read(changed / "results.json")["set"]
+    capsys.readouterr()
+    assert evaluate.main(["--compare", str(plain), str(changed)]) == 0
+    assert "damagenet mask_threshold=0.7" in capsys.readouterr().out
     assert evaluate.main([*common, "--set", "context=false"]) == 2
     assert "island_share" in capsys.readouterr().err
     assert evaluate.main([*common, "--set", "mask_threshold=7"]) == 2

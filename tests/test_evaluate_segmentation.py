@@ -202,7 +202,7 @@ def test_mistakes_end_with_2(red_run, capsys):
                                (["--test-epochs", "runs/red-001"], "train with --keep-epochs"),
                                (["--test-epochs", "x"], "none of that name"),
                                (["--complexity", "unnet"], "got unnet"), (["--complexity", "unet", "damagenets"], "expected models")):
-        assert evaluate.main(["--device", "cpu", *arguments]) == 2
+        assert evaluate.main(arguments if "--compare" in arguments else ["--device", "cpu", *arguments]) == 2
         assert message in capsys.readouterr().err
 
 
@@ -228,7 +228,7 @@ def test_one_pass_gives_what_the_model_gives_at_either_size():
     assert found["native"].shape == (1, 50, 90) and found["model"].shape == (1, 64, 64)
 
 
-def test_a_real_network_with_three_classes(tmp_path):
+def test_a_real_network_with_three_classes(tmp_path, capsys):
     names = ("dent", "scratch", "tear")
     data = draw_set(tmp_path / "cars", [[(4, 10, 20, 12, 90, True), (30, 30, 9, 9, 50, True), (2, 50, 8, 8, 50, True)]] * 2, names=names)
     model = minidamage.build_model("custom_segnet2", num_classes=4, image_size=32)
@@ -244,6 +244,8 @@ def test_a_real_network_with_three_classes(tmp_path):
     assert set(per_class) == set(names) and all(0 <= numbers["pixel/accuracy"] <= 1 for numbers in per_class.values())
     assert sorted(os.listdir(folder / "maps")) == ["0.png", "1.png"]
     assert read(folder / "pictures.json")["maps"] == ["maps/0.png", "maps/1.png"]
+    assert evaluate.main(["--checkpoint", str(path), "--device", "cpu", "--score", "0.2"]) == 2
+    assert "--score 0.2: is for detectors and for segmenters of one class; this one has 3" in capsys.readouterr().err
 
 
 # ---- --compare ---------------------------------------------------------------------------------------------------------------------

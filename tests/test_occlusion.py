@@ -154,7 +154,7 @@ def test_bad_shares_end_with_2(share, red_run, capsys):                      # n
 
 def test_what_has_no_model_has_nothing_to_cover(capsys):
     assert evaluate.main(["--occlude", "0.1", "--compare", "a", "b"]) == 2
-    assert "--occlude: expected one model" in capsys.readouterr().err
+    assert "--occlude: --compare has no use for it" in capsys.readouterr().err
 
 
 def test_evaluate_says_it_everywhere_and_the_finder_loses_the_covered_pixels(red_run, capsys):                # noqa: F811

@@ -696,6 +696,9 @@ def test_flags_go_into_config_and_recipe(command):
     assert (config.min_size, config.max_size, config.rpn_nms_thresh) == (512, 512, 0.6)
     assert (recipe.epochs, recipe.lr, recipe.lr_batch_size, recipe.momentum, recipe.batch_size) == (140, 0.3, 0, 0.8, 2)
     assert recipe.milestones == (100, 125)                            # of 280 epochs: 200, 250
+    for settings, milestones in ((("epochs=28",), (20, 25)), (("epochs=28", "milestones=9,19"), (9, 19))):
+        given = train.parse_arguments(command(settings=settings))
+        assert training.settle(argparse.Namespace(**{**training.DEFAULTS, **given}))[1].milestones == milestones
     paper = minidamage.MODELS["damagenet"][2]
     assert recipe.rotate == paper.rotate and recipe.optimizer == paper.optimizer
 

@@ -190,6 +190,24 @@ def test_a_run_of_an_older_version_resumes_without_the_plateaus_counters(command
     assert read_checkpoint(path)["train"]["lr_scale"] == 1.0
 
 
+def test_a_copy_of_masks_under_another_name_resumes(command, cracks, tmp_path, capsys):
+    """Of masks alone the one class is called after the folder: crack in cracks/, damage elsewhere."""
+    assert train.main(command("--epochs", 1)) == 0
+    folder, moved = only_run(tmp_path), shutil.copytree(cracks, tmp_path / "moved")
+    assert train.main(["--resume", folder, "--epochs", "2", "--data", str(moved)]) == 0
+    assert list(read_checkpoint(os.path.join(folder, "last.pt"))["class_names"]) == ["crack"]
+    chosen = f"{cracks}/:" + ",".join(f"road{i:02d}" for i in range(11))
+    assert train.main([*command("--epochs", 1, "--out", tmp_path / "chosen"), "--data", chosen]) == 0
+    capsys.readouterr()
+    assert evaluate.main(["--checkpoint", only_run(tmp_path / "chosen"), "--draws", "0", "--worst", "0", "--device", "cpu"]) == 0
+    assert f"test of {chosen}" in capsys.readouterr().out
+    assert evaluate.main(["--checkpoint", only_run(tmp_path / "chosen"), "--draws", "0", "--device", "cpu", "--data", str(cracks)]) == 0
+    assert f"test of {cracks}" in capsys.readouterr().out                                                     # the run's own pictures
+    with pytest.raises(ValueError, match="expected a folder outside of the data set"):
+        evaluate.check_out_folder(str(cracks / "out"), chosen)
+    evaluate.check_out_folder(str(tmp_path / "out"), f"{cracks}:road")
+
+
 # --- the threshold
 
 def test_pixel_threshold_by_hand(capsys):

@@ -16,7 +16,7 @@ import numpy as np
 
 from minidamage.data import coco, crackforest, labelme, mask_folders, vehide, via, voc, yolo
 from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
-from minidamage.data.folders import walk
+from minidamage.data.folders import PARTS, root_of, selection, walk
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import EXTENSIONS, is_picture_name, read_image
@@ -54,7 +54,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
     Bad objects and pictures are dropped, clipped or kept as Dataset.problems says, one line each. Raises ValueError for a path
     that is missing or in no known layout, an unknown class name (listing the known), broken JSON and a set without pictures.
     """
-    asked, (path, beginnings) = os.fspath(path), _selection(os.fspath(path))
+    asked, (path, beginnings) = os.fspath(path), selection(os.fspath(path))
     if not os.path.exists(path):
         raise ValueError(f"{path}: no such file or folder")
     if images is not None and not _has_pictures(images):
@@ -71,6 +71,7 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         name = layout.__name__.rsplit(".", 1)[-1]
         raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "
                          f"({type(error).__name__}: {error})") from error
+    _name_all(dataset)
     if beginnings:
         _keep(dataset, asked, beginnings)
     records = [r for part in dataset.parts.values() for r in part]
@@ -124,10 +125,19 @@ def _what_is_there(path):
     return f" among its {counts}" + ("; where these are its annotations, the first of them cannot be read" if broken else "")
 
 
-def _selection(path):
-    """("PATH", ["NAME", ...]) of "PATH:NAME,NAME"; ("PATH", []) of a path as it stands."""
-    folder, colon, names = path.rpartition(":")
-    return (folder, [n for n in names.split(",") if n]) if colon and not os.path.exists(path) and os.path.exists(folder) else (path, [])
+def _name_all(dataset):
+    """Pictures that no name puts into a part are, beside a val or test part, what trains; ValueError where there is a train part too."""
+    parts = {part: records for part, records in dataset.parts.items() if records}
+    if "all" not in parts or len(parts) == 1:
+        return
+    folders = sorted({os.path.relpath(os.path.dirname(record.file), root_of(dataset.path)) for record in parts["all"]})
+    where = f"{number_of(len(parts['all']), 'picture')} in {', '.join(folders[:3])}{', ...' if len(folders) > 3 else ''}"
+    if "train" in parts:
+        others = ", ".join(f"{part} {len(records)}" for part, records in parts.items() if part != "all")
+        raise ValueError(f"{dataset.path}: expected every picture in train, val or test (there are {others}), got {where}, which no name "
+                         "puts there; rename the folder, move it away, or give one folder")
+    dataset.parts = {part: parts["all" if part == "train" else part] for part in PARTS if part in parts or part == "train"}
+    dataset.notes.append(f"{where}, in no part by any name, taken as train")
 
 
 def _keep(dataset, asked, beginnings):

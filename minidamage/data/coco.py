@@ -36,9 +36,12 @@ def read(path, images=None, **_):
     for part, file in files.items():
         finder = _finder(path, part, file, images)
         parts[part] = _read_part(loaded[part], label_of[part], finder, problems)
-        extra = unlisted_pictures(_used_folder(parts[part]), parts[part], [i["file_name"] for i in loaded[part]["images"]])
-        if extra and _used_folder(parts[part]) not in [_used_folder(r) for p, r in parts.items() if p != part]:
-            notes.append(f"{extra} pictures in {_used_folder(parts[part])} are not in {os.path.basename(file)}: left out")
+    for folder in dict.fromkeys(os.path.dirname(records[0].file) for records in parts.values() if records):
+        of_it = [part for part, records in parts.items() if records and os.path.dirname(records[0].file) == folder]
+        listed = [os.path.basename(image["file_name"]) for part in of_it for image in loaded[part]["images"]]
+        extra = unlisted_pictures(folder, [record for part in of_it for record in parts[part]], listed)
+        if extra:
+            notes.append(f"{extra} pictures in {folder} are not in {', '.join(os.path.basename(files[part]) for part in of_it)}: left out")
     return Dataset(path=str(path), layout="coco", class_names=tuple(names), category_ids=tuple(ids), parts=parts,
                    problems=problems, notes=notes)
 
@@ -189,10 +192,6 @@ def _finder(path, part, file, images):
     return PictureFinder([images] if images else places, root=None if images else parent if nested else inside, part=part)
 
 
-def _used_folder(records):
-    return os.path.dirname(records[0].file) if records else ""
-
-
 def _read_part(content, label_of, finder, problems):
     by_image = {}
     for annotation in content["annotations"]:
@@ -238,8 +237,6 @@ def _raw_object(annotation, label_of, name, problems):
         if odd:
             problems.append(f"{name}, annotation {annotation['id']}: an outline has an odd number of coordinates; outline dropped")
             segmentation = [s for s in segmentation if s not in odd]
-            if not segmentation:
-                return None
     if isinstance(segmentation, dict) and isinstance(segmentation.get("counts"), str):
         segmentation = {"size": segmentation.get("size"), "counts": segmentation["counts"].encode()}
     if box is not None:

@@ -143,7 +143,7 @@ class SegmentationDataset(RecordDataset):
     have it: a crack thinner than the reduction can break into pieces, which scores at native size show. 0: the picture's own size.
     Resized first, then augmented. train=True: augmented by the recipe; what that uncovers is 255.
     Evaluation, where a mask cannot be read: a black picture and 255 everywhere.
-    Raises ValueError for records with boxes alone, and for training without a single foreground pixel.
+    Raises ValueError for records with boxes alone, for a label above 254, and for training without a single foreground pixel.
     """
 
     def __init__(self, records, recipe=None, seed=0, train=False, image_size=0):
@@ -153,6 +153,10 @@ class SegmentationDataset(RecordDataset):
         if outlines and not any(outlines) and not any(r.label_map for r in self.records):
             raise ValueError(f"a segmentation model expects masks or outlines, got {len(outlines)} objects of which only the box is known; "
                              "train a detector on them")
+        largest = max((max(r.present, default=0) for r in self.records), default=0)
+        if largest >= IGNORE:
+            raise ValueError(f"a segmentation model expects at most {IGNORE - 1} classes, which is what 8-bit label maps hold, got class "
+                             f"number {largest}; join some, or train a detector")
         if train and self.records and not any(r.present for r in self.records):
             raise ValueError(f"expected damage to learn from, got {len(self.records)} pictures whose masks are all background; "
                              "python -m minidamage.data PATH shows which values the masks hold")

@@ -1,4 +1,4 @@
-"""How the folders of a data set, or of photographs, are gone through, and which part a name says."""
+"""What the path of a data set says, how its folders, or those of photographs, are gone through, and which part a name says."""
 import os
 
 # part: the words that name it
@@ -27,6 +27,18 @@ def _steps(folder, path):
     """How many folders below `path` a folder in it lies."""
     relative = os.path.relpath(folder, path)
     return 0 if relative == os.curdir else relative.count(os.sep) + 1
+
+
+def selection(path):
+    """("PATH", ["NAME", ...]) of "PATH:NAME,NAME"; ("PATH", []) of a path as it stands."""
+    folder, colon, names = path.rpartition(":")
+    return (folder, [n for n in names.split(",") if n]) if colon and not os.path.exists(path) and os.path.exists(folder) else (path, [])
+
+
+def root_of(path):
+    """The folder of the data set that `path` names: itself, that of an annotation file, PATH of PATH:NAME."""
+    place, _ = selection(path)
+    return place if os.path.isdir(place) else os.path.dirname(place) or "."
 
 
 def part_of(name):

@@ -18,7 +18,7 @@ from minidamage.data.folders import PARTS, part_of, walk
 from minidamage.data.label_maps import LabelMapFile
 from minidamage.data.objects import make_record, read_lines
 from minidamage.data.pictures import is_picture_name, picture_header
-from minidamage.data.record import Dataset
+from minidamage.data.record import Dataset, number_of
 
 IMAGE_WORDS = {"image", "images", "img", "imgs", "picture", "pictures", "photo", "photos", "input", "inputs", "original", "originals",
                "jpeg", "rgb"}
@@ -33,6 +33,7 @@ LABEL_STUDIO = re.compile(r"^task-(?P<task>\d+)-annotation-\d+-by-.+?-tag-(?P<ta
 UNDAMAGED = re.compile(r"^(no|non|not|un)[ _\-]*damaged?s?$|^background$|^undamaged$", re.IGNORECASE)
 DEPTH = 5                                      # folders below the data set's that are looked at
 LARGEST_GROUP = 0.25                           # of the pictures: "frame-1" to "frame-500" are numbered, not cut from one photograph
+FEWEST = 3                                     # photographs that a split needs: one a part
 TEST_SHARE = 0.2                               # a set without parts: the crack papers train on four fifths
 
 
@@ -268,6 +269,11 @@ def _group_crops(records, notes):
         members[photograph(os.path.splitext(os.path.basename(record.file))[0])].append(record)
     limit = max(8, LARGEST_GROUP * len(records))
     groups = {name: listed for name, listed in members.items() if 1 < len(listed) <= limit}
+    apart = len(groups) + len(records) - sum(map(len, groups.values()))
+    if groups and apart < FEWEST:
+        notes.append(f"by their names {number_of(len(records), 'picture')} could be crops of {number_of(apart, 'photograph')}, which no "
+                     "split can keep together in three parts: taken as pictures of their own")
+        return
     for name, listed in groups.items():
         for record in listed:
             record.group = f"photograph {name}"

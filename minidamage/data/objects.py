@@ -79,7 +79,7 @@ def make_record(file, image_id, objects, problems, listed_size=None):
     is left out: without them it would pass for an undamaged one, and teach a model to overlook its damage.
     listed_size: (width, height) that the annotation file claims, or None. When it is the size *before* the EXIF rotation, or (where
     none is claimed) the outlines fit that size alone, the annotations were drawn on the unrotated picture and are turned with
-    it; any other disagreement leaves the picture out, because its boxes would be in another scale.
+    it (of a square picture nobody can tell); any other disagreement leaves the picture out: its boxes would be in another scale.
     """
     name = os.path.basename(file)
     try:
@@ -88,7 +88,7 @@ def make_record(file, image_id, objects, problems, listed_size=None):
         return unusable(problems, f"{name}: {str(error).removeprefix(str(file) + ': ')}; picture left out")
     marked, objects = len(objects), [obj for obj in objects if obj is not None]
     unturned = (height, width)
-    if turn >= 5 and (listed_size == unturned if listed_size else _fits_only(objects, unturned, (width, height))):
+    if turn >= 5 and width != height and (listed_size == unturned if listed_size else _fits_only(objects, unturned, (width, height))):
         objects = [turn_object(obj, turn, height, width) for obj in objects]
         problems.append(f"{name}: annotated before its EXIF rotation ({turn}); annotations turned with the picture")
     elif listed_size and listed_size != (width, height):
@@ -140,9 +140,12 @@ def _clean(obj, width, height, name, problems):
             tight, pixels = rle_extent(segmentation)
             box, area = (tight if box is None else box), (pixels if area is None else area)
     elif segmentation is not None:
-        segmentation = _clean_polygons(segmentation, width, height, say)
+        segmentation = _clean_polygons(segmentation, width, height, say) or None
+        if segmentation is None and box is None:
+            return dropped("no usable outline")
         if segmentation is None:
-            return None
+            say("no usable outline; its box is kept")
+    if isinstance(segmentation, list):
         points = np.concatenate(segmentation)
         if box is not None and not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
             say(f"box {np.round(box, 1).tolist()} has no size; taken from its outline")
@@ -168,7 +171,7 @@ def _clean(obj, width, height, name, problems):
 
 
 def _clean_polygons(polygons, width, height, say):
-    """The usable polygons [P, 2] float64, clipped to the picture, or None when none is left."""
+    """The usable polygons [P, 2] float64, clipped to the picture."""
     kept = []
     for polygon in polygons:
         try:
@@ -194,9 +197,6 @@ def _clean_polygons(polygons, width, height, say):
             if over > 0.5:
                 say(f"polygon leaves the picture by {over:.1f} px; clipped")
             kept.append(clipped)
-    if not kept:
-        say("no usable outline; dropped")
-        return None
     return kept
 
 
@@ -318,11 +318,11 @@ class PictureFinder:
         self._listing, self._walked = {}, None
 
     def find(self, name):
-        """The file's path, or None (missing, or only in several other folders at once)."""
-        for folder in self.folders:
-            path = os.path.join(folder, name)
-            if os.path.isfile(path):
-                return path
+        """The file's path, or None (missing, or only in several other folders at once). Windows' \\ between folders is understood."""
+        for spelled in dict.fromkeys((name, name.replace("\\", "/"))):
+            for path in (os.path.join(folder, spelled) for folder in self.folders):
+                if os.path.isfile(path):
+                    return path
         key = _spelled_alike(os.path.basename(name.replace("\\", "/")))
         for folder in self.folders:
             if key in self._names(folder):

@@ -3,12 +3,12 @@
 Pictures that may show one vehicle form a group (duplicates.py) and stay together. The same seed gives the same split, whatever the order
 of the annotation file; `names_of` writes it into the run and `from_names` reads it back.
 """
-import dataclasses
 import os
 
 import numpy as np
 
 from minidamage.data.duplicates import group_of_each
+from minidamage.data.folders import root_of
 
 NAMES = ("train", "val", "test")
 FRACTIONS = (0.70, 0.15, 0.15)                 # DamageNet: 3,640 / 780 / 780 of 5,200
@@ -21,9 +21,13 @@ def three_parts(dataset, fractions=None, seed=0):
     fractions: None follows the parts that the set has: all three are kept; train + val halves val by group into val and
     test; train + test takes a seeded tenth of train, by group, as val; a set without parts whose papers report on a share of it
     (Dataset.test_share) is split so first; anything else is split 70/15/15. Three numbers
-    (`--split 70/15/15`) pool everything and split by group. Raises ValueError where a part would be empty.
+    (`--split 70/15/15`) pool everything and split by group. Raises ValueError where a part would be empty, and for val + test, which
+    are not there to be trained on.
     """
     have = {name: records for name, records in dataset.parts.items() if records}
+    if fractions is None and set(have) == {"val", "test"}:
+        raise ValueError(f"{dataset.path}: expected pictures in the train part, got none (val {len(have['val'])}, test {len(have['test'])})"
+                         "; is its folder complete? To train on some of these, split them anew: --split 70/15/15")
     if fractions is None and set(have) == set(NAMES):
         return {name: list(have[name]) for name in NAMES}
     if fractions is None and set(have) == {"train", "val"}:
@@ -37,14 +41,14 @@ def three_parts(dataset, fractions=None, seed=0):
     return split_records(_pool(have), fractions or FRACTIONS, seed)
 
 
-def groups_across(parts):
-    """The groups (Record.group: a vehicle, a photograph) with pictures in more than one part, sorted: parts that a set came with may have
-    them, a split of ours never does."""
+def shared_by(parts):
+    """The groups (Record.group: a vehicle, a photograph) with pictures in more than one part, and the pictures that more than one part
+    lists, sorted: parts that a set came with may have them, a split of ours never does."""
     parts_of = {}
     for name, records in parts.items():
         for record in records:
-            parts_of.setdefault(record.group, set()).add(name)
-    return sorted(group for group, names in parts_of.items() if group and len(names) > 1)
+            parts_of.setdefault(record.group or os.path.realpath(record.file), set()).add(name)
+    return sorted(os.path.basename(shared) for shared, names in parts_of.items() if len(names) > 1)
 
 
 def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
@@ -77,22 +81,20 @@ def split_records(records, fractions=FRACTIONS, seed=0, names=NAMES):
 
 
 def _deal(groups, shares, chosen):
-    """Hands each group, large ones first, to the part that lacks most of its share."""
+    """Hands each group, large ones first, to the part that lacks most of its share; the last ones to parts that are still empty."""
     filled = np.array([len(part) for part in chosen], np.float64)
     total = filled.sum() + sum(map(len, groups))
-    for members in sorted(groups, key=len, reverse=True):
-        lack = np.where(shares > 0, shares * total - filled, -np.inf)
+    for left, members in zip(range(len(groups), 0, -1), sorted(groups, key=len, reverse=True)):
+        empty = (shares > 0) & (filled == 0)
+        lack = np.where(empty if empty.sum() >= left else shares > 0, shares * total - filled, -np.inf)
         part = int(np.argmax(lack))
         chosen[part].extend(members)
         filled[part] += len(members)
 
 
 def _pool(parts):
-    """All records of all parts; where picture ids repeat between the parts, every record gets a new one."""
-    pooled = [r for name in sorted(parts) for r in parts[name]]
-    if len({r.image_id for r in pooled}) < len(pooled):
-        pooled = [dataclasses.replace(r, image_id=i + 1) for i, r in enumerate(pooled)]
-    return pooled
+    """All records of all parts; picture ids may repeat between the parts."""
+    return [r for name in sorted(parts) for r in parts[name]]
 
 
 def parse_fractions(text):
@@ -107,16 +109,15 @@ def parse_fractions(text):
 
 
 def names_of(parts, root):
-    """{part: [picture paths relative to root]}: what the run writes."""
-    base = os.path.dirname(root) if os.path.isfile(root) else root
+    """{part: [picture paths relative to the folder of the data set `root`]}: what the run writes."""
+    base = root_of(root)
     return {name: [os.path.relpath(r.file, base).replace(os.sep, "/") for r in records] for name, records in parts.items()}
 
 
 def from_names(dataset, names):
-    """The parts that names_of wrote, from a data set read again. ValueError when pictures have gone."""
-    base = os.path.dirname(dataset.path) if os.path.isfile(dataset.path) else dataset.path
-    pooled = _pool({k: v for k, v in dataset.parts.items() if v})
-    known = {os.path.relpath(r.file, base).replace(os.sep, "/"): r for r in pooled}
+    """The parts that names_of wrote, from a data set read again, under the picture ids of its files. ValueError when pictures have gone."""
+    base = root_of(dataset.path)
+    known = {os.path.relpath(r.file, base).replace(os.sep, "/"): r for records in dataset.parts.values() for r in records}
     gone = [n for listed in names.values() for n in listed if n not in known]
     if gone:
         raise ValueError(f"{len(gone)} pictures of the saved split are not in {dataset.path} (first: {gone[0]}): is it the same data set?")

@@ -155,7 +155,7 @@ def _listed_files(folder, lists, problems):
     have = {os.path.splitext(os.path.basename(file))[0]: file for file in _xml_files(folder)}
     parts = {}
     for part, file in lists.items():
-        names = [line.split()[0] for line in read_lines(file)]
+        names = [line if line in have else re.sub(r"\s+-?[01]$", "", line) for line in read_lines(file)]      # "name", "name -1"
         for name in (n for n in names if n not in have):
             problems.append(f"{name}: listed in {os.path.basename(file)}, but it has no XML; picture left out")
         parts[part] = [have[name] for name in dict.fromkeys(names) if name in have]

@@ -43,7 +43,9 @@ def read(path, images=None, **_):
     yaml = next(filter(_is_yaml, [path] if os.path.isfile(path) else [os.path.join(root, n) for n in sorted(os.listdir(root))]), None)
     declared = read_yaml(yaml) if yaml else {}
     notes, problems = [], []
-    files, unlabelled = _files_of_parts(root, images, _part_finder(root, declared), problems)
+    files, unlabelled = _files_of_parts(root, images, _part_finder(root, declared, images), problems)
+    for _, picture in files.pop("", ()):
+        problems.append(f"{os.path.basename(picture)}: in none of the parts that {os.path.basename(yaml)} names; picture left out")
     lines = {part: [(label, picture, _lines(label)) for label, picture in listed] for part, listed in files.items()}
     names = _class_names(root, declared, lines, notes)
     parts, picture_ids, object_ids = {}, itertools.count(1), itertools.count(1)
@@ -104,8 +106,11 @@ def _pictures_for(folder, root):
 
 
 def _stems(folder):
-    names = sorted(filter(is_picture_name, os.listdir(folder))) if os.path.isdir(folder) else []
-    return {os.path.splitext(n)[0]: os.path.join(folder, n) for n in names}
+    found = {}
+    for name in sorted(filter(is_picture_name, os.listdir(folder))) if os.path.isdir(folder) else ():
+        stem = os.path.splitext(name)[0]
+        found[stem if stem not in found else name] = os.path.join(folder, name)            # a.png beside a.jpg has no a.txt
+    return found
 
 
 def _is_label(file):
@@ -135,26 +140,34 @@ def _files_of_parts(root, images, part_for, problems):
     return files, sorted({os.path.basename(p) for p in unlabelled if os.path.abspath(p) not in used})
 
 
-def _part_finder(root, declared):
-    """picture -> part: as data.yaml declares (folders, or lists of pictures), else as the folders' names say, else "all"."""
-    folders, listed = [], {}
+def _part_finder(root, declared, images):
+    """picture -> part: as data.yaml declares (folders, or lists of pictures), else as the folders' names say, else "all", or "" where
+    data.yaml declares others. Lists that were made elsewhere go by the pictures' names, as far as these differ."""
+    folders, listed, by_name = [], {}, {}
+    bases = (os.path.join(root, str(declared.get("path") or "")), root)
     for part, keys in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",))):
         for place in [p for key in keys for p in _as_list(declared.get(key))]:
-            near = [os.path.join(base, place) for base in (os.path.join(root, str(declared.get("path") or "")), root)]
+            near = [os.path.join(base, place) for base in bases]
             near += [os.path.join(root, re.sub(r"^(\.\./)+", "", place))]                       # Roboflow writes ../train/images
             found = next((p for p in near if os.path.exists(p)), None)
             if found and os.path.isdir(found):
                 folders.append((os.path.abspath(found), part))
             elif found:
-                listed.update((os.path.basename(line), part) for line in read_lines(found))
+                for line in (line.replace("\\", "/") for line in read_lines(found)):
+                    here = (os.path.abspath(os.path.join(base, line)) for base in (*bases, os.path.dirname(found)))
+                    picture = next(filter(os.path.isfile, here), None)
+                    lines = listed if picture else by_name.setdefault(os.path.basename(line), {})
+                    lines.setdefault(picture or line, part)
 
     def part_for(picture):
         folder = os.path.dirname(os.path.abspath(picture))
         inside = [(len(f), part) for f, part in folders if folder == f or folder.startswith(f + os.sep)]
-        if os.path.basename(picture) in listed:
-            return listed[os.path.basename(picture)]
+        elsewhere = by_name.get(os.path.basename(picture), {})
+        if os.path.abspath(picture) in listed or len(elsewhere) == 1:
+            return listed.get(os.path.abspath(picture)) or next(iter(elsewhere.values()))
         steps = os.path.relpath(folder, os.path.abspath(root)).split(os.sep)
-        return max(inside, key=lambda entry: entry[0])[1] if inside else next((p for p in map(part_of, reversed(steps)) if p), "all")
+        unnamed = "" if (folders or listed or by_name) and not images else "all"
+        return max(inside, key=lambda entry: entry[0])[1] if inside else next((p for p in map(part_of, reversed(steps)) if p), unnamed)
     return part_for
 
 
@@ -181,9 +194,9 @@ def read_yaml(file):
             inner = re.match(r"(?:\s+|(?=-\s))(?:-\s+(?P<item>.*)|(?P<key>[^:]+):\s*(?P<value>.*))$", line)
             outer = re.match(r"(?P<key>[^\s:][^:]*):\s*(?P<value>.*)$", line)
             if inner and key is not None:
-                if inner["item"] is not None:
+                if inner["item"] is not None and isinstance(out[key], (list, type(None))):
                     out[key] = [*(out[key] or []), _scalar(inner["item"])]
-                else:
+                elif inner["key"] and isinstance(out[key], (dict, type(None))):     # deeper ones, and the lines of a text block, say nothing
                     out[key] = {**(out[key] or {}), _key(inner["key"]): _scalar(inner["value"])}
             elif outer and not line[0].isspace():
                 key = outer["key"].strip("\"'")
@@ -245,10 +258,10 @@ def _class_names(root, declared, lines, notes):
         raise ValueError(f"{source}: names: expected a list such as [dent, scratch] or one `- name` a line, got {names!r}")
     if names and isinstance(declared.get("nc"), int) and declared["nc"] != len(names):
         notes.append(f"data.yaml says nc: {declared['nc']}, and names {len(names)} classes: the names are taken")
-    for file in NAME_FILES if not names else ():
-        if os.path.isfile(os.path.join(root, file)):
-            source = file
-            names = read_lines(os.path.join(root, file))
+    places = [root, *sorted({os.path.dirname(label) for listed in lines.values() for label, _, _ in listed})]
+    for file in (os.path.join(place, name) for place in places for name in NAME_FILES) if not names else ():
+        if os.path.isfile(file):
+            source, names = os.path.relpath(file, root), read_lines(file)
             break
     used = {}
     for listed in lines.values():

@@ -1,12 +1,14 @@
 """What the scoring of every task shares: the job, its place on the disk, printing, notes and the report's frame."""
 import contextlib
 import dataclasses
+import glob
 import os
 
 import torch
 
 from minidamage import run_folder
 from minidamage.config import apply_settings
+from minidamage.data.folders import root_of
 from minidamage.evaluation.occlusion import in_words
 from minidamage.metrics import tables
 from minidamage.visualize.report import Picture, Table, write_report
@@ -36,11 +38,12 @@ class Job:
 
     @property
     def folder(self):
-        """Where the results go: --out, or evaluation-<part>/ beside the checkpoint, with the data set's name if it is another, and the
-        share of each finding that is covered."""
+        """Where the results go: --out, or evaluation-<part>/ beside the checkpoint, with the data set's name if it is another, the share
+        of each finding that is covered, and what --set changes."""
         of_set = "" if self.own else "-" + os.path.splitext(os.path.basename(os.path.abspath(self.dataset.path)))[0]
         covered = f"-occluded-{self.args.occlude:g}" if self.args.occlude else ""
-        return self.args.out or os.path.join(os.path.dirname(os.path.abspath(self.path)), f"evaluation{of_set}-{self.part}{covered}")
+        name = "-".join([f"evaluation{of_set}-{self.part}{covered}", *self.args.set])
+        return self.args.out or os.path.join(os.path.dirname(os.path.abspath(self.path)), name)
 
     @property
     def workers(self):
@@ -59,8 +62,7 @@ class Job:
 
 def relative_files(job):
     """The pictures' paths as seen from the data set's folder: what two runs on copies of one set have in common."""
-    root = job.dataset.path if os.path.isdir(job.dataset.path) else os.path.dirname(job.dataset.path)
-    return [os.path.relpath(record.file, root or ".") for record in job.records]
+    return [os.path.relpath(record.file, root_of(job.dataset.path)) for record in job.records]
 
 
 @contextlib.contextmanager
@@ -119,7 +121,9 @@ def print_sections(shown):
 
 def write_page(folder, shown, about, plots, pictures):
     """Writes report.html: the printed tables, plots ((heading, [Picture, ...]) is added to that section), the worst predictions
-    ([(path, caption), ...]) and how it was made."""
+    ([(path, caption), ...]) and how it was made. Worst predictions of an earlier evaluation go."""
+    for path in set(glob.glob(os.path.join(glob.escape(folder), "worst-*.jpg"))) - {path for path, _ in pictures}:
+        os.remove(path)
     as_block = lambda block: block if isinstance(block, str) else Table(block[1], block[2], block[0])
     blocks = [(heading, [as_block(block) for block in content]) for heading, content in shown]
     for heading, drawn in plots:

@@ -33,7 +33,7 @@ def score(job):
     model, records, names = job.model, job.records, job.names
     if job.args.set:
         model.config = change_finish(model, job.args.set)
-    thresholds = score_thresholds(job.checkpoint, job.args.score)
+    thresholds = score_thresholds(job.checkpoint, job.args.score, model.task)
     with_masks = "segm" in model.iou_types and outlined(records)
     samples, pixels, judged, unreadable = Samples(records, with_masks, job.args.occlude), PixelEvaluator(names), [], []
     progress = Progress(len(samples), device=job.device)
@@ -68,6 +68,8 @@ def score(job):
 
     notes = [*general_notes(job, unreadable), *result.causes]
     ceiling = mask_ceiling(records, names, job.args.ceiling).evaluate().stats if with_masks and job.args.ceiling else None
+    if job.args.ceiling and not with_masks:
+        notes.append("no ceiling of masks: there are none to score, of the model or of the data set")
     if ceiling:
         notes.append(f"perfect masks of {job.args.ceiling}x{job.args.ceiling} pixels would score a mask AP of {ceiling['segm/AP']:.3f} "
                      f"here, AP50 {ceiling['segm/AP50']:.3f}")

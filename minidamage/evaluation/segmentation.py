@@ -82,9 +82,10 @@ def score(job):
 
 def operating_points(job):
     """{name: threshold}: 0.5, and the one in use where it is another: --score, or the checkpoint's, chosen on validation."""
+    thresholds = score_thresholds(job.checkpoint, job.args.score, job.model.task)
     if len(job.names) > 1:
         return {LIKELIEST: 0.5}
-    threshold = score_thresholds(job.checkpoint, job.args.score)[job.names[0]]
+    threshold = thresholds[job.names[0]]
     source = "--score" if job.args.score is not None else "chosen on validation"
     return {STATED: 0.5} if threshold == 0.5 else {STATED: 0.5, f"at {threshold:g} ({source})": threshold}
 
