@@ -310,7 +310,8 @@ struct Side {
             const bool one_each = static_cast<int64_t>(objects.text.size()) == objects.n && (objects.size || objects.n == 0);
             expect(one_each, "evaluate: one mask for each object");
         }
-        expect(objects.n == 0 || (is_truth ? objects.area && objects.crowd : objects.key != nullptr), "evaluate: an array is missing");
+        const bool measured = objects.area || !(is_truth || objects.box);        // the area of a mask can be counted
+        expect(objects.n == 0 || (measured && (is_truth ? objects.crowd != nullptr : objects.key != nullptr)), "evaluate: an array is missing");
         expect(objects.n < INT32_MAX, "evaluate: too many objects");
         for (int64_t i = 0; i < objects.n; i++)
             expect(objects.image[i] >= 0 && objects.image[i] < images && objects.category[i] >= 0 && objects.category[i] < categories,

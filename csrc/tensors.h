@@ -118,15 +118,14 @@ inline Tensor from_rows(const Tensor& t, bool channels_last) {
 // ---- memory and threads, CPU ---------------------------------------------------------------------------------------------
 
 // Zeros from the system's own zeroed pages: a page that nobody writes to costs nothing, and most of a pasted mask is never written to.
-inline Tensor zeros_large(at::IntArrayRef sizes, const at::TensorOptions& options) {
+inline Tensor zeros_large(at::IntArrayRef sizes, const at::TensorOptions& options, const char* advice = "") {
   constexpr size_t alignment = 64, least = 1 << 20;
   uint64_t count = 0;
   TORCH_CHECK(!c10::safe_multiplies_u64(sizes, &count) && count < (uint64_t(1) << 47), "minidamage: no memory for an array of ", sizes);
   const size_t bytes = static_cast<size_t>(count) * options.dtype().itemsize();
   if (bytes < least) return at::zeros(sizes, options);
   void* memory = std::calloc(bytes + alignment, 1);
-  TORCH_CHECK(memory, "minidamage: no memory for an array of ", sizes, ", ", bytes, " bytes (of pasted masks, paste_masks_rle needs a "
-              "thousandth)");
+  TORCH_CHECK(memory, "minidamage: no memory for an array of ", sizes, ", ", bytes, " bytes", advice);
   void* aligned = reinterpret_cast<void*>((reinterpret_cast<uintptr_t>(memory) + alignment - 1) / alignment * alignment);
   return at::from_blob(aligned, sizes, [memory](void*) { std::free(memory); }, options);
 }

@@ -62,7 +62,7 @@ case "${1:-}" in
       benchmark_models data_real no_waiting segmenters train train_segmentation \
       nms paste_masks mask_rcnn evaluate evaluate_segmentation distributed || failed=1 # since: bindings at -O1, how a model is validated
     bash results/gpu.sh sanitize linear_attention deform_conv2d roi_align || failed=1
-    bash results/gpu.sh benchmark-ops linear_attention roi_pool paste_masks focal_loss nms code_boxes deterministic || failed=1
+    bash results/gpu.sh benchmark-ops linear_attention roi_pool paste_masks focal_loss nms code_boxes deterministic deform || failed=1
     bash results/gpu.sh benchmark-models context_cracknet CAGM danet || failed=1
     bash results/gpu.sh benchmark-models 448x448 || failed=1             # every segmenter, as far as the time reaches
     exit $failed ;;

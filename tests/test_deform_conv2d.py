@@ -229,6 +229,25 @@ def test_values_that_are_no_number():
     same(_extension.load_emulated().deform_conv2d(*args), output, None, "emulated")
 
 
+def test_a_mask_of_infinity_at_the_border_is_no_nan():
+    """Corners outside the picture are zero whatever the mask: of the four, one pixel of 1 a quarter of the way is left."""
+    args = (torch.ones(1, 1, 3, 3), torch.full((1, 2, 3, 3), -0.5), torch.full((1, 1, 3, 3), inf), torch.ones(1, 1, 1, 1), None, [1, 1],
+            [0, 0], [1, 1], 1, 1)
+    for result in (OP(*args), deform_conv2d_reference(*args), _extension.load_emulated().deform_conv2d(*args)):
+        assert (result == inf).all()
+
+
+def test_a_bias_is_added_before_the_sum_is_rounded():
+    """256 + 1 + 1 in bfloat16, whose next number is 258."""
+    args = (torch.tensor([256.0, 1.0]).view(1, 2, 1, 1).bfloat16(), torch.zeros(1, 2, 1, 1), None, torch.ones(1, 2, 1, 1).bfloat16(),
+            torch.ones(1).bfloat16(), [1, 1], [0, 0], [1, 1], 1, 1)
+    twice = (args[0].repeat(1, 2, 1, 1), args[1], None, args[3].repeat(2, 1, 1, 1), args[4].repeat(2), *args[5:8], 2, 1)
+    for arguments in (args, twice):
+        assert (_extension.load_emulated().deform_conv2d(*arguments) == 258).all()
+        if torch.cuda.is_available():
+            assert (OP(*(t.cuda() if isinstance(t, torch.Tensor) else t for t in arguments)) == 258).all()
+
+
 @pytest.mark.parametrize("masked", [False, True])
 def test_tiles_that_end_inside_a_picture(masked):
     """The emulated build takes 75 positions at a time here, a picture has 56: the deterministic gather looks at two pictures a tile."""

@@ -261,6 +261,15 @@ def test_large_scores():
     assert ops.linear_attention(*args).isfinite().all()
 
 
+def test_backward_has_forwards_weights_at_large_scores():
+    """Where F averages, the gradient of b_v is that of the output times the weights of each row, which sum to 1 whatever the scores: to
+    rounding, if backward finds the scores that forward had."""
+    x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, heads, *_ = problem(N=200, k=16, heads=1, d=32, outer=False)
+    b_v = b_v.requires_grad_()
+    ops.linear_attention(x, w_q * 1000, b_q, w_k, b_k, w_v, b_v, E, torch.full_like(F, 1 / 200), heads).sum().backward()
+    torch.testing.assert_close(b_v.grad, torch.full_like(b_v, x.shape[0] * 200.0), rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("value", [nan, inf, -inf])
 @pytest.mark.parametrize("outer", [True, False])
 def test_not_finite_input_stays_in_its_picture(value, outer, device):
@@ -463,6 +472,8 @@ def changed(**new):
     (changed(w_o=lambda t: None), "b_o is given without w_o"),
     (changed(b_q=lambda t: t.double()), "x is torch.float32, b_q is torch.float64; convert"),
     (changed(E=lambda t: t.to("meta")), "x is on cpu, E on meta"),
+    (tuple(t.to("meta", torch.float64 if i else torch.bfloat16) if isinstance(t, torch.Tensor) else t for i, t in enumerate(problem())),
+     "x is torch.bfloat16, w_q is torch.float64; convert"),
 ])
 def test_mistakes_are_named(args, message):
     with pytest.raises(ValueError, match=message):

@@ -113,6 +113,17 @@ def test_contract(count):
         assert torch.autograd.gradgradcheck(lambda m: PASTE(m, boxes, 12, 15, 1), (masks,))
 
 
+def test_autocast_does_not_round_the_gradient():
+    masks, boxes = problem(14)
+    grad, gradients = torch.randn(len(masks), 1, 70, 90, generator=torch.Generator().manual_seed(0)), []
+    for enabled in (False, True):
+        leaf = masks.clone().requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            ops.paste_masks_in_image(leaf, boxes, (70, 90)).backward(grad)
+        gradients.append(leaf.grad)
+    assert gradients[1].dtype == torch.float32 and torch.equal(*gradients)
+
+
 def test_compiles_and_exports():
     masks, boxes = problem(14)
     compiled = torch.compile(lambda m, b: (ops.paste_masks_in_image(m, b, (70, 90)), ops.paste_masks_bool(m, b, (70, 90))), fullgraph=True,

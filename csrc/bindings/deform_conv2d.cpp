@@ -226,16 +226,17 @@ Tensor deform_conv2d_on_cuda(const Tensor& input, const Tensor& offset, const Op
   Tensor output = at::empty({a.N, a.OH, a.OW, a.O}, a.input.options());
   const DType dtype = dtype_of(a.input);
   const Tensor kernel = a.weight.view({groups, a.O / groups, -1}).transpose(1, 2);  // [groups, K C / groups, O / groups]
+  const Tensor start = bias.has_value() ? bias->view({groups, 1, a.O / groups}) : Tensor();  // added before the sum is rounded
   if (output.numel() > 0) for_each_tile(a, [&](int64_t first, int64_t count, Tensor& columns) {
     in_compute_type(a.input, [&](auto zero) {
       deform_columns_cuda(a.problem<decltype(zero)>(), dtype, a.input.const_data_ptr(), first, count, columns.data_ptr(), device.stream());
     });
     MD_LAUNCH_CHECK();
     Tensor target = grouped(output, first, count, groups);
-    if (groups == 1) at::bmm_out(target, columns, kernel);
-    else target.copy_(at::bmm(columns, kernel));
+    if (groups == 1 && bias.has_value()) at::baddbmm_out(target, start, columns, kernel);
+    else if (groups == 1) at::bmm_out(target, columns, kernel);
+    else target.copy_(bias.has_value() ? at::baddbmm(start, columns, kernel) : at::bmm(columns, kernel));
   });
-  if (bias.has_value()) output.add_(*bias);
   return from_rows(output, is_channels_last(input));
 }
 

@@ -23,6 +23,8 @@ void check_paste(const Tensor& masks, const Tensor& boxes, int64_t height, int64
 }
 
 #if !defined(MINIDAMAGE_EMULATED)
+constexpr const char* ADVICE = " (paste_masks_rle needs a thousandth)";  // where there is no memory
+
 // Calls run(problem, T()) with T the dtype of the masks.
 template <typename Run>
 void with_paste_problem(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding, const Run& run) {
@@ -34,7 +36,7 @@ void with_paste_problem(const Tensor& masks, const Tensor& boxes, int64_t height
 
 Tensor paste_masks_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding) {
   check_paste(masks, boxes, height, width, padding);
-  Tensor output = zeros_large({masks.size(0), 1, height, width}, masks.options());
+  Tensor output = zeros_large({masks.size(0), 1, height, width}, masks.options(), ADVICE);
   if (output.numel() == 0) return output;
   with_paste_problem(masks, boxes, height, width, padding, [&](const auto& problem, auto zero) {
     auto* data = output.mutable_data_ptr<decltype(zero)>();
@@ -47,7 +49,7 @@ Tensor paste_masks_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t heig
 Tensor paste_masks_bool_on_cpu(const Tensor& masks, const Tensor& boxes, int64_t height, int64_t width, int64_t padding,
                                double threshold) {
   check_paste(masks, boxes, height, width, padding);
-  Tensor output = zeros_large({masks.size(0), height, width}, masks.options().dtype(at::kBool));
+  Tensor output = zeros_large({masks.size(0), height, width}, masks.options().dtype(at::kBool), ADVICE);
   if (output.numel() == 0) return output;
   with_paste_problem(masks, boxes, height, width, padding, [&](const auto& problem, auto zero) {
     using T = decltype(zero);

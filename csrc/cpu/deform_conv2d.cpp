@@ -131,7 +131,8 @@ void sample_columns(const DeformConv2d<T>& problem, const T* input, int64_t firs
         const T* rows[4];
         T weight[4];
         corner_rows(problem, sample, picture + c, static_cast<const T*>(scratch.zeros), rows);
-        for (int i = 0; i < 4; ++i) weight[i] = sample.mask * corner_weight(sample, i);
+        for (int i = 0; i < 4; ++i)  // outside, zero whatever the mask: Inf times zero is not
+          weight[i] = rows[i] == scratch.zeros ? T(0) : sample.mask * corner_weight(sample, i);
         blend(row + (c - begin), rows, weight, stop - c);
       } else {
         std::fill(row + (c - begin), row + (stop - begin), sample.mask * T(0));

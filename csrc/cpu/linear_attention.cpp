@@ -98,7 +98,7 @@ void copy_rows(const T* source, int64_t row, int64_t rows, int64_t d, T scale, T
 // The rows of segment s.
 inline int64_t segment_begin(int64_t N, int64_t segments, int64_t s) { return N / segments * s + std::min(s, N % segments); }
 
-// What the items of one thread work in, in one piece of memory.
+// What the items of one thread work in.
 template <typename T>
 class Workspace {
  public:
@@ -196,12 +196,13 @@ void attention_backward_cpu(const Attention<T>& problem, int64_t segments, const
     pack_panels<T>({V, 1, row}, d, k, values_transposed);
     pack_panels<T>({K, row, 1}, k, d, keys);
     for (int64_t e = 0; e < k * channels; ++e) keys[e] *= problem.scale;
+    for (int64_t e = 0; e < d * filled; ++e) keys_transposed[e] *= problem.scale;  // forward's scores to the last bit: P sums to 1
     std::fill(sum_keys, sum_keys + k * channels, T(0));
     std::fill(sum_values, sum_values + k * channels, T(0));
     const int64_t last = segment_begin(N, segments, s + 1);
     for (int64_t n = segment_begin(N, segments, s); n < last; n += tile) {
       const int64_t rows = std::min(tile, last - n), offset = (b * N + n) * row + h * d;
-      copy_rows(problem.query + offset, row, rows, d, problem.scale, query);
+      copy_rows(problem.query + offset, row, rows, d, T(1), query);
       copy_rows(grad_output + offset, row, rows, d, T(1), grad);
       gemm_panels<T>(rows, filled, d, {query, d, 1}, keys_transposed, d * NR<T>, scores, scores_row, false);
       gemm_panels<T>(rows, filled, d, {grad, d, 1}, values_transposed, d * NR<T>, grad_P, scores_row, false);
@@ -217,7 +218,7 @@ void attention_backward_cpu(const Attention<T>& problem, int64_t segments, const
     }
     for (int64_t j = 0; j < k; ++j) {
       const int64_t target = ((s * problem.B + b) * k + j) * row + h * d;
-      std::copy(sum_keys + j * channels, sum_keys + j * channels + d, grad_keys + target);
+      copy_rows(sum_keys + j * channels, channels, 1, d, problem.scale, grad_keys + target);
       std::copy(sum_values + j * channels, sum_values + j * channels + d, grad_values + target);
     }
   }

@@ -196,7 +196,7 @@ def read_yaml(file):
             if inner and key is not None:
                 if inner["item"] is not None and isinstance(out[key], (list, type(None))):
                     out[key] = [*(out[key] or []), _scalar(inner["item"])]
-                elif inner["key"] and isinstance(out[key], (dict, type(None))):     # deeper ones, and the lines of a text block, say nothing
+                elif inner["key"] and isinstance(out[key], (dict, type(None))):     # deeper ones and lines of text say nothing
                     out[key] = {**(out[key] or {}), _key(inner["key"]): _scalar(inner["value"])}
             elif outer and not line[0].isspace():
                 key = outer["key"].strip("\"'")

@@ -134,7 +134,8 @@ def from_results(path, content, pictures, size="model", at="chosen"):
     part = "" if content["part"] in ("test", "all") else f" ({content['part']})"
     part += f" (occluded {content['occlusion']:g})" if content.get("occlusion") else ""
     data, files = os.path.splitext(os.path.basename(content["data"]))[0] + part, pictures and pictures["files"]
-    known = {"paths": [path], "model": " ".join([content["model"], *content.get("set", [])]), "settings": list(content.get("trained_with", [])), "data": data,
+    model = " ".join([content["model"], *content.get("set", [])])
+    known = {"paths": [path], "model": model, "settings": list(content.get("trained_with", [])), "data": data,
              "trained_by": content.get("trained_by"), "seeds": [content.get("seed")], "folder": content["data"], "files": files}
     if content.get("task") != "segmentation":
         stats = numbers_of({**content.get("pixels", {}), **content["stats"]})

@@ -31,8 +31,9 @@ def deform_conv2d(input, offset, weight, bias=None, stride=(1, 1), padding=(0, 0
     input, weight and bias share a dtype; offset and mask may have another, they are read in float32 (float64 beside a float64 input).
     float16 and bfloat16 are accumulated in float32; on a CPU they are computed in float32, which autocast also returns.
     A sample at NaN or infinity counts as outside: zero, with zero gradients (times a mask of NaN: NaN).
-    Differentiable once with respect to all tensors. Deterministic on a CPU, the same bytes on any number of threads; on a GPU under
-    torch.use_deterministic_algorithms(True). Raises ValueError for shapes, dtypes or devices that do not belong together.
+    Differentiable once with respect to all tensors. Deterministic on a CPU, the same bytes on any number of threads (but the gradient of
+    a lone bias, O = 1, which is the framework's sum); on a GPU under torch.use_deterministic_algorithms(True).
+    Raises ValueError for shapes, dtypes or devices that do not belong together.
     """
     stride, dilation = two_ints(stride, "stride", "deform_conv2d"), two_ints(dilation, "dilation", "deform_conv2d")
     padding = two_ints(padding, "padding", "deform_conv2d", least=0)

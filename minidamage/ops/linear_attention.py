@@ -15,7 +15,7 @@ import math
 import torch
 
 from . import _extension
-from ._checks import require_tensors
+from ._checks import autocast_is_on, require_tensors
 
 OPTIONAL = ("b_q", "b_k", "b_v", "w_o", "b_o")
 DIFFERENTIABLE = (*range(9), 10, 11)                                       # of the op's arguments: all but num_heads and keep
@@ -31,7 +31,8 @@ def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None,
     There is no dropout inside. float16 and bfloat16: softmax and sums in float32; on a CPU the whole is computed in float32, which autocast
     also returns; autocast on a GPU casts the inputs to its dtype.
     Differentiable once with respect to every tensor; a gradient that none needs is not computed. Deterministic: equal bytes in every
-    run; on a CPU on any number of threads, on a GPU as far as the framework's matrix products are. NaN and Inf in x spread over their
+    run; on a CPU on any number of threads (with k = 1 but for the biases of keys and values, the framework's sums), on a GPU as far as the
+    framework's matrix products are. NaN and Inf in x spread over their
     picture, as the formula says, and reach no other.
     Raises ValueError for wrong shapes, dtypes or devices.
     """
@@ -39,7 +40,7 @@ def linear_attention(x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, num_heads, w_o=None,
     require_tensors("linear_attention", **{name: tensor for name, tensor in tensors.items() if tensor is not None or name not in OPTIONAL})
     _check(tensors, num_heads)
     device = x.device.type
-    autocast = torch.is_autocast_enabled(device) if device in ("cpu", "cuda") else False
+    autocast = autocast_is_on(device)
     dtype = torch.get_autocast_dtype(device) if autocast and device == "cuda" and x.dtype != torch.float64 else x.dtype
     compute = torch.float32 if device == "cpu" and dtype in (torch.float16, torch.bfloat16) else dtype
     x, w_q, b_q, w_k, b_k, w_v, b_v, E, F, w_o, b_o = (None if t is None else t.to(compute) for t in tensors.values())
@@ -85,7 +86,7 @@ def _check(tensors, num_heads):
                              f"{None if tensor is None else list(tensor.shape)}")
         if tensor.device != x.device:
             raise ValueError(f"linear_attention: x is on {x.device}, {name} on {tensor.device}; move them to one device")
-        if tensor.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+        if tensor.dtype != x.dtype and not autocast_is_on(x.device.type):
             raise ValueError(f"linear_attention: x is {x.dtype}, {name} is {tensor.dtype}; convert one of them, or use torch.autocast")
 
 

@@ -10,11 +10,14 @@ than the threshold (`>`, as torchvision's users write it; detectron2 writes `>=`
 the N x H x W array. They agree to the last bit: same arithmetic, in the same order, without fused multiply-adds.
 Kernels: csrc/paste_masks.h, cpu/paste_masks.cpp, cuda/paste_masks.cu.
 """
+import contextlib
+
 import torch
 import torch.nn.functional as F
 
 from ..mask_reference import compress, runs_of_mask
 from . import _extension
+from ._checks import autocast_is_on
 
 MAX_PADDING = 1024                                                           # cells; PASTE_MAX_PADDING of csrc/paste_masks.h
 
@@ -173,7 +176,9 @@ def _backward(ctx, grad):
     dtype = torch.float64 if grad.dtype == torch.float64 else torch.float32
     By, Bx = (_weights(*paste_taps(boxes[:, axis], boxes[:, axis + 2], size + 2 * ctx.padding, picture, dtype), size + 2 * ctx.padding)
               for axis, size, picture in ((1, ctx.mask_size[0], ctx.H), (0, ctx.mask_size[1], ctx.W)))
-    grad_padded = By.mT @ grad[:, 0].to(dtype) @ Bx                                             # [N, cells_y, cells_x]
+    device = grad.device.type
+    with torch.autocast(device, enabled=False) if autocast_is_on(device) else contextlib.nullcontext():  # it would round to 16 bits
+        grad_padded = By.mT @ grad[:, 0].to(dtype) @ Bx                                         # [N, cells_y, cells_x]
     p, (mask_height, mask_width) = ctx.padding, ctx.mask_size
     return grad_padded[:, None, p:p + mask_height, p:p + mask_width].to(grad.dtype), None, None, None, None
 
