@@ -50,7 +50,8 @@ MAP_NOTES = {"score_thresholds": "of several classes none: each pixel has its li
                        "first pixel; <name>.mask.png holds the label of every pixel",
              "pieces": "connected pixels of one class (8 neighbours), the largest first",
              "totals": "of all pieces of a class; the mean width weighs each by its length",
-             "length": "steps of 1 and sqrt(2) along the skeleton, and half the width at each free end; up to 8 % too long at 22 degrees",
+             "length": "steps of 1 and sqrt(2) along the skeleton, and half the width at each free end; up to 8 % too long at 22 "
+                       "degrees, and up to half a width more at each blunt end",
              "thin": "whether the mean width is at most a third of the length; of other pieces length and width mean little",
              "width": "local width of the mask at each pixel of the skeleton, mean and largest; side branches shorter than the crack is "
                       "wide are left out",
@@ -59,7 +60,8 @@ THIN = 1 / 3                                                 # mean width of a l
 MOST_PIXELS = 10 ** 9                                        # no photograph that is read has as many
 MANY_PIECES = 100                                            # in one photograph: most of them are specks
 OTHER_FORMATS = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".raf", ".rw2")      # of photographs
-ENDINGS = (".json", ".overlay.jpg", ".stages.png", ".mask.png", ".attention.png", ".beside.jpg")
+PICTURES = (".overlay.jpg", ".stages.png", ".mask.png", ".attention.png", ".beside.jpg")                # beside a photograph's .json
+JPEG_SIDE = 65_500                                           # pixels that a side of an overlay may have
 DEMO_NOTE = "this model was trained on the drawn demo set; what it finds in real photographs means nothing"
 
 
@@ -126,12 +128,15 @@ def results_of(path, models, args, names):
         image = read_image(path)
     except ValueError as error:
         raise Skipped(str(error)) from None
+    longest = skeleton.LONGEST_SIDE if model.task == "segmentation" else JPEG_SIDE
+    if max(image.shape) > longest:
+        raise Skipped(f"{path}: {image.shape[1]}x{image.shape[0]}, expected at most {longest} pixels a side; cut it into several")
     seen = (segment if model.task == "segmentation" else find_objects)(model, path, image, about, args.explain)
     if others:
-        seen.files[".beside.jpg"] = beside_each_other(image, seen.overlay, about, others)
-    stem = os.path.join(args.out, output_stem(path, args.out, names))
+        seen.pictures[".beside.jpg"] = beside_each_other(image, seen.overlay, about, others)
+    stem = os.path.join(args.out, output_stem(path, args.out, names, [".json", *seen.pictures]))
     try:
-        write_together(stem, seen.files)
+        write_together(stem, seen)
     except OSError as error:
         if error.errno != errno.ENAMETOOLONG:
             raise
@@ -146,7 +151,8 @@ class Seen:
     classes: list                       # the class name of each finding, or of each piece
     words: str                          # one line on them
     overlay: np.ndarray                 # uint8 [H, W, 3], of a small photograph enlarged
-    files: dict                         # ending of the result's name -> write(path), the JSON first
+    content: dict                       # of the JSON
+    pictures: dict                      # ending of the picture's name -> write(path)
     remarks: list                       # sentences on what the line could mislead about
 
 
@@ -202,8 +208,8 @@ def check_flags(args, model):
 def find_photographs(paths, out):
     """The files to read, each once, in the order given (folders sorted). ValueError where there is nothing to read.
 
-    The output folder is passed over when it lies inside a searched folder, so results of an earlier run are not taken for
-    photographs; it must not be a folder that photographs are read from, so that no result can take a photograph's place.
+    Results of earlier runs, in the output folder or another, are not taken for photographs; the output folder must not be one that
+    photographs are read from, so that no result can take a photograph's place.
     """
     out = os.path.realpath(out)
     found = []
@@ -211,21 +217,23 @@ def find_photographs(paths, out):
         if not os.path.exists(path):
             raise ValueError(f"{path}: expected a photograph or a folder, there is no such file")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
-        if os.path.realpath(folder) == out:
-            raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example "
-                             f"--out {os.path.join(out, 'predictions')}")
         if not os.path.isdir(path):
+            check_apart(folder, out)
             found.append(path)
             continue
+        check_apart(folder, out)
         inside, others, closed = [], [], []
         for parent, folders, files in walk(path, onerror=closed.append):
             masks = folders_of_masks(folders)
             if masks:
                 listed = ", ".join(os.path.join(parent, name) for name in masks)
                 print(f"note: passed over {listed}: by the name, masks of the pictures beside")
-            folders[:] = sorted(name for name in folders if os.path.realpath(os.path.join(parent, name)) != out
-                                and not name.startswith(".") and name not in masks)
-            inside += [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
+            folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in masks)
+            pictures = [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
+            photographs = [path for path in pictures if not is_result(path)]
+            if photographs:
+                check_apart(parent, out)
+            inside += photographs
             others += [os.path.join(parent, name) for name in sorted(files)
                        if name.lower().endswith(OTHER_FORMATS) and not name.startswith(".")]
         say_passed_over(others, closed)
@@ -233,6 +241,18 @@ def find_photographs(paths, out):
             raise ValueError(f"{path}: expected a folder with photographs (.jpg, .png, .bmp, .tif, .webp), found none in it")
         found += inside
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
+
+
+def check_apart(folder, out):
+    """ValueError where the photographs' folder is the one for the results."""
+    if os.path.realpath(folder) == out:
+        raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example "
+                         f"--out {os.path.join(out, 'predictions')}")
+
+
+def is_result(path):
+    """Whether the JSON beside a picture says that predict.py made it."""
+    return any(path.endswith(ending) and path in results_at(path.removesuffix(ending))[1] for ending in PICTURES)
 
 
 def say_passed_over(others, closed):
@@ -291,12 +311,12 @@ def find_objects(model, path, image, about, explain):
     larger; what the JSON says never is."""
     detections, below, stages = detect(model, image, about, explain)
     overlay = drawn_detections(image, detections, about)
-    files = {".json": lambda place: write_json(place, describe(path, image, detections, about)),
-             ".overlay.jpg": lambda place: save_picture(place, overlay)}
+    pictures = {".overlay.jpg": lambda place: save_picture(place, overlay)}
     if stages is not None:
-        files[".stages.png"] = lambda place: save_picture(place, stages)
+        pictures[".stages.png"] = lambda place: save_picture(place, stages)
     classes = [about["class_names"][label - 1] for label in detections["labels"]]
-    return Seen(classes, in_words(classes, detections["scores"]) if classes else f"nothing found{below}", overlay, files, [])
+    words = in_words(classes, detections["scores"]) if classes else f"nothing found{below}"
+    return Seen(classes, words, overlay, describe(path, image, detections, about), pictures, [])
 
 
 def detect(model, image, about, explain=False):
@@ -329,47 +349,59 @@ def detect(model, image, about, explain=False):
     return detections, below, picture
 
 
-def output_stem(path, out, names):
+def output_stem(path, out, names, endings):
     """The results' file name without ending: the photograph's, with a number where another photograph has that name.
 
-    names: {stem: photograph} of this run, added to. Results of an earlier run make way only for the same photograph; a file
-    that predict.py did not write never does.
+    names: {stem: photograph} of this run, added to. endings: of the files to write. Results of an earlier run make way only for the same
+    photograph; a file that predict.py did not write never does.
     """
     base = os.path.splitext(os.path.basename(path))[0]
     source = os.path.realpath(path)
     for number in range(1, 1_000_000):
         stem = base if number == 1 else f"{base}-{number}"
         taken = names.get(stem.lower())                       # some file systems do not tell A.json from a.json
-        if taken is None and _free_for(os.path.join(out, stem), source):
+        if taken is None and _free_for(os.path.join(out, stem), source, endings):
             names[stem.lower()] = source
             return stem
     raise ValueError(f"{out}: a million results named {base} are there already; name another --out")
 
 
-def _free_for(stem, source):
-    if not any(os.path.lexists(stem + ending) for ending in ENDINGS):
-        return True
+def _free_for(stem, source, endings):
+    there = {stem + ending for ending in endings if os.path.lexists(stem + ending)}
+    photograph, files = results_at(stem)
+    return there <= (files if photograph == source else set())
+
+
+def results_at(stem):
+    """(photograph, {path, ...}) of the results that the JSON at a stem tells of; (None, set()) where there is none of predict.py's."""
     try:
         with open(stem + ".json", encoding="utf-8") as stream:
-            earlier = json.load(stream)
-        return earlier["format"] == FORMAT and earlier["photograph"] == source
+            content = json.load(stream)
+        if content["format"] == FORMAT:
+            files = content.get("files") or [os.path.basename(stem) + ending for ending in (".json", *PICTURES)]    # an older version's
+            return content["photograph"], {os.path.join(os.path.dirname(stem), os.path.basename(name)) for name in files}
     except (OSError, ValueError, KeyError, TypeError):
-        return False
+        pass
+    return None, set()
 
 
-def write_together(stem, files):
+def write_together(stem, seen):
     """Writes all results of a photograph into a folder beside, and then gives them their places: what fails or is stopped before leaves
-    an earlier run's results as they were. The JSON comes first: it says whose the others are (`output_stem`). What an earlier run made of
+    an earlier run's results as they were. The JSON comes first: it says which the others are (`results_at`). What an earlier run made of
     the photograph and this one does not, goes."""
-    name = os.path.basename(stem)
+    name, (_, earlier) = os.path.basename(stem), results_at(stem)
+    files = [name + ending for ending in (".json", *seen.pictures)]
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=os.path.dirname(stem)) as folder:
-        for ending, write in files.items():
+        head = {key: seen.content[key] for key in ("format", "version", "photograph")}
+        write_json(os.path.join(folder, name + ".json"), {**head, "files": files, **seen.content})
+        for ending, write in seen.pictures.items():
             write(os.path.join(folder, name + ending))
-        for ending in files:
-            os.replace(os.path.join(folder, name + ending), stem + ending)
-    for ending in set(ENDINGS) - set(files):
-        with contextlib.suppress(FileNotFoundError):
-            os.remove(stem + ending)
+        places = {os.path.join(folder, file): os.path.join(os.path.dirname(stem), file) for file in files}
+        for path in earlier - set(places.values()):
+            with contextlib.suppress(FileNotFoundError):
+                os.remove(path)
+        for written, place in places.items():
+            os.replace(written, place)
 
 
 def write_json(path, content):
@@ -421,13 +453,14 @@ def segment(model, path, image, about, explain):
     label_map, probabilities = labelled(model, image, about)
     content = describe_map(path, label_map, probabilities.cpu().numpy(), about)
     overlay = draw_cracks(image, label_map, names)
-    files = {".json": lambda place: write_json(place, content), ".mask.png": lambda place: save_label_map(place, label_map, names),
-             ".overlay.jpg": lambda place: save_picture(place, overlay)}
+    pictures = {".mask.png": lambda place: save_label_map(place, label_map, names),
+                ".overlay.jpg": lambda place: save_picture(place, overlay)}
     if explain:
         with torch.inference_mode():
             maps = model.attention_maps([as_tensor(image)])[0]
-        files[".attention.png"] = lambda place: save_picture(place, draw_attention(image, maps, label_map, names))
-    return Seen([piece["class"] for piece in content["pieces"]], map_in_words(content, probabilities), overlay, files, remarks_on(content))
+        pictures[".attention.png"] = lambda place: save_picture(place, draw_attention(image, maps, label_map, names))
+    classes = [piece["class"] for piece in content["pieces"]]
+    return Seen(classes, map_in_words(content, probabilities), overlay, content, pictures, remarks_on(content))
 
 
 def labelled(model, image, about):

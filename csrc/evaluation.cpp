@@ -251,7 +251,8 @@ static py::array_t<int32_t> squared_distances(const Array<uint8_t>& mask) {
     int32_t* squared = out.mutable_data();
     py::gil_scoped_release release;
     nearest_sites(data, H, W, [=](int64_t y, int64_t x, int64_t row, int64_t column) {
-        squared[y * W + x] = row < 0 ? INT32_MAX : static_cast<int32_t>((y - row) * (y - row) + (x - column) * (x - column));
+        const int64_t distance = (y - row) * (y - row) + (x - column) * (x - column);
+        squared[y * W + x] = row < 0 ? INT32_MAX : static_cast<int32_t>(std::min<int64_t>(distance, INT32_MAX));
     });
     return out;
 }
@@ -259,6 +260,7 @@ static py::array_t<int32_t> squared_distances(const Array<uint8_t>& mask) {
 static py::array_t<int32_t> nearest_pixels(const Array<uint8_t>& mask) {
     const uint8_t* data = checked_mask(mask);
     const int64_t H = mask.shape(0), W = mask.shape(1);
+    expect(H * W <= INT32_MAX, "nearest_pixels: too many pixels to number");
     py::array_t<int32_t> out({H, W});
     int32_t* nearest = out.mutable_data();
     py::gil_scoped_release release;

@@ -9,11 +9,11 @@
 
 namespace minidamage {
 
-constexpr int64_t kLongestSide = 32767;                    // squared distances then fit an int32
+constexpr int64_t kLongestSide = 2 * (32767 + 2);          // a picture's, with a border, on the grid of half pixels (local_widths)
 
 inline void check_sides(int64_t H, int64_t W) {
     if (H > kLongestSide || W > kLongestSide)
-        throw std::invalid_argument("distances: expected a picture of at most 32767 pixels a side, got [" + std::to_string(H) + ", " +
+        throw std::invalid_argument("distances: expected a picture of at most 65538 pixels a side, got [" + std::to_string(H) + ", " +
                                     std::to_string(W) + "]");
 }
 

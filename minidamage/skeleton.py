@@ -41,7 +41,11 @@ class Piece:
 
 def squared_distances(mask):
     """int32 [H, W]: squared Euclidean distance between pixel centres to the nearest set pixel of mask [H, W]; NONE where none is set."""
-    mask, native = _as_bytes(mask, "squared_distances"), masks.native_module()
+    return _squared_distances(_as_bytes(mask, "squared_distances"))
+
+
+def _squared_distances(mask):
+    native = masks.native_module()
     return native.squared_distances(mask) if native is not None else squared_distances_reference(mask)
 
 
@@ -68,8 +72,8 @@ def local_widths(mask, line):
     if not len(rows):
         return np.zeros(0)
     top, bottom, left, right = _bounds(mask)
-    background = ~np.pad(mask[top:bottom, left:right], 1)
-    halves = squared_distances(background.repeat(2, axis=0).repeat(2, axis=1))
+    background = _as_bytes(~np.pad(mask, 1)[top:bottom + 2, left:right + 2], "local_widths", LONGEST_SIDE + 2)
+    halves = _squared_distances(background.repeat(2, axis=0).repeat(2, axis=1))           # none is farther than half of the shorter side
     y, x = 2 * (rows - top + 1), 2 * (columns - left + 1)
     largest = np.max([halves[y + dy, x + dx] for dy in (0, 1) for dx in (0, 1)], axis=0)
     return np.sqrt(largest.astype(np.float64))
@@ -174,12 +178,12 @@ def _bounds(mask):
     return rows[0], rows[-1] + 1, columns[0], columns[-1] + 1
 
 
-def _as_bytes(mask, name):
+def _as_bytes(mask, name, longest=LONGEST_SIDE):
     mask = np.asarray(mask)
     if mask.ndim != 2:
         raise ValueError(f"{name} expects one mask [H, W], got shape {list(mask.shape)}; call it for each mask")
-    if max(mask.shape) > LONGEST_SIDE:
-        raise ValueError(f"{name} expects a picture of at most {LONGEST_SIDE} pixels a side, got {list(mask.shape)}; cut it into tiles")
+    if max(mask.shape) > longest:
+        raise ValueError(f"{name} expects a picture of at most {LONGEST_SIDE} pixels a side, got {list(mask.shape)}; cut it into several")
     return np.ascontiguousarray(mask != 0).view(np.uint8)
 
 

@@ -37,11 +37,13 @@ case "${1:-}" in
       python -c "from minidamage.ops import _extension; _extension.$build()" &
     done
     wait
-    python -m minidamage.ops | tee "$OUT/gpu-doctor.txt" || echo "failed: the doctor"
+    failed=0
+    python -m minidamage.ops | tee "$OUT/gpu-doctor.txt" || { failed=1; echo "failed: the doctor"; }
     mkdir -p "$OUT/gpu-tests"  # a process a file, ten at a time, the longest first: one process takes longer than ten minutes
     { for name in ${*:2}; do echo "tests/test_$name.py"; done
       [ $# -gt 1 ] || { for name in $longest; do echo "tests/test_$name.py"; done; ls tests/test_*.py; }; } | awk '!seen[$0]++' | $within 540 xargs -P 10 -I{} \
-      bash -c 'one_pytest "$OUT/gpu-tests/$(basename {} .py).txt" python -m pytest -q -p no:cacheprovider {}' && echo "no test failed" ;;
+      bash -c 'one_pytest "$OUT/gpu-tests/$(basename {} .py).txt" python -m pytest -q -p no:cacheprovider {}' && echo "no test failed" || failed=1
+    exit $failed ;;
   sanitize)  # our kernels alone, but initcheck, which has to see what every kernel writes
     python -c "from minidamage.ops import _extension; _extension.load()" # not under the sanitizer
     mkdir -p "$OUT/gpu-sanitize"
@@ -51,11 +53,12 @@ case "${1:-}" in
     done | $within 560 xargs -P 6 -L 1 bash -c 'one_pytest "$OUT/gpu-sanitize/$0-$1.txt" compute-sanitizer --print-limit 20 --tool "$@" \
       --error-exitcode 9 python -m pytest -q -p no:cacheprovider -k cuda "tests/test_$0.py"' && echo "no tool complained" ;;
   benchmark-ops | benchmark-models)
-    what="${1#benchmark-}"
+    what="${1#benchmark-}" failed=0                                      # of a dtype that is cut, the rows so far are kept
     for dtype in float32 bfloat16; do
       $within 290 python benchmark.py "--$what" --device cuda --dtype "$dtype" --batch 4 --budget 1 \
-        --json "$OUT/benchmark-gpu-$what${2:+-${2//[^a-zA-Z0-9_]/}}-$dtype.json" ${2:+--only "${@:2}"}
-    done ;;
+        --json "$OUT/benchmark-gpu-$what${2:+-${2//[^a-zA-Z0-9_]/}}-$dtype.json" ${2:+--only "${@:2}"} || failed=$?
+    done
+    exit $failed ;;
   waiting)
     failed=0
     bash results/gpu.sh tests box_coding deform_conv2d emulated focal_loss hostile_arguments linear_attention roi_align roi_pool \
@@ -67,8 +70,10 @@ case "${1:-}" in
     bash results/gpu.sh benchmark-models 448x448 || failed=1             # every segmenter, as far as the time reaches
     exit $failed ;;
   benchmark)
-    bash results/gpu.sh benchmark-ops
-    bash results/gpu.sh benchmark-models ;;
+    failed=0
+    bash results/gpu.sh benchmark-ops || failed=1
+    bash results/gpu.sh benchmark-models || failed=1
+    exit $failed ;;
   train)
     shift
     unpack_weights

@@ -230,7 +230,8 @@ SHOWN = ("roi_align (2,256,200,200) 1024 rois 7x7 sr 2 forward", "roi_align (2,2
 
 def benchmarks():
     """The kept measurements, in the order of BENCHMARKS, then those on a GPU."""
-    files = [HERE / f"benchmark-{part}.json" for part in BENCHMARKS] + sorted(HERE.glob("benchmark-gpu-*.json"))
+    some_rows_last = lambda path: (path.stem.count("-"), path.name)   # benchmark-gpu-models-unet-float32: measured anew of some rows
+    files = [HERE / f"benchmark-{part}.json" for part in BENCHMARKS] + sorted(HERE.glob("benchmark-gpu-*.json"), key=some_rows_last)
     return [json.loads(path.read_text()) for path in files if path.exists()]
 
 
@@ -322,7 +323,7 @@ def speed_glance():
     lines = [line("what", "beside", "CPU", "H200, float32", "H200, bfloat16"), "|---|---|--:|--:|--:|"]
     for what, peer, on_cpu, on_gpu in SPEED_GLANCE:
         rows = cpu.get(on_cpu, {}), *(gpu.get((on_gpu, dtype), {}) for dtype in ("float32", "bfloat16"))
-        lines.append(line(what, peer, *(ratio(row[peer]) if peer in row else "" for row in rows)))
+        lines.append(line(what, peer, *(ratio(row[peer], row.get("pairs")) if peer in row else "" for row in rows)))
     return "\n".join(lines)
 
 
@@ -353,8 +354,8 @@ def ratios(row):
     return ", ".join(f"{name} {ratio(value)}" for name, value in others_of(row).items())
 
 
-def ratio(value):
-    return f"**{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f})"
+def ratio(value, pairs=None):
+    return f"**{value['ratio']:.2f}** ({value['ratio_min']:.2f} to {value['ratio_max']:.2f}{f'; {pairs}' if pairs else ''})"
 
 
 def beside(row):

@@ -47,6 +47,9 @@ def test_cmyk_alpha_and_palette_transparency(tmp_path):
     palette = Image.new("P", (32, 24), 1)
     palette.putpalette([0, 0, 0, 10, 200, 30])
     assert read_saved(tmp_path, palette, "c.png", transparency=0)[3, 3].tolist() == [10, 200, 30]
+    for colour, clear in (((9, 8, 7), (9, 8, 7)), (9, 9)):                                  # one colour stands for "nothing here"
+        seen = read_saved(tmp_path, Image.new("RGB" if clear != 9 else "L", (32, 24), colour), "d.png", transparency=clear)
+        assert not seen.any()
 
 
 @pytest.mark.parametrize("turn", range(1, 9))

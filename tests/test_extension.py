@@ -232,6 +232,9 @@ def test_the_doctor_finds_every_op_right(capsys):
     from minidamage.ops import __main__ as doctor
     assert set(doctor.examples()) == set(_extension._SCHEMAS)
     assert doctor.main() == 0
+    zeros, nans = torch.zeros(2), torch.full((2,), float("nan"))
+    for ours in ((zeros, nans), (nans, zeros), nans):                                       # in whichever output: not right
+        assert not doctor.largest_difference(ours, (zeros,) * len(ours) if isinstance(ours, tuple) else zeros) <= doctor.TOLERANCE
     text = capsys.readouterr().out
     for words in ("C++ compiler", "cache folder", "nvcc", "evaluation", "nms_padded", "multiscale_roi_align_backward"):
         assert words in text

@@ -194,6 +194,10 @@ def test_nothing_of_the_users_is_written_over(folder):
     assert run("car.png", "--out", "out") == 0
     assert (folder / "out" / "car.overlay.jpg").read_bytes() == b"mine" and (folder / "car.png").read_bytes() == before
     assert (folder / "out" / "car-2.json").exists()
+    (folder / "out" / "car-2.mask.png").write_bytes(b"mine")                  # of no name that a detector writes
+    assert run("car.png", "--out", "out") == 0
+    assert (folder / "out" / "car-2.mask.png").read_bytes() == b"mine" and not (folder / "out" / "car-3.json").exists()
+    assert read(folder / "out" / "car-2.json")["files"] == ["car-2.json", "car-2.overlay.jpg"]
     assert run("car.png", "--out", ".") == 2 and run(".", "--out", ".") == 2
 
 
@@ -206,6 +210,25 @@ def test_a_folder_is_searched_to_any_depth_but_not_its_own_results(folder, capsy
         assert run("shoot", "shoot/clean.png", "--out", "shoot/found") == 0
         assert "2 photographs: 1 with findings, 1 without (findings: dent 1)" in capsys.readouterr().out
     assert read(folder / "shoot" / "found" / "a [ 1 ].json")["photograph"].endswith("a [ 1 ].png")
+
+
+def test_results_of_another_run_are_no_photographs_and_photographs_in_the_output_folder_are_said(folder, capsys):
+    (folder / "shoot" / "day").mkdir(parents=True)
+    photograph().save(folder / "shoot" / "a.png")
+    for out in ("one", "two"):
+        assert run("shoot", "--out", f"shoot/{out}") == 0
+        assert capsys.readouterr().out.count(" -> ") == 1                                    # the photograph, no picture of run one
+    photograph().save(folder / "shoot" / "day" / "b.overlay.jpg")                            # a name does not make it a result
+    assert run("shoot", "--out", "shoot/day") == 2
+    assert "expected another folder than the one the photographs are in" in capsys.readouterr().err
+    assert run("shoot", "--out", "three") == 0 and (folder / "three" / "b.overlay.json").exists()
+
+
+def test_a_picture_too_long_is_skipped_alone(folder, capsys):
+    Image.new("L", (65_501, 2)).save(folder / "long.png")
+    photograph().save(folder / "car.png")
+    assert run("long.png", "car.png") == 0
+    assert "long.png: 65501x2, expected at most 65500 pixels a side; cut it into several" in capsys.readouterr().err
 
 
 def test_photographs_of_other_formats_and_closed_folders_are_named(folder, monkeypatch, capsys):

@@ -122,6 +122,20 @@ def test_turned_bars_to_the_error_of_their_steps(angle, width):
     assert abs(piece.mean_width - width) < 0.9 and piece.max_width < width + 1 and piece.ends == 2
 
 
+@pytest.mark.parametrize("length, width, angle", [(60, 3, 28), (60, 3, 68), (200, 3, 68), (60, 10, 22)])
+def test_blunt_ends_add_up_to_half_a_width_each(length, width, angle):
+    """Where the skeleton of a turned bar runs into a corner and gets half a width more there: 60 x 3 at 28 degrees is 12 % too long."""
+    [piece] = skeleton.measure(turned_bar(angle, width, length))
+    assert length < piece.length < 1.0824 * length + width
+
+
+def test_a_crack_longer_than_half_the_longest_side():
+    mask = np.zeros((9, 20000), bool)
+    mask[3:6] = True
+    [piece] = skeleton.measure(mask)
+    assert (piece.length, piece.mean_width, piece.max_width) == (20000, 3, 3)
+
+
 def test_spurs_of_a_wide_bar_are_dropped_and_real_branches_stay():
     bar = turned_bar(10, 12)
     line = skeleton.thin(bar)

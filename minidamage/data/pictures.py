@@ -111,7 +111,7 @@ def to_rgb(image):
         top = 65535.0 if mode.startswith("I;16") or brightest > 255 else 1.0 if mode == "F" and brightest <= 1.0 else 255.0
         grey = Image.fromarray(np.clip(np.rint(np.nan_to_num(values) * (255.0 / top)), 0, 255).astype(np.uint8))
         return grey.convert("RGB")
-    if mode == "P" and "transparency" in image.info or mode in ("LA", "La", "PA", "RGBa"):
+    if "transparency" in image.info and mode in ("P", "RGB", "L", "1") or mode in ("LA", "La", "PA", "RGBa"):
         image = image.convert("RGBA")
     if image.mode == "RGBA":
         black = Image.new("RGBA", image.size, (0, 0, 0, 255))

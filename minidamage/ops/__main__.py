@@ -88,11 +88,12 @@ def to_device(value, device):
 
 
 def largest_difference(ours, expected):
-    """Over all outputs; infinite where shapes differ."""
+    """Over all outputs; infinite where shapes differ, NaN where a difference is."""
     ours, expected = tensors(ours), tensors(expected)
     if [t.shape for t in ours] != [t.shape for t in expected]:
         return float("inf")
-    return max((float((a.cpu().double() - b.cpu().double()).abs().max()) for a, b in zip(ours, expected) if b.numel()), default=0.0)
+    differences = [(a.cpu().double() - b.cpu().double()).abs().max() for a, b in zip(ours, expected) if b.numel()]
+    return float(torch.stack(differences).max()) if differences else 0.0            # unlike Python's, torch's max keeps a NaN
 
 
 def seconds(function, device, calls):
