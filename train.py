@@ -205,7 +205,7 @@ def explain_losses(values, reports, run, validating):
     finite = all(torch.isfinite(tensor).all() for tensor in run.model.state_dict().values() if tensor.is_floating_point())
     whole = all(distributed.gather(finite))                           # running statistics are each process's own
     saved = save(run, "last.pt", {}) if whole and not validating else False       # else: the last.pt of before is the good one
-    rate = run.optimizer.param_groups[0]["lr"]
+    rate, whole_rate = run.optimizer.param_groups[0]["lr"], base_rate(recipe) * state.lr_scale      # of this step; before its schedule
     found = [(f" in process {rank}" if len(reports) > 1 else "", terms, files)
              for rank, parts in enumerate(reports) for terms, files in parts]
     where, terms, _ = found[0] if found else ("", values, [])
@@ -217,7 +217,7 @@ def explain_losses(values, reports, run, validating):
         f"  files       {files}\n"
         f"  weights     {'finite' if whole else 'no longer finite'};  "
         f"{run.path('last.pt')} is {'from just before this step' if saved else 'the one saved before, with finite weights'}\n"
-        f"  try         a lower rate or clipping: {command()} --resume {shlex.quote(run.folder)} --lr {rate / 4:.3g} "
+        f"  try         a lower rate or clipping: {command()} --resume {shlex.quote(run.folder)} --lr {whole_rate / 4:.3g} "
         f"--clip {recipe.clip_grad_norm or 10:g}{' --amp off' if run.args.amp != 'off' else ''}\n"
         f"              and if it is always these files: python -m minidamage.data {shlex.quote(run.args.data)}")
 
@@ -457,12 +457,8 @@ def keep(run, file, write):
 # ------------------------------------------------------------------------------------- learning rate, command line
 
 def lr_at(step, steps_per_epoch, recipe):
-    """The learning rate of a step (counted over the whole run, from 0): linear scaling with the batch, warm-up, schedule.
-
-    Scaling: Goyal et al. 2017, `recipe.lr` is for `recipe.lr_batch_size` pictures a step (0: taken as it stands).
-    """
-    total = recipe.epochs * steps_per_epoch
-    lr = recipe.lr * (recipe.batch_size / recipe.lr_batch_size if recipe.lr_batch_size else 1.0)
+    """The learning rate of a step (counted over the whole run, from 0): linear scaling with the batch, warm-up, schedule."""
+    total, lr = recipe.epochs * steps_per_epoch, base_rate(recipe)
     warmup = warmup_of(recipe, total)
     if step < warmup:
         return lr * (step + 1) / (warmup + 1)
@@ -471,6 +467,12 @@ def lr_at(step, steps_per_epoch, recipe):
     if recipe.schedule == "cosine":
         return lr * 0.5 * (1.0 + math.cos(math.pi * (step - warmup) / max(total - warmup, 1)))
     return lr * recipe.gamma ** sum(step >= milestone * steps_per_epoch for milestone in recipe.milestones)      # "step"
+
+
+def base_rate(recipe):
+    """The rate that warm-up ends at and the schedule begins from. Goyal et al. 2017: `recipe.lr` is for `recipe.lr_batch_size` pictures a
+    step (0: taken as it stands)."""
+    return recipe.lr * (recipe.batch_size / recipe.lr_batch_size if recipe.lr_batch_size else 1.0)
 
 
 def warmup_of(recipe, total):
@@ -559,6 +561,10 @@ def introduce(run):
     if steps < FEW_STEPS:
         print(f"WARNING: {number_of(steps, 'step')} in all, {len(run.train_set)} pictures in batches of {run.recipe.batch_size}: next to "
               "nothing is learned in so few; more --epochs, or a smaller --batch-size")
+    if run.recipe.schedule == "step" and not any(0 < milestone < run.recipe.epochs for milestone in run.recipe.milestones):
+        print(f"WARNING: schedule=step, and no milestone lies within its {number_of(run.recipe.epochs, 'epoch')} (milestones: "
+              f"{', '.join(map(str, run.recipe.milestones)) or 'none'}): the rate never falls; for example "
+              f"--set milestones={max(1, run.recipe.epochs * 2 // 3)}")
     whose = " of the demo set" if run.args.data == "demo" else ""
     print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
     print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in in_use(run.recipe).items())}")

@@ -31,7 +31,7 @@ class Recipe:
     hflip: float = 0.5                        # probability
     rotate: float = 0.0                       # degrees, uniform in [-rotate, rotate]
     vflip: float = 0.0                        # probability
-    rot90: float = 0.0                        # probability of a turn by 90, 180 or 270 degrees (of 180 where the picture is no square)
+    rot90: float = 0.0                        # probability of a turn by 90, 180 or 270 degrees (where no square, a third of it: of 180)
     shift: float = 0.0                        # share of width and height, uniform in [-shift, shift]
     scale: float = 0.0                        # factor, uniform in [1 - scale, 1 + scale]
     shift_scale_rotate: float = 1.0           # probability that a picture is shifted, scaled and rotated at all
@@ -42,7 +42,7 @@ class Recipe:
     noise: float = 0.0                        # Gaussian, a pixel and channel; its standard deviation is uniform in [0, noise] of 0..255
     score_train: int = 0                      # training pictures scored after each epoch as the validation part is: train/ metrics; 0: off
     jitter_scale: tuple[float, ...] = ()      # large-scale jitter: a factor between the two, then cut or padded to the size before; (): off
-    multi_scale: tuple[int, ...] = ()         # detectors: shorter sides, one drawn a picture in place of the config's min_size; (): off
+    multi_scale: tuple[int, ...] = ()         # detectors: shorter sides, one drawn a picture for min_size, max_size in proportion; (): off
     select_by: str = ""                       # the metric that picks best.pt, named as in metrics.csv; "": validation.default_metric
 
 

@@ -111,6 +111,8 @@ def set_up(given):
               identity=identity(model, dataset, parts, recipe, args, checkpoint), example=(parts.get("test") or parts["val"])[0].file)
     if checkpoint is not None:
         restore(run, checkpoint, path)
+        if "lr" in given:                                             # as it stands: not times what plateaus made of the rate before
+            run.state.lr_scale = 1.0
     if args.compile:                                                  # last: the averaged copy above stays as it is
         model.compile_static(COMPILER)
     return run
@@ -149,6 +151,9 @@ def fresh(args, dataset):
         print_report(load_pretrained(model, args.pretrained), args.pretrained)
     elif getattr(config, "norm", "") == "frozen":
         print("note: norm=frozen expects loaded statistics; without --pretrained nothing is normalised, --set norm=batch learns better")
+    elif getattr(config, "frozen_stages", 0):
+        print(f"note: frozen_stages={config.frozen_stages} expects loaded weights; without --pretrained these stages stay at their random "
+              "start, --set frozen_stages=0 trains them")
     return model, parts, recipe
 
 
@@ -337,13 +342,13 @@ def with_chosen_anchors(config, records, args):
     hang on the split's seed, not on the run's: runs of several --seed share their anchors."""
     if not hasattr(config, "anchor_sizes"):
         raise ValueError(f"--anchors auto: {args.model} has no anchors; leave the flag out")
-    typed = [setting for setting in args.set if setting.partition("=")[0] in ("anchor_sizes", "anchor_scales", "aspect_ratios")]
+    typed = [setting for setting in args.set if setting.partition("=")[0] in ("anchor_sizes", "aspect_ratios")]
     if typed:
         raise ValueError(f"--anchors auto chooses what --set {typed[0]} states; leave one of them out")
     sides = training_sides(records, config.min_size, config.max_size)
     strides = MODELS[args.model][0].anchor_strides(config)
-    before = fit_of(sides, config.anchor_sizes, config.aspect_ratios, strides)
-    chosen = choose_anchors(sides, len(config.anchor_sizes), len(config.aspect_ratios), args.split_seed, strides)
+    before = fit_of(sides, config.anchor_sizes, config.aspect_ratios, strides, config.anchor_scales)
+    chosen = choose_anchors(sides, len(config.anchor_sizes), len(config.aspect_ratios), args.split_seed, strides, config.anchor_scales)
     print(f"anchors of {len(sides)} training boxes: sizes {', '.join(map(str, chosen.sizes))} px, height / width "
           f"{', '.join(map(str, chosen.ratios))}; mean best IoU {chosen.mean_iou:.3f} (the config's: {before.mean_iou:.3f}), "
           f"0.5 or more for {chosen.recall:.1%} ({before.recall:.1%})")
@@ -451,6 +456,8 @@ def check_recipe(recipe, names):
             raise ValueError(f"{field}: expected {expected}, got {value}")
     if recipe.jitter_scale and not (len(recipe.jitter_scale) == 2 and 0 < recipe.jitter_scale[0] <= recipe.jitter_scale[1] <= 10):
         raise ValueError(f"jitter_scale: expected the smallest and the largest factor, such as 0.1,2.0, got {recipe.jitter_scale}")
+    if any(milestone < 0 for milestone in recipe.milestones):
+        raise ValueError(f"milestones: expected epochs of 0 or more, such as 16,22, got {recipe.milestones}")
     if any(side < 32 for side in recipe.multi_scale):
         raise ValueError(f"multi_scale: expected shorter sides of 32 pixels or more, such as 480,512,544, got {recipe.multi_scale}")
     for field, known in (("optimizer", OPTIMIZERS), ("schedule", SCHEDULES), ("select_by", names)):

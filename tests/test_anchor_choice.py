@@ -40,6 +40,15 @@ def test_an_anchor_stands_on_its_grid():
     assert on_grid.mean_iou > fit_of(sides, on_centres.sizes, on_centres.ratios, strides).mean_iou
 
 
+def test_scales_multiply_every_size():
+    """A 40 x 40 box with sizes 20, 32 times 1 and 2 has an anchor of its own; clusters come back as the sizes that make them."""
+    assert fit_of(np.array([[40.0, 40.0]]), (20, 32), (1.0,), scales=(1.0, 2.0)).mean_iou == pytest.approx(1.0)
+    sides = clusters((10, 15, 60, 90), (1.0,))
+    found = choose_anchors(sides, 2, 1, scales=(1.0, 1.5))
+    np.testing.assert_allclose(found.sizes, (10, 60), rtol=0.05)
+    assert found.mean_iou > 0.93 > fit_of(sides, found.sizes, found.ratios).mean_iou
+
+
 def test_the_seed_decides_and_the_chosen_fit_better_than_the_defaults():
     rng = np.random.default_rng(0)
     sides = np.exp(rng.normal((3.4, 4.2), (0.8, 0.9), (400, 2)))

@@ -71,6 +71,23 @@ def test_run_lengths_move_as_their_outline():
         assert (outline != runs).sum() <= 0.1 * outline.sum()
 
 
+@pytest.mark.parametrize("motion", [dict(shift=(0.0, 0.3)), dict(scale=0.7), dict(angle=40.0, flip=True)])
+def test_what_the_jitter_cut_off_is_no_target_after_another_motion(motion):
+    """A bar as high as the picture, doubled and cut, then moved: where the picture is filled its mask and box end, as its label map does."""
+    image, bar = np.zeros((90, 100, 3), np.uint8), np.array([[46.0, 0], [54, 0], [54, 90], [46, 90]])
+    image[:, 46:54] = 255
+    draw = transforms.Draw(jitter=2.0, cut=(0.5, 0.5), **motion)
+    _, boxes, moved, visible = transforms.apply(image, record_of([bar], width=100, height=90), draw)
+    labels = transforms.apply_to_label_map(image, (image[..., 0] > 0).astype(np.uint8), draw)[1] == 1
+    assert ((moved[0] > 0) != labels).sum() < 0.06 * labels.sum() and 0.3 < visible[0] < 0.55
+    np.testing.assert_allclose(boxes[0], transforms.boxes_of_masks(labels[None].astype(np.uint8))[0], atol=1.5)
+    alone = transforms.apply(image, record_of([bar], width=100, height=90), draw, with_masks=False)[1][0]
+    assert (alone[:2] <= boxes[0, :2] + 1).all() and (alone[2:] >= boxes[0, 2:] - 1).all()
+    corner = record_of([np.array([[0.0, 0], [8, 0], [8, 8], [0, 8]])], width=100, height=90)             # wholly cut off
+    for with_masks in (False, True):
+        assert transforms.apply(image, corner, draw, with_masks)[3][0] == 0
+
+
 def test_draws_are_in_range_and_leave_the_others_alone():
     recipe = dataclasses.replace(Recipe(rotate=10.0, brightness=0.2), jitter_scale=(0.1, 2.0), multi_scale=(480, 512, 544))
     draws = [transforms.draw(recipe, np.random.default_rng([0, i])) for i in range(300)]
@@ -114,11 +131,14 @@ def test_the_model_resizes_each_picture_to_its_own_side():
     torch.testing.assert_close(resized[1]["boxes"], targets[1]["boxes"] * 2)
     assert resized[1]["masks"].shape == (2, 200, 192)
     assert model.prepare(images, targets)[0].sizes == [(96, 112), (100, 96)]
+    transform = small_model(min_size=96, max_size=96).transform              # the longer side's limit goes with the shorter's
+    assert [transform.resized_size(300, 400, side) for side in (48, 96, 192)] == [(36, 48), (72, 96), (144, 192)]
 
 
 @pytest.mark.parametrize("fields, message", [
     (dict(jitter_scale=(0.1,)), "jitter_scale: expected the smallest and the largest factor"),
     (dict(jitter_scale=(0.0, 2.0)), "jitter_scale"), (dict(jitter_scale=(2.0, 0.1)), "jitter_scale"),
+    (dict(milestones=(-1, 3)), "milestones: expected epochs of 0 or more"),
     (dict(multi_scale=(480, 8)), "multi_scale: expected shorter sides of 32")])
 def test_wrong_settings_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -33,6 +33,12 @@ def test_state_dict_is_torchvisions():
     assert sum(p.numel() for p in model.parameters()) == want["params"]
     assert sum(p.numel() for p in frozen.parameters()) == 41_755_286
     frozen.load_state_dict(model.state_dict())
+    with torch.device("meta"):
+        for norm in ("batch", "frozen"):
+            published = minidamage.build_model("fasterrcnn_resnet50_fpn", num_classes=91, norm=norm, norm_eps=0.0).backbone.body
+            assert {module.eps for module in published.modules() if hasattr(module, "running_var")} == {0.0}
+    with pytest.raises(ValueError, match="norm_eps: expected 0 or more, got -1"):
+        minidamage.build_model("fasterrcnn_resnet50_fpn", num_classes=2, norm_eps=-1.0)
 
 
 def test_pyramid_of_the_full_model_equals_torchvisions():

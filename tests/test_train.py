@@ -365,8 +365,9 @@ def test_loss_that_is_not_finite(command, tmp_path, monkeypatch, capsys):
     assert train.main(command("--epochs", 3)) == 1
     printed = capsys.readouterr().err
     assert "loss_mask = nan in epoch 2, step 2" in printed and all(file in printed for file in calls[4])
-    assert "--resume" in printed and "--lr" in printed and "--clip" in printed
     state = read_checkpoint(os.path.join(only_run(tmp_path), "last.pt"))
+    lower = train.base_rate(Recipe(**state["run"]["recipe"])) / 4                   # what the schedule begins from, not a step's rate
+    assert f" --resume {only_run(tmp_path)} --lr {lower:.3g} --clip" in printed
     assert state["train"]["epoch"] == 1 and state["train"]["step"] == 1
     assert all(torch.isfinite(tensor).all() for tensor in state["weights"].values())
     monkeypatch.undo()
@@ -650,6 +651,7 @@ def test_what_is_introduced_is_what_the_user_changed(capsys):
     plain = words_of(train.introduce, capsys)
     assert "it differs from the paper's: nowhere\n" in plain and "(1 thread, kernels native" in plain
     assert "WARNING: 1 picture chooses best.pt and its thresholds: expected 10 or more, or chance chooses; more data" in plain
+    assert "WARNING: schedule=step, and no milestone lies within its 3 epochs (milestones: none): the rate never falls; for exa" in plain
     assert "WARNING: 9 pictures choose best.pt" in words_of(train.introduce, capsys, chooses=9)
     assert "best.pt" not in words_of(train.introduce, capsys, chooses=10)
     assert "warm-up: shortened from 500 to 5 steps, a third of this run's 15\n" in plain

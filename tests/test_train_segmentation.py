@@ -187,7 +187,13 @@ def test_a_run_of_an_older_version_resumes_without_the_plateaus_counters(command
         del older["train"][name]
     torch.save(older, path)
     assert train.main(["--resume", path, "--epochs", "2"]) == 0
-    assert read_checkpoint(path)["train"]["lr_scale"] == 1.0
+    fallen = read_checkpoint(path)
+    assert fallen["train"]["lr_scale"] == 1.0
+    fallen["train"]["lr_scale"] = 0.25
+    for more, scale in ((["--epochs", "3"], 0.25), (["--epochs", "4", "--lr", "0.001"], 1.0)):        # a rate that is typed stands
+        torch.save({**fallen, "train": {**fallen["train"], "lr_scale": 0.25}}, path)
+        assert train.main(["--resume", path, *more]) == 0
+        assert read_checkpoint(path)["train"]["lr_scale"] == scale
 
 
 def test_a_copy_of_masks_under_another_name_resumes(command, cracks, tmp_path, capsys):

@@ -33,11 +33,11 @@ def training_sides(records, min_size, max_size):
     return np.concatenate(sides) if sides else np.zeros((0, 2))
 
 
-def choose_anchors(sides, sizes=5, ratios=3, seed=0, strides=0):
+def choose_anchors(sides, sizes=5, ratios=3, seed=0, strides=0, scales=(1.0,)):
     """The AnchorChoice of so many sizes and ratios for boxes [G, 2] (width, height). The same seed gives the same choice.
 
-    strides: pixels between two anchors of each size, ascending like the sizes, or one number for all; 0: on the boxes' own centres. Raises
-    ValueError for fewer boxes than there are sizes or ratios.
+    strides: pixels between two anchors of each size, ascending like the sizes, or one number for all; 0: on the boxes' own centres.
+    scales: the factors by which every size stands at each position. Raises ValueError for fewer boxes than there are sizes or ratios.
     """
     sides = np.asarray(sides, np.float64).reshape(-1, 2)
     sides = sides[(sides > 0).all(1)]
@@ -45,19 +45,20 @@ def choose_anchors(sides, sizes=5, ratios=3, seed=0, strides=0):
         raise ValueError(f"anchors: expected at least {max(sizes, ratios)} training boxes to choose {sizes} sizes and {ratios} ratios "
                          f"from, got {len(sides)}; keep the config's anchors")
     rng, strides = np.random.default_rng([seed, 2]), np.broadcast_to(np.asarray(strides, np.float64), sizes)
-    settled = [_settle(sides, *_start(sides, sizes, ratios, rng if start else None), strides) for start in range(STARTS)]
+    scales = np.asarray(scales, np.float64)
+    settled = [_settle(sides, *_start(sides, sizes, ratios, rng if start else None), strides, scales) for start in range(STARTS)]
     best = max(settled, key=lambda found: found[2])
     whole = np.maximum(np.rint(best[0]), 1)
     for i in range(1, sizes):                                    # two sizes of one value would be one anchor twice
         whole[i] = max(whole[i], whole[i - 1] + 1)
     rounded = tuple(float(f"{ratio:.3g}") for ratio in best[1])
-    return fit_of(sides, tuple(int(size) for size in whole), rounded, strides)
+    return fit_of(sides, tuple(int(size) for size in whole), rounded, strides, scales)
 
 
-def fit_of(sides, sizes, ratios, strides=0):
+def fit_of(sides, sizes, ratios, strides=0, scales=(1.0,)):
     """The AnchorChoice of given sizes and ratios: how well they fit boxes [G, 2]."""
     strides = np.broadcast_to(np.asarray(strides, np.float64), len(sizes))
-    iou = _iou(sides, np.asarray(sizes, np.float64), np.asarray(ratios, np.float64), strides).max((1, 2))
+    iou = _iou(sides, *(np.asarray(values, np.float64) for values in (sizes, ratios, strides, scales))).max((1, 2, 3))
     return AnchorChoice(tuple(sizes), tuple(ratios), float(iou.mean()), float((iou >= 0.5).mean()))
 
 
@@ -69,18 +70,18 @@ def _start(sides, sizes, ratios, rng):
     return middle(np.sqrt(sides.prod(1)), sizes), middle(sides[:, 1] / sides[:, 0], ratios)
 
 
-def _settle(sides, sizes, ratios, strides):
+def _settle(sides, sizes, ratios, strides, scales):
     """(sizes, ratios, mean IoU) after moving the grid until it fits no better."""
     side, ratio = np.sqrt(sides.prod(1)), sides[:, 1] / sides[:, 0]
     best = (sizes, ratios, -1.0)
     for _ in range(ROUNDS):
-        iou = _iou(sides, sizes, ratios, strides)                                          # [G, sizes, ratios]
-        fit = float(iou.max((1, 2)).mean())
+        iou = _iou(sides, sizes, ratios, strides, scales)                                  # [G, sizes, scales, ratios]
+        fit = float(iou.max((1, 2, 3)).mean())
         if fit <= best[2] + 1e-9:
             break
         best = (sizes, ratios, fit)
-        row, column = np.unravel_index(iou.reshape(len(sides), -1).argmax(1), iou.shape[1:])
-        sizes = np.sort([_middle(side[row == i], old) for i, old in enumerate(sizes)])
+        row, scale, column = np.unravel_index(iou.reshape(len(sides), -1).argmax(1), iou.shape[1:])
+        sizes = np.sort([_middle((side / scales[scale])[row == i], old) for i, old in enumerate(sizes)])
         ratios = np.sort([_middle(ratio[column == i], old) for i, old in enumerate(ratios)])
     return best
 
@@ -90,13 +91,14 @@ def _middle(values, old):
     return float(np.exp(np.log(values).mean())) if len(values) else float(old)
 
 
-def _iou(sides, sizes, ratios, strides):
-    """IoU of boxes [G, 2] with every anchor, a quarter of its stride away on both axes: [G, sizes, ratios]."""
-    width, height = sizes[:, None] / np.sqrt(ratios), sizes[:, None] * np.sqrt(ratios)     # [sizes, ratios]
-    away = strides[:, None] / 4
+def _iou(sides, sizes, ratios, strides, scales):
+    """IoU of boxes [G, 2] with every anchor, a quarter of its stride away on both axes: [G, sizes, scales, ratios]."""
+    side = (sizes[:, None] * scales)[:, :, None]
+    width, height = side / np.sqrt(ratios), side * np.sqrt(ratios)                         # [sizes, scales, ratios]
+    away, (wide, high) = strides[:, None, None] / 4, sides.T[:, :, None, None, None]
 
     def shared(box, anchor):
         """Of two intervals whose middles are `away` from each other."""
         return np.clip((box + anchor) / 2 - away, 0, np.minimum(box, anchor))
-    inner = shared(sides[:, 0, None, None], width) * shared(sides[:, 1, None, None], height)
-    return inner / (sides.prod(1)[:, None, None] + width * height - inner)
+    inner = shared(wide, width) * shared(high, height)
+    return inner / (wide * high + width * height - inner)

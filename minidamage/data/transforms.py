@@ -232,7 +232,13 @@ def apply(image, record, draw, with_masks=True):
 
     scale = np.diag([width / record.width, height / record.height, 1.0])
     objects = matrix @ jitter_matrix(draw, width, height) @ scale
-    boxes = warp_boxes(record.boxes.astype(np.float64), objects, width, height)
+    boxes, cut = record.boxes.astype(np.float64), draw.jitter > 1.0 and _resampled(draw)      # at the jitter's border, before it moves
+    if cut:
+        boxes = warp_boxes(boxes, jitter_matrix(draw, width, height) @ scale, width, height)
+        gone = (boxes[:, 2:] <= boxes[:, :2]).any(1)
+        boxes = np.where(gone[:, None], 0.0, warp_boxes(boxes, matrix, width, height))
+    else:
+        boxes = warp_boxes(boxes, objects, width, height)
     grown = abs(np.linalg.det(objects))                  # how many pixels of the sample one of the record's becomes
     full = np.prod((record.boxes[:, 2:] - record.boxes[:, :2]).astype(np.float64), axis=1) * grown
     visible = np.prod(boxes[:, 2:] - boxes[:, :2], axis=1) / np.maximum(full, 1e-9)
@@ -241,6 +247,8 @@ def apply(image, record, draw, with_masks=True):
     masks = np.zeros((len(boxes), height, width), np.uint8)
     for i, outline in enumerate(record.outlines):
         masks[i] = warp_mask(outline, objects, height, width)
+    if cut:
+        masks &= warp_mask([np.array([[0, 0], [width, 0], [width, height], [0, height]], np.float64)], matrix, height, width)
     pixels = masks.sum((1, 2), dtype=np.int64)
     # against the outline's own area: what the file gives as "area" may be the box's, and a thin scratch fills little of its box
     whole = np.array([_outline_area(m, r) for m, r in zip(record.masks, record.area)]) * grown

@@ -77,7 +77,8 @@ def upsample(x, factor):
 
 
 def init_decoder(*modules):
-    """Fresh weights for all that is not the body: He initialisation (2015), zero biases."""
+    """Fresh weights for all that is not the body: He initialisation (2015), zero biases. (segmentation_models.pytorch starts its DeepLabs
+    and LinkNet's transposed convolutions, and torchvision its FCN and DeepLab, from the framework's default, 2.45 times smaller.)"""
     for top in modules:
         for module in top.modules():
             if isinstance(module, (nn.Conv2d, nn.ConvTranspose2d)):

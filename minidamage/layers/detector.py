@@ -66,7 +66,9 @@ class GeneralizedRCNNTransform(nn.Module):
         return ImageBatch(batch, sizes, original_sizes), targets
 
     def resized_size(self, h, w, min_size=None):
-        scale = min((min_size or self.min_size) / min(h, w), self.max_size / max(h, w))
+        """(height, width) of a picture resized. min_size: in place of the model's own; max_size then grows or shrinks as it does."""
+        min_size = min_size or self.min_size
+        scale = min(min_size / min(h, w), self.max_size * min_size / self.min_size / max(h, w))
         return max(1, math.floor(h * scale)), max(1, math.floor(w * scale))
 
 

@@ -38,6 +38,7 @@ class FasterRCNNConfig:
     # body and pyramid
     body: str = "resnet50"                          # study: resnet50 and resnet101; resnet18 and resnet34 for small machines
     norm: str = "frozen"                            # torchvision; study: "batch", nothing frozen. From scratch: batch or group
+    norm_eps: float = 1e-5                          # beside the body's running variances; torchvision's published COCO detectors: 0
     frozen_stages: int = 0                          # study: whole body fine-tuned; torchvision freezes 2 (stem, layer1)
     fpn: bool = True                                # False: no pyramid, one map of stride 16 (see build_backbone)
     fpn_channels: int = 256                         # torchvision
@@ -117,6 +118,8 @@ class FasterRCNN(nn.Module):
         self.config = config
         self.transform = GeneralizedRCNNTransform(config.min_size, config.max_size, config.image_mean, config.image_std)
         self.backbone = self.build_backbone(config)
+        for norm in (module for module in self.backbone.body.modules() if hasattr(module, "running_var")):
+            norm.eps = config.norm_eps
         self.rpn = self.build_rpn(config)
         self.roi_heads = self.build_roi_heads(config, self.backbone.strides, num_classes)
         self.to(memory_format=torch.channels_last)
@@ -276,7 +279,8 @@ class FasterRCNN(nn.Module):
         return stages
 
     def load_state_dict(self, state_dict, strict=True, assign=False):
-        """As in every module; names from before torchvision 0.13, which its published COCO weights still carry, are translated."""
+        """As in every module; names from before torchvision 0.13, which its published COCO weights still carry, are translated. (Those
+        weights are used with norm_eps=0 there.)"""
         return super().load_state_dict({modern_name(key): value for key, value in state_dict.items()}, strict, assign)
 
 
@@ -316,7 +320,7 @@ def check_config(config):
         raise ValueError(f"max_size: expected at least min_size = {config.min_size}, got {config.max_size}")
     if len(config.image_mean) != 3:
         raise ValueError(f"image_mean: expected 3 numbers, for red, green and blue, got {config.image_mean}")
-    for field in ("sampling_ratio", "min_proposals", "focal_gamma", "loss_weight_cls", "loss_weight_reg"):
+    for field in ("norm_eps", "sampling_ratio", "min_proposals", "focal_gamma", "loss_weight_cls", "loss_weight_reg"):
         if not 0 <= getattr(config, field) < math.inf:
             raise ValueError(f"{field}: expected 0 or more, got {getattr(config, field)}")
     if not 0 < config.focal_alpha <= 1:
