@@ -4,7 +4,8 @@
 
     import torch, minidamage.ops                                  # the ops' names and kernels; nothing else of this package is called
     detector = torch.export.load("detector.pt2").module()
-    found = detector(images)                                      # [N, 3, 480, 640] uint8 -> boxes, scores, labels, valid, masks
+    with torch.no_grad():
+        found = detector(images)                                  # [N, 3, 480, 640] uint8 -> boxes, scores, labels, valid, masks
 
 Resizing, normalisation, NMS and the mask head are inside; everything has a fixed number of slots, of which `valid` says which count.
 

@@ -415,6 +415,9 @@ def broken(images, targets, **change):
     (dict(boxes=torch.tensor([[1.0, 2, 1, 9], [0, 0, 5, 5]])), r"x2 > x1 and y2 > y1, got \[1.0, 2.0, 1.0, 9.0\]"),
     (dict(boxes=torch.tensor([[1.0, 2, float("nan"), 9], [0, 0, 5, 5]])), "x2 > x1"),
     (dict(masks=torch.zeros(2, 5, 5, dtype=torch.uint8)), r"expected masks \[2, 96, 112\]"),
+    (dict(labels=torch.tensor([1.0, 2.0])), "expected labels as whole numbers, got torch.float32"),
+    (dict(labels=[1, 2]), "expected labels as a tensor, got list"), (dict(iscrowd=[0, 1]), "expected iscrowd as a tensor, got list"),
+    (dict(boxes=np.zeros((2, 4))), "expected boxes as a tensor, got ndarray; convert it with torch.as_tensor"),
 ])
 def test_wrong_targets_name_the_picture_and_the_fix(change, message):
     images, targets = two_pictures()
@@ -427,6 +430,10 @@ def test_missing_targets_and_wrong_pictures_are_refused():
     model = small_model().train()
     with pytest.raises(ValueError, match="expected one dict for each of the 2 pictures"):
         model(images)
+    with pytest.raises(ValueError, match=r"targets\[1\]: expected a dict of boxes, labels and masks, got NoneType"):
+        model(images, [targets[0], None])
+    with pytest.raises(ValueError, match="detect: expected the model in evaluation mode, got training"):
+        model.detect(images)
     with pytest.raises(ValueError, match="missing: masks"):
         model(images, [{k: v for k, v in t.items() if k != "masks"} for t in targets])
     model.eval()

@@ -30,6 +30,21 @@ def body(request, monkeypatch):
     return request.param
 
 
+def test_what_a_picture_is_refused_for_leaves_nothing_of_it():
+    import torch
+    evaluator = CocoEvaluator(("dent",))
+    truth = {"boxes": [[0, 0, 4, 4]], "labels": [1], "masks": np.ones((1, 8, 8), np.uint8)}
+    found = {"boxes": [[0, 0, 4, 4]], "labels": [1], "scores": [0.9], "masks": torch.ones(1, 1, 8, 8)}
+    with pytest.raises(ValueError, match="expected masks as RLE dicts, got Tensor; a detector gives them with model.detect"):
+        evaluator.add_picture(torch.tensor(3), truth, found, (8, 8))
+    found["masks"] = masks.encode(np.ones((1, 8, 8), np.uint8))
+    evaluator.add_picture(torch.tensor(3), truth, found, (8, 8))
+    evaluator.add_detections(np.int64(3), [[1, 1, 2, 2]], [0.1], [1], found["masks"])
+    assert evaluator.evaluate().stats["segm/AP"] == pytest.approx(1) and json.dumps(evaluator.coco_truth())
+    with pytest.raises(ValueError, match="picture 3 was added before"):
+        evaluator.add_truth(3, [], [])
+
+
 # ---- oracle ------------------------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("iou_type, use_cats", CASES)

@@ -1,10 +1,13 @@
 """Pixel metrics and bootstrap intervals: by hand, and the two ways of feeding them against each other."""
 import numpy as np
 import pytest
+import torch
 
 from minidamage import masks
+from minidamage.metrics.crack import CrackEvaluator
 from minidamage.metrics.segmentation import PixelEvaluator
 from minidamage.metrics.statistics import bootstrap
+from minidamage.metrics.thresholds import ThresholdSweep
 
 NAN = float("nan")
 
@@ -75,6 +78,33 @@ def test_instances_equal_label_maps():
     assert np.array_equal(by_map.evaluate().counts, by_instance.evaluate().counts)
     by_instance.add_instances([], [], [1], [masks.encode(np.ones((2, 3), bool))], 2, 3)
     assert by_instance.evaluate().counts[-1].tolist() == [[0, 6, 0, 0], [0, 6, 0, 0], [0, 0, 0, 6]]
+
+
+@pytest.mark.parametrize("kind", [bool, np.uint8, np.int64, torch.tensor])
+def test_a_mask_of_ignored_pixels_may_be_of_any_kind(kind):
+    rng = np.random.default_rng(0)
+    truth, found, ignore = rng.integers(0, 2, (20, 30)), rng.integers(0, 2, (20, 30)), rng.random((20, 30)) < 0.2
+    evaluator, sweep = PixelEvaluator(["dent"]), ThresholdSweep()
+    evaluator.add_label_maps(truth, found, kind(ignore) if kind is torch.tensor else ignore.astype(kind))
+    assert evaluator.evaluate().counts[0].sum(1).tolist() == [(~ignore).sum()] * 2
+    sweep.add(rng.random((20, 30)), truth, kind(ignore) if kind is torch.tensor else ignore.astype(kind))
+    assert (sweep.evaluate().counts.sum(-1) == (~ignore).sum()).all()
+    for add in (evaluator.add_label_maps, sweep.add, CrackEvaluator().add):
+        with pytest.raises(ValueError, match=r"ignore: expected a mask of the maps' size \[20, 30\], got \[20, 29\]"):
+            add(truth * 0.5 if add == sweep.add else truth, found, ignore[:, 1:])
+
+
+def test_mistakes_with_instances_and_probabilities_are_named():
+    rle, evaluator = masks.encode(np.ones((4, 6), np.uint8)), PixelEvaluator(["dent"])
+    for arguments, message in ((([1], [rle], [], [], 10, 10), r"RLEs of the picture's size \[10, 10\], got \[\[4, 6\]\]"),
+                               (([3], [rle], [], [], 4, 6), r"a label 1..1 and an RLE for each object, got of the truth 1 RLEs .*\[3\]"),
+                               (([], [], [1, 1], [rle], 4, 6), r"got of the detections 1 RLEs and the labels \[1\] \(2\)")):
+        with pytest.raises(ValueError, match=message):
+            evaluator.add_instances(*arguments)
+    truth = np.ones((4, 6), np.uint8)
+    for saved, words in ((np.full((4, 6), 200, np.uint8), "torch.uint8 from 200"), (np.full((4, 6), 2.5), "from 2.5 to 2.5")):
+        with pytest.raises(ValueError, match=f"expects probabilities 0..1 as floats, got .*{words}"):
+            ThresholdSweep().add(saved, truth)
 
 
 def test_ignored_pixels_and_no_pictures():

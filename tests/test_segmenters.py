@@ -253,7 +253,8 @@ def test_pictures_that_no_segmenter_takes(images, message):
 
 
 @pytest.mark.parametrize("targets, message", [
-    (None, "got None"), ([], "for each of the 1 pictures"), ([{"masks": 0}], "expected the key label_map, got masks"),
+    (None, "got None"), ([], "for each of the 1 pictures"), ([torch.zeros(8, 8)], "expected a dict with label_map, got Tensor"),
+    ([{"label_map": np.zeros((8, 8), np.uint8)}], "expected label_map as a tensor, got ndarray"), ([{"masks": 0}], "expected the key label_map, got masks"),
     ([{"label_map": torch.zeros(8, 9, dtype=torch.uint8)}], r"picture's size \[8, 8\], got \[8, 9\]"),
     ([{"label_map": torch.zeros(8, 8)}], "uint8 or int64, got torch.float32"),
     ([{"label_map": torch.full((8, 8), 2, dtype=torch.uint8), "file": "crack7.png"}],
@@ -262,6 +263,25 @@ def test_pictures_that_no_segmenter_takes(images, message):
 def test_targets_that_would_break_the_training(targets, message):
     with pytest.raises(ValueError, match=message):
         Thresholding().train()([torch.rand(3, 8, 8)], targets)
+
+
+def test_weights_load_into_a_model_of_the_meta_device():
+    """The pictures' mean and deviation are no part of a state_dict: they come from the config then, beside the weights."""
+    model, picture = small_model("custom_unet").eval(), torch.randint(0, 256, (3, 40, 50), dtype=torch.uint8)
+    with torch.device("meta"):
+        empty, assigned = small_model("custom_unet").eval(), small_model("custom_unet").eval()
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    assigned.load_state_dict(model.state_dict(), assign=True)
+    for other in (empty, assigned):
+        assert torch.equal(other.probabilities([picture])[0], model.probabilities([picture])[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_another_dtype_and_a_gradient_of_the_picture(dtype):
+    model = small_model("custom_unet", image_size=0).eval().to(dtype)
+    picture = torch.rand(3, 32, 32, dtype=dtype, requires_grad=True)
+    model.logits(model.batch([picture])[0]).sum().backward()
+    assert picture.grad.dtype == dtype and picture.grad.abs().sum() > 0
 
 
 def test_probabilities_ask_for_evaluation_mode():

@@ -23,7 +23,7 @@ MASK_FORMS = ("probability", "bool", "rle", "raw")
 class ImageBatch:
     """N pictures as the body sees them."""
 
-    tensors: torch.Tensor                # [N, 3, H, W] float32, channels_last, normalised, zeros right of and below a picture
+    tensors: torch.Tensor                # [N, 3, H, W] of the model's dtype, channels_last, normalised, zeros right of and below a picture
     sizes: list                          # [(h, w)] of each picture inside the batch
     original_sizes: list                 # [(h, w)] of each picture as it came
 
@@ -49,18 +49,18 @@ class GeneralizedRCNNTransform(nn.Module):
 
         Returns (ImageBatch, targets with boxes [G, 4] and masks [G, h, w] resized, or None), on the model's device.
         """
-        device = self.image_mean.device
+        device, dtype = self.image_mean.device, self.image_mean.dtype
         images = [image.to(device, non_blocking=True) for image in images]
         original_sizes = [tuple(image.shape[-2:]) for image in images]
         shorter = [target.get("min_size", self.min_size) for target in targets] if targets else [self.min_size] * len(images)
         sizes = [self.resized_size(*size, min_size) for size, min_size in zip(original_sizes, shorter)]
         H, W = (math.ceil(max(side) / SIZE_DIVISIBLE) * SIZE_DIVISIBLE for side in zip(*sizes))
-        batch = torch.zeros((len(images), H, W, 3), device=device).permute(0, 3, 1, 2)                # channels_last
-        for image, (h, w), place in zip(images, sizes, batch):
+        batch = torch.zeros((len(images), H, W, 3), dtype=dtype, device=device).permute(0, 3, 1, 2)   # channels_last
+        for i, (image, (h, w)) in enumerate(zip(images, sizes)):
             full_scale = 1.0 if image.is_floating_point() else 255.0
             if image.shape[-2:] != (h, w):
                 image = F.interpolate(image[None].float(), size=(h, w), mode="bilinear", align_corners=False)[0]
-            place[:, :h, :w].copy_(image).sub_(self.image_mean * full_scale).div_(self.image_std * full_scale)
+            batch[i, :, :h, :w].copy_(image).sub_(self.image_mean * full_scale).div_(self.image_std * full_scale)
         if targets is not None:
             targets = [resize_target(*each, device) for each in zip(targets, original_sizes, sizes)]
         return ImageBatch(batch, sizes, original_sizes), targets
@@ -70,6 +70,14 @@ class GeneralizedRCNNTransform(nn.Module):
         min_size = min_size or self.min_size
         scale = min(min_size / min(h, w), self.max_size * min_size / self.min_size / max(h, w))
         return max(1, math.floor(h * scale)), max(1, math.floor(w * scale))
+
+
+def refill_statistics(model, _):
+    """After load_state_dict: the pictures' mean and deviation anew from the config, beside the weights. They are no part of a state_dict,
+    so a model that was made on the meta device has none (to_empty, load_state_dict(assign=True))."""
+    owner, weight = getattr(model, "transform", model), next(model.parameters())
+    for name in ("image_mean", "image_std"):
+        setattr(owner, name, torch.tensor(getattr(model.config, name), dtype=weight.dtype, device=weight.device).view(3, 1, 1))
 
 
 def resize_target(target, original_size, size, device):
@@ -124,14 +132,21 @@ def check_targets(images, targets, num_classes, masks=True):
                          f"{None if targets is None else len(targets)}; a picture without objects has boxes of shape [0, 4]")
     checked = []
     for i, (image, target) in enumerate(zip(images, targets)):
+        if not isinstance(target, dict):
+            raise ValueError(f"targets[{i}]: expected a dict of boxes, labels{' and masks' * masks}, got {type(target).__name__}")
         where = f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})"
         form = "rles" if "rles" in target and "masks" not in target else "masks"
         needed = ("boxes", "labels", form) if masks else ("boxes", "labels")
         absent = [key for key in needed if key not in target]
         if absent:
             raise ValueError(f"{where}: expected the keys {', '.join(needed)}, got {', '.join(target)}; missing: {', '.join(absent)}")
+        for key in ("boxes", "labels", "masks", "iscrowd"):
+            if key in (*needed, "iscrowd") and not isinstance(target.get(key, target["boxes"]), torch.Tensor):
+                raise ValueError(f"{where}: expected {key} as a tensor, got {type(target[key]).__name__}; convert it with torch.as_tensor")
         boxes, labels = target["boxes"], target["labels"]
         G = len(boxes)
+        if labels.is_floating_point():
+            raise ValueError(f"{where}: expected labels as whole numbers, got {labels.dtype}; convert with .to(torch.int64)")
         if boxes.dim() != 2 or boxes.shape[1] != 4 or labels.shape != (G,):
             raise ValueError(f"{where}: expected boxes [G, 4] and labels [G], got {list(boxes.shape)} and {list(labels.shape)}; "
                              "without objects, torch.zeros(0, 4) and torch.zeros(0, dtype=torch.int64)")

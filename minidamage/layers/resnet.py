@@ -174,7 +174,11 @@ class Bottleneck(nn.Module):
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """Batch normalisation whose statistics and affine map are constants (buffers, so no optimiser touches them)."""
+    """Batch normalisation whose statistics and affine map are constants (buffers, so no optimiser touches them).
+
+    On a GPU scale and shift are kept from call to call: what writes to a buffer's `.data` there, which leaves no trace, has to be
+    followed by train() or eval().
+    """
 
     def __init__(self, channels, eps=1e-5):
         super().__init__()
@@ -189,13 +193,20 @@ class FrozenBatchNorm2d(nn.Module):
         """scale, shift of affine_of(): made once, and anew when the constants were written, loaded or moved. A body has 53 of them, five
         small operations each, which a GPU would wait for in every step."""
         constants = self.weight, self.bias, self.running_mean, self.running_var
-        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in constants):
+        if torch.compiler.is_compiling() or not self.is_worth_keeping() or any(tensor.is_inference() for tensor in constants):
             return make_affine(self)
         versions = [self.eps, *(tensor._version for tensor in constants)]
         if self._known is None or versions != self._known[1] or any(a is not b for a, b in zip(constants, self._known[0])):
             with torch.inference_mode(False):                         # a training step may use them later
                 self._known = constants, versions, make_affine(self)
         return self._known[2]
+
+    def is_worth_keeping(self):
+        return self.weight.is_cuda
+
+    def train(self, mode=True):
+        self._known = None
+        return super().train(mode)
 
     def forward(self, x):
         scale, shift = affine_of(self)

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from minidamage.layers.detector import IMAGE_MEAN, IMAGE_STD
+from minidamage.layers.detector import IMAGE_MEAN, IMAGE_STD, refill_statistics
 from minidamage.layers.segmentation_losses import CLASS_WEIGHTS, IGNORE, loss_counts, segmentation_losses
 
 RESOLUTIONS = ("native", "model")
@@ -64,6 +64,7 @@ class Segmenter(nn.Module):
         # buffers move with the model; not persistent: the published state_dicts have no such entries
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
+        self.register_load_state_dict_post_hook(refill_statistics)
 
     def check_config(self, config):
         """ValueError for a value that the model cannot have; a model with fields of its own adds their checks."""
@@ -125,7 +126,7 @@ class Segmenter(nn.Module):
 
     def batches_of_one_size(self, images):
         """The pictures as lists that can be stacked: all together once resized, one by one where they keep sizes that differ."""
-        if self.config.image_size or len({image.shape[-2:] for image in images}) == 1:
+        if self.config.image_size or all(image.shape[-2:] == images[0].shape[-2:] for image in images):
             return [list(images)]
         return [[image] for image in images]
 
@@ -154,21 +155,22 @@ class Segmenter(nn.Module):
             raise ValueError(f"{name}: expected the model in evaluation mode, got training; call model.eval() first")
 
     def batch(self, images):
-        """(batch [N, 3, H, W] float32, channels_last, normalised, zeros right of and below the pictures; (h, w) of the pictures)."""
+        """(batch [N, 3, H, W] of the model's dtype, channels_last, normalised, zeros right of and below the pictures; (h, w) of the
+        pictures)."""
         check_pictures(images)
         sizes = [tuple(image.shape[-2:]) for image in images]
-        if len(set(sizes)) > 1:
+        if any(size != sizes[0] for size in sizes):           # no set: sizes may be symbols (torch.export)
             odd = next(i for i, size in enumerate(sizes) if size != sizes[0])
             raise ValueError(f"images: expected pictures of one size, got images[0] {list(sizes[0])} and images[{odd}] {list(sizes[odd])}; "
                              "set the config field image_size, take batches of one picture, or call model.probabilities(images)")
         h, w = sizes[0]
         H, W = (self.padded_side(side) for side in (h, w))
         device = self.image_mean.device
-        batch = torch.zeros((len(images), H, W, 3), device=device).permute(0, 3, 1, 2)                # channels_last
-        for image, place in zip(images, batch):
+        batch = torch.zeros((len(images), H, W, 3), dtype=self.image_mean.dtype, device=device).permute(0, 3, 1, 2)   # channels_last
+        for i, image in enumerate(images):
             full_scale = 1.0 if image.is_floating_point() else 255.0
             image = image.to(device, non_blocking=True)
-            place[:, :h, :w].copy_(image).sub_(self.image_mean * full_scale).div_(self.image_std * full_scale)
+            batch[i, :, :h, :w].copy_(image).sub_(self.image_mean * full_scale).div_(self.image_std * full_scale)
         return batch, (h, w)
 
     def padded_side(self, side):
@@ -180,6 +182,9 @@ class Segmenter(nn.Module):
             raise ValueError(f"targets: expected one dict with label_map for each of the {count} pictures, got "
                              f"{None if targets is None else len(targets)}")
         for i, target in enumerate(targets):
+            if not isinstance(target, dict):
+                raise ValueError(f"targets[{i}]: expected a dict with label_map, got {type(target).__name__}; wrap a label map as "
+                                 '{"label_map": label_map}')
             check_label_map(f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})", target, size, self.num_classes)
         device = self.image_mean.device
         return torch.stack([target["label_map"].to(device, non_blocking=True).long() for target in targets])
@@ -255,6 +260,8 @@ def check_label_map(where, target, size, num_classes):
     if "label_map" not in target:
         raise ValueError(f"{where}: expected the key label_map, got {', '.join(target) or 'no keys'}")
     label_map = target["label_map"]
+    if not isinstance(label_map, torch.Tensor):
+        raise ValueError(f"{where}: expected label_map as a tensor, got {type(label_map).__name__}; convert it with torch.as_tensor")
     if tuple(label_map.shape) != tuple(size):
         raise ValueError(f"{where}: expected a label_map of the picture's size {list(size)}, got {list(label_map.shape)}; "
                          "resize picture and label map together")

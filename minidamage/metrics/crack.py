@@ -18,6 +18,7 @@ import numpy as np
 
 from minidamage import skeleton
 from minidamage.distributed import interleave
+from minidamage.metrics.segmentation import ignored
 
 TOLERANCES = (0, 2, 5)                                        # pixels
 PIXEL_EDGES = (3.0, 6.0, 12.0, 24.0)                          # bounds between the classes of width, pixels
@@ -48,7 +49,8 @@ class CrackEvaluator:
             raise ValueError("CrackEvaluator.add expects two maps [H, W] of one size, got "
                              f"{list(truth.shape)} and {list(prediction.shape)}")
         if ignore is not None:
-            truth, prediction = truth & ~ignore, prediction & ~ignore
+            judged = ~ignored(ignore, truth.shape)
+            truth, prediction = truth & judged, prediction & judged
         to_truth, to_prediction = skeleton.squared_distances(truth)[prediction], skeleton.squared_distances(prediction)[truth]
         self._tolerant.append([[(to_truth <= t * t).sum(), len(to_truth), (to_prediction <= t * t).sum(), len(to_prediction)]
                                for t in self.tolerances])

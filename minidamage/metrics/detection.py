@@ -43,6 +43,7 @@ class CocoEvaluator:
         boxes: [G, 4] xyxy, pixels; labels: [G], 1..K; rles: G RLE dicts (needed for "segm"); crowd: [G] bool; area: [G], decides small,
         medium, large (default: the mask's pixels, else the box's). height, width: pixels of the picture, for the files written.
         """
+        image_id = _plain(image_id)
         row = self._row(image_id, "add_truth", boxes, labels, rles)
         if image_id in self._truth:
             raise ValueError(f"add_truth: picture {image_id!r} was added before; expected each picture once")
@@ -63,6 +64,7 @@ class CocoEvaluator:
 
         May be called several times for a picture. COCO looks at the 100 best of each class in a picture.
         """
+        image_id = _plain(image_id)
         row = self._row(image_id, "add_detections", boxes, labels, rles)
         row["scores"] = _array(scores, np.float64)
         if row["scores"].shape != row["labels"].shape:
@@ -77,13 +79,17 @@ class CocoEvaluator:
         """One picture's truth and detections, as a detector's data set and `detect` give them. size: (h, w).
 
         truth: dict of boxes, labels, rles or masks [G, h, w] where there are any, iscrowd and area where known; detection: dict of boxes,
-        scores, labels, and masks as RLEs.
+        scores, labels, and masks as RLEs (`detect(images, "rle")`). Of a picture that is refused nothing is kept.
         """
         rles = truth.get("rles")
         if rles is None and truth.get("masks") is not None:
             rles = masks.encode(_array(truth["masks"], np.uint8))
         self.add_truth(image_id, truth["boxes"], truth["labels"], rles, truth.get("iscrowd"), truth.get("area"), *map(int, size))
-        self.add_detections(image_id, detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
+        try:
+            self.add_detections(image_id, detection["boxes"], detection["scores"], detection["labels"], detection.get("masks"))
+        except (ValueError, KeyError, TypeError):
+            del self._truth[_plain(image_id)]
+            raise
 
     @classmethod
     def joined(cls, evaluators):
@@ -106,6 +112,9 @@ class CocoEvaluator:
         if "segm" in self.iou_types and (rles is None or len(rles) != len(boxes) or any(r is None for r in rles)):
             raise ValueError(f"{name}, picture {image_id!r}: expected {len(boxes)} RLEs, got {'none' if rles is None else len(rles)}; "
                              'a set or a model without masks is scored with iou_types=("bbox",)')
+        if rles is not None and not all(isinstance(rle, dict) for rle in rles):
+            raise ValueError(f"{name}, picture {image_id!r}: expected masks as RLE dicts, got {type(rles[0]).__name__}; a detector gives "
+                             'them with model.detect(images, "rle"), minidamage.masks.encode makes them')
         x0, y0, x1, y1 = boxes.T
         return {"xywh": np.stack([x0, y0, x1 - x0, y1 - y0], axis=1), "labels": labels, "rles": rles}
 
@@ -342,6 +351,11 @@ def _table(rows, iou_type):
         counts, sizes = masks.unpack(rles)
         table["counts"], table["size"] = counts, sizes.astype(np.int32)
     return table
+
+
+def _plain(image_id):
+    """An id as Python has it, of a tensor or numpy's too: as a key, and in JSON."""
+    return image_id.item() if hasattr(image_id, "item") else image_id
 
 
 def _array(values, dtype):

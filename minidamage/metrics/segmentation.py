@@ -68,6 +68,14 @@ def mean_over_classes(counts, name="mIoU"):
     return _mean(quotients(pooled[pooled[:, TP] + pooled[:, FN] > 0])[MEANS[name]])
 
 
+def ignored(mask, shape):
+    """bool [H, W] of a mask of pixels that count nowhere, of any kind (array or tensor); ValueError where it has another size."""
+    mask = np.asarray(mask).astype(bool)
+    if mask.shape != tuple(shape):
+        raise ValueError(f"ignore: expected a mask of the maps' size {list(shape)}, got {list(mask.shape)}")
+    return mask
+
+
 class PixelEvaluator:
     """Sums pixel counts of pictures for damage as a whole and for each class. class_names: K names, label k is class_names[k - 1].
 
@@ -86,7 +94,8 @@ class PixelEvaluator:
             raise ValueError(f"add_label_maps expects two maps [H, W] of one size, got {list(truth.shape)} and {list(prediction.shape)}; "
                              "resize the prediction to the truth, not the truth to the prediction")
         if ignore is not None:
-            truth, prediction = truth[~ignore], prediction[~ignore]
+            judged = ~ignored(ignore, truth.shape)
+            truth, prediction = truth[judged], prediction[judged]
         K = len(self.class_names)
         largest = max(truth.max(initial=0), prediction.max(initial=0))
         if largest > K or min(truth.min(initial=0), prediction.min(initial=0)) < 0:
@@ -108,6 +117,13 @@ class PixelEvaluator:
         pixel belongs to both.
         """
         truth_labels, labels = np.asarray(truth_labels, np.int64), np.asarray(labels, np.int64)
+        for name, values, rles_of in (("truth", truth_labels, truth_rles), ("detections", labels, rles)):
+            if len(values) != len(rles_of) or not ((values >= 1) & (values <= len(self.class_names))).all():
+                raise ValueError(f"add_instances expects a label 1..{len(self.class_names)} and an RLE for each object, got of the {name} "
+                                 f"{len(rles_of)} RLEs and the labels {sorted(set(values.tolist()))[:10]} ({len(values)})")
+        sizes = {tuple(rle["size"]) for rle in (*truth_rles, *rles, *ignore)} - {(height, width)}
+        if sizes:
+            raise ValueError(f"add_instances expects RLEs of the picture's size {[height, width]}, got {sorted(map(list, sizes))[:3]}")
         counts = np.zeros((len(self.class_names) + 1, 4), np.int64)
         ignore = masks.merge(list(ignore)) if len(ignore) else None
         for k in range(len(self.class_names) + 1):

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from minidamage.distributed import interleave
-from minidamage.metrics.segmentation import quotients
+from minidamage.metrics.segmentation import ignored, quotients
 
 THRESHOLDS = np.arange(1, 100) / 100
+ROUNDING = 1e-3                                               # of probabilities, in 16 bits
 
 
 class ThresholdSweep:
@@ -42,11 +43,15 @@ class ThresholdSweep:
         if probability.isnan().any():
             raise ValueError("ThresholdSweep.add expects probabilities 0..1, got NaN: the model's weights or the precision that it works "
                              "in have overflowed; try another checkpoint")
+        low, high = (probability.min(), probability.max()) if probability.numel() else (0, 0)
+        if not probability.is_floating_point() or low < -ROUNDING or high > 1 + ROUNDING:
+            raise ValueError(f"ThresholdSweep.add expects probabilities 0..1 as floats, got {probability.dtype} from {low:g} to {high:g}; "
+                             "divide a saved picture by 255, take the sigmoid of logits")
         thresholds = torch.as_tensor(THRESHOLDS, dtype=probability.dtype, device=probability.device)
         above = torch.bucketize(probability.contiguous(), thresholds)                     # number of thresholds below the probability
         states = above + (truth.to(above.device) != 0) * (len(THRESHOLDS) + 1)
         if ignore is not None:
-            states = states[~torch.as_tensor(ignore, device=above.device)]
+            states = states[~torch.as_tensor(ignored(ignore, truth.shape), device=above.device)]
         bins = torch.bincount(states.flatten(), minlength=2 * (len(THRESHOLDS) + 1)).cpu().numpy().reshape(2, -1)
         background, damage = (side[::-1].cumsum()[::-1] for side in bins)                 # [100]: pixels in this bin or above
         tp, fp = damage[1:], background[1:]

@@ -21,8 +21,8 @@ from torch import nn
 
 from minidamage.config import Recipe
 from minidamage.layers.anchors import AnchorGenerator
-from minidamage.layers.detector import (IMAGE_MEAN, IMAGE_STD, GeneralizedRCNNTransform, check_images, check_targets, resize_boxes,
-                                        to_original)
+from minidamage.layers.detector import (IMAGE_MEAN, IMAGE_STD, GeneralizedRCNNTransform, check_images, check_targets, refill_statistics,
+                                        resize_boxes, to_original)
 from minidamage.layers.fpn import Backbone, FeaturePyramidNetwork
 from minidamage.layers.losses import BOX_LOSSES, CLASS_LOSSES
 from minidamage.layers.resnet import ResNet
@@ -123,6 +123,7 @@ class FasterRCNN(nn.Module):
         self.rpn = self.build_rpn(config)
         self.roi_heads = self.build_roi_heads(config, self.backbone.strides, num_classes)
         self.to(memory_format=torch.channels_last)
+        self.register_load_state_dict_post_hook(refill_statistics)
 
     def check_config(self, config):
         """ValueError for a value that the model cannot have; a model with fields of its own adds their checks."""
@@ -234,6 +235,8 @@ class FasterRCNN(nn.Module):
 
         stages=True: returns (results, stages), stages a list of dicts for the strip of DamageNet's figure 6, see `stages_of`.
         """
+        if self.training:
+            raise ValueError("detect: expected the model in evaluation mode, got training; call model.eval() first")
         check_images(images)
         batch, _ = self.transform(images)
         features = self.backbone(batch.tensors)

@@ -10,6 +10,7 @@ Kernels: csrc/nms.h, cpu/nms.cpp (a grid over the kept boxes), cuda/nms.cu (bit 
 import torch
 
 from . import _extension
+from ._checks import require_tensors
 from .boxes import box_area
 
 
@@ -50,6 +51,7 @@ def batched_nms_padded(boxes, scores, idxs, iou_threshold, max_keep, valid=None)
 
 
 def _check(boxes, scores, idxs=None, valid=None, max_keep=0):
+    require_tensors("nms", boxes=boxes, scores=scores, **{name: t for name, t in (("idxs", idxs), ("valid", valid)) if t is not None})
     if boxes.dim() != 2 or boxes.shape[1] != 4:
         raise ValueError(f"nms: expected boxes [N, 4] in xyxy, got {list(boxes.shape)}")
     for name, tensor in (("scores", scores), ("idxs", idxs), ("valid", valid)):

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 
 from ..mask_reference import compress, runs_of_mask
 from . import _extension
-from ._checks import autocast_is_on
+from ._checks import autocast_is_on, require_tensors
 
 MAX_PADDING = 1024                                                           # cells; PASTE_MAX_PADDING of csrc/paste_masks.h
 
@@ -56,6 +56,7 @@ def paste_masks_rle(masks, boxes, img_shape, padding=1, threshold=0.5):
 
 def _prepare(masks, boxes, img_shape, padding):
     """Checked masks, the widened boxes int64 [N, 4] (both ends inclusive), H, W."""
+    require_tensors("paste_masks", masks=masks, boxes=boxes)
     if masks.dim() != 4 or masks.shape[1] != 1 or not masks.is_floating_point() or 0 in masks.shape[2:]:
         raise ValueError(f"paste_masks: expected masks [N, 1, M, M] float, got {list(masks.shape)} {masks.dtype}; "
                          "select one class and keep its dimension: masks[:, c, None]")

@@ -78,7 +78,7 @@ def draw_label_map(image, label_map, class_names, enlarge=False, empty="no damag
     canvas, colours = enlarged(image, factor), class_colours(class_names)
     line = max(1, line_width(*canvas.shape[:2]) // 2)                  # thin: a crack is hardly wider than an outline
     for label in np.unique(label_map[label_map > 0]).tolist():
-        colour = NOT_JUDGED if label == 255 else colours[_class_name(label, class_names)]
+        colour = NOT_JUDGED if label == 255 else colours.get(_class_name(label, class_names), NOT_JUDGED)
         paint_mask(canvas, repeated(label_map == label, factor), colour, line)
     if not label_map.any():
         return with_label(canvas, empty)
@@ -111,7 +111,7 @@ def _draw_objects(image, boxes, names, texts, masks, order, class_names, enlarge
         if np.isfinite(boxes[i]).all():
             _draw_box(draw, boxes[i], colours[names[i]], line, H * factor, W * factor)
     _draw_tags(picture, boxes, names, texts, colours, order)
-    return np.asarray(picture)
+    return np.array(picture)
 
 
 def _check_lengths(boxes, names, texts, masks):
@@ -351,7 +351,7 @@ def with_label(image, text):
     draw, font = ImageDraw.Draw(picture), ImageFont.load_default(font_size(picture.height, picture.width))
     text, (width, height) = _fitted(draw, text, font, picture.width)
     _draw_tag(draw, (0, 0, width, height), text, font, LABEL)
-    return np.asarray(picture)
+    return np.array(picture)
 
 
 def with_legend(image, label_map, class_names):
@@ -419,7 +419,7 @@ def grid(images, titles=None, columns=None, cell=None, title=None):
                 draw.text((x, y + captions[row] - (len(text) - k) * row_height), line, font=font, fill=(20, 20, 20))
             sheet.paste(image, (x, y + captions[row]))
         y += captions[row] + heights[row] + gap
-    return np.asarray(sheet)
+    return np.array(sheet)
 
 
 def _scaled_to(image, longest):
