@@ -46,13 +46,13 @@ def build_model(name, num_classes, **config_fields):
     """A model with fresh weights.
 
     name: a key of MODELS. num_classes: classes + 1, label 0 is background. config_fields: fields of the model's config; the others
-    keep the paper's values. Raises ValueError for an unknown name or field, with the nearest known one.
+    keep the paper's values. Raises ValueError for an unknown name or field, with the nearest known one, and a value of another type.
     """
     if name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}; did you mean {near!r}?")
-    if num_classes < 2:
-        raise ValueError(f"num_classes: expected classes + 1 (background counts), so at least 2, got {num_classes}")
+    if not isinstance(num_classes, int) or num_classes < 2:
+        raise ValueError(f"num_classes: expected classes + 1 (background counts), so at least 2, got {num_classes!r}")
     model_class, config_class, _, _ = MODELS[name]
     fields = [field.name for field in dataclasses.fields(config_class)]
     for key in config_fields:

@@ -5,6 +5,7 @@ Every model file has a frozen dataclass `<Model>Config` (the architecture; it tr
 """
 import dataclasses
 import difflib
+import numbers
 import types
 import typing
 
@@ -94,11 +95,28 @@ def parse_value(text, hint, key):
 
 
 def from_dict(cls, values):
-    """Rebuilds a config dataclass from a checkpoint's dict (lists become tuples); raises ValueError on unknown fields."""
+    """Rebuilds a config dataclass from a checkpoint's dict (lists become tuples); raises ValueError on unknown fields, and for a value of
+    another type than its field's."""
     names = {f.name for f in dataclasses.fields(cls)}
     unknown = sorted(set(values) - names)
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the checkpoint was written by another version; "
                          f"known fields: {', '.join(sorted(names))}")
     tuples = lambda v: tuple(tuples(x) for x in v) if isinstance(v, (list, tuple)) else v
-    return cls(**{k: tuples(v) for k, v in values.items()})
+    values = {k: tuples(v) for k, v in values.items()}
+    for name, hint in typing.get_type_hints(cls).items():
+        if name in values and not _is_of(values[name], hint):
+            kind = hint.__name__ if isinstance(hint, type) else hint
+            raise ValueError(f"{name}: expected {kind}, got {values[name]!r} ({type(values[name]).__name__})")
+    return cls(**values)
+
+
+def _is_of(value, hint):
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        return any(_is_of(value, kind) for kind in args)
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_is_of(each, args[0]) for each in value)
+    if hint in (int, float):
+        return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
+    return isinstance(value, hint)
