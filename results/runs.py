@@ -23,7 +23,7 @@ class Table:
     columns: heading -> where the number lies in evaluate.py's results.json, or an interval (low, high).
     printed: row -> the paper's numbers, in the columns' order.
     waits: what else it waits for than a GPU.
-    tested: the metric in which the first row is held against each other one on the same pictures, as by evaluate.py --compare, "": none;
+    tested: metrics in which the first row is held against each other one on the same pictures, as by evaluate.py --compare;
     rivals: the rows that this is about, the first among them, and that Holm's correction counts; (): all."""
 
     title: str
@@ -33,7 +33,7 @@ class Table:
     percent: bool = False               # the paper prints hundredths
     note: str = ""
     waits: str = ""
-    tested: str = ""
+    tested: tuple = ()
     rivals: tuple = ()
 
 
@@ -89,6 +89,7 @@ CAR_COLUMNS = {"box AP": "stats/bbox/AP", "box AP50": "stats/bbox/AP50", "mask A
                "pixel IoU, any damage": "pixels/pixel/IoU",
                "undamaged with a finding": "false_alarms/with findings",     # no time: benchmark.py measures it, on a quiet machine
                "mask AP, 95 % over pictures": "intervals/segm/AP"}
+CAR_TESTED = ("segm/AP", "pixel/mIoU")
 
 # ---- steel: DANet's phases ---------------------------------------------------------------------------------------------------------
 
@@ -438,23 +439,23 @@ SEGMENTER_NOTE = ("The printed rows are of the document's own car set's validati
 TABLES = {
     "demo": Table("The drawn demo set", CAR_COLUMNS,
                   note="Drawn pictures: it shows that everything is wired, and says nothing of real damage."),
-    "cars": Table("DamageNet's ablation on cars, reduced", CAR_COLUMNS, DAMAGENET, tested="segm/AP", note=f"{CAR_SMALL_NOTE}, 14 epochs."),
-    "cars-coco": Table("DamageNet's ablation on cars, COCO labels, reduced", CAR_COLUMNS, DAMAGENET, tested="segm/AP",
+    "cars": Table("DamageNet's ablation on cars, reduced", CAR_COLUMNS, DAMAGENET, tested=CAR_TESTED, note=f"{CAR_SMALL_NOTE}, 14 epochs."),
+    "cars-coco": Table("DamageNet's ablation on cars, COCO labels, reduced", CAR_COLUMNS, DAMAGENET, tested=CAR_TESTED,
                        note=f"{CAR_SMALL_NOTE}, 8 epochs; eight classes of a COCO export."),
-    "cars-longer": Table("DamageNet's ablation on cars, reduced, 28 epochs", CAR_COLUMNS, DAMAGENET, tested="segm/AP",
+    "cars-longer": Table("DamageNet's ablation on cars, reduced, 28 epochs", CAR_COLUMNS, DAMAGENET, tested=CAR_TESTED,
                          note=f"{CAR_SMALL_NOTE}, 28 epochs."),
-    "cars-short": Table("DamageNet's ablation on cars, 12 epochs", CAR_COLUMNS, DAMAGENET, tested="segm/AP",
+    "cars-short": Table("DamageNet's ablation on cars, 12 epochs", CAR_COLUMNS, DAMAGENET, tested=CAR_TESTED,
                         note=CAR_FULL_NOTE.replace("48 epochs", "12 epochs")),
-    "cars-full": Table("DamageNet's ablation on cars", CAR_COLUMNS, DAMAGENET, tested="segm/AP", note=CAR_FULL_NOTE),
-    "cars-coco-full": Table("DamageNet's ablation on cars, COCO labels", CAR_COLUMNS, DAMAGENET, tested="segm/AP", note=CAR_FULL_NOTE),
-    "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True, tested="bbox/AP50",
+    "cars-full": Table("DamageNet's ablation on cars", CAR_COLUMNS, DAMAGENET, tested=CAR_TESTED, note=CAR_FULL_NOTE),
+    "cars-coco-full": Table("DamageNet's ablation on cars, COCO labels", CAR_COLUMNS, DAMAGENET, tested=CAR_TESTED, note=CAR_FULL_NOTE),
+    "steel": Table("DANet on NEU-DET, reduced", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True, tested=("bbox/AP50",),
                    note=f"{STEEL_NOTE} 192 px and 5 epochs, fewer candidates; the paper: 30 epochs, size not stated."),
-    "steel-short": Table("DANet on NEU-DET, 12 epochs", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True, tested="bbox/AP50",
+    "steel-short": Table("DANet on NEU-DET, 12 epochs", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True, tested=("bbox/AP50",),
                          note=f"{STEEL_NOTE} 400 px, 12 epochs of 162 steps of eight pictures; the paper: 30 epochs of four."),
     "steel-full": Table("DANet on NEU-DET, the paper's schedule", STEEL_COLUMNS, "DANet, Table 3", STEEL_PRINTED, percent=True,
-                        tested="bbox/AP50", note=f"{STEEL_NOTE} 400 px, the paper's 30 epochs; \"ours\" has recipes of its own."),
+                        tested=("bbox/AP50",), note=f"{STEEL_NOTE} 400 px, the paper's 30 epochs; \"ours\" has recipes of its own."),
     "steel-twins": Table("Ours and torchvision's Faster R-CNN by one script, NEU-DET, reduced", STEEL_COLUMNS, percent=True,
-                         tested="bbox/AP50",
+                         tested=("bbox/AP50",),
                          note="A ResNet-18 body without its last stage's weights, narrow heads, 192 px, 3 epochs, float32; start weights "
                               "and the order of pictures are the same seed by seed, what is sampled is not."),
     "voc-full": Table("DANet on Pascal VOC 2007", VOC_COLUMNS, "DANet, section IV.D", VOC_PRINTED, percent=True,
@@ -463,7 +464,7 @@ TABLES = {
     "coco-tiny-overfit": Table("Sixteen pictures of COCO, or four of them, learned by heart", OVERFIT_COLUMNS,
                                note="Scored on the very pictures that were trained on: a proof that everything is wired, no result."),
     **{f"study-{kind}{where}{size}": Table(f"The Mask R-CNN study: {what} {scored}{reduced}", columns, f"the study, section {section}",
-                                           note=STUDY_NOTE, tested="segm/AP50" * (kind == "proposals" and not where))
+                                           note=STUDY_NOTE, tested=("segm/AP50",) * (kind == "proposals" and not where))
        for kind, what, section in (("losses", "loss sets by share of the training pictures, at equal steps,", "3.2"),
                                    ("proposals", "where proposals come from,", "2.2"))
        for where, scored, columns in (("", "on cars", STUDY_COLUMNS),
@@ -478,7 +479,7 @@ TABLES = {
     **{f"{kind}-{which}": Table(f"Cracks: {name}{reduced}", CRACK_COLUMNS, "Context-CrackNet, Table 3; its ablation: Table 6",
                                 {CRACK_NAMES[model]: numbers for model, numbers in published.CRACKS.get(name, {}).items()},
                                 note=CRACK_NOTE + DEEPCRACK_NOTE * (which == "deepcrack") + QUICK_NOTE * (kind == "cracks-quick"),
-                                tested="IoU", rivals=tuple(CRACK_NAMES.values()))
+                                tested=("IoU",), rivals=tuple(CRACK_NAMES.values()))
        for which, (_, name) in CRACK_SETS.items()
        for kind, reduced in (("cracks", ", reduced"), ("cracks-quick", ", some 150 steps"), ("cracks-short", ", some 670 steps"),
                              ("cracks-full", ""))

@@ -110,25 +110,42 @@ def kept(row, runs):
 
 
 def tests_of(rows, table):
-    """The lines of a second table: the first row minus each of its rivals on the same pictures, each the mean over its seeds; [] where what
-    that takes was not kept of every seed. rows: {row: runs}."""
+    """The lines of more tables, one a metric: the first row minus each of its rivals on the same pictures, each the mean over its seeds; []
+    where what that takes was not kept of every seed. Where the first row's later seeds alone were drawn in a metric: of those. rows: {row:
+    runs}."""
     first, *others = [row for row in rows if not table.rivals or row in table.rivals]
-    evaluations = {}
-    for row in (first, *others):
-        found = [(run, summary["rows"][row], pictures_of(run).get(row)) for run, summary in kept(row, rows[row])]
-        if found and all(pictures for *_, pictures in found):
-            evaluations[row] = comparison.join_seeds([comparison.from_results(run.name, *each) for run, *each in found])[0]
-    if first not in evaluations:
-        return []
-    tested = comparison.paired_tests(evaluations.pop(first), evaluations, table.tested, DRAWS)
-    if not tested:
-        return []
-    name = table.tested.replace("bbox/", "box ").replace("segm/", "mask ")
     text = (lambda value: f"{100 * value:+.2f}") if table.percent else (lambda value: f"{value:+.3f}")
-    return [f"| {first} minus | {name} | 95 % interval over pictures | p | p, Holm |", "|---|--:|--:|--:|--:|",
-            *(f"| {label_of(row, rows[row])} | {text(drawn.value)} | {text(drawn.low)} to {text(drawn.high)} | {p:.4f} | {adjusted:.4f} |"
-              for row, drawn, p, adjusted in tested),
-            "\nInterval and p are over the test pictures: what another seed would change is not in them."]
+    lines = []
+    for metric in table.tested:
+        found = {row: drawn_in(metric, row, rows[row]) for row in (first, *others)}
+        whole = {row: len(seeds) == len(kept(row, rows[row])) for row, seeds in found.items()}
+        every = whole[first]
+        evaluations = {row: comparison.join_seeds([comparison.from_results(*each) for each in seeds.values()])[0]
+                       for row, seeds in found.items() if seeds and (whole[row] if every else seeds.keys() == found[first].keys())}
+        tested = first in evaluations and comparison.paired_tests(evaluations.pop(first), evaluations, metric, DRAWS)
+        if tested:
+            of_seeds = "" if every else f" (seed{'s' * (len(found[first]) > 1)} {', '.join(map(str, found[first]))})"
+            lines += ["", f"| {first} minus{of_seeds} | {name_of(metric)} | 95 % interval over pictures | p | p, Holm |",
+                      "|---|--:|--:|--:|--:|",
+                      *(f"| {label_of(row, rows[row])} | {text(drawn.value)} | {text(drawn.low)} to {text(drawn.high)} | {p:.4f} | "
+                        f"{adjusted:.4f} |" for row, drawn, p, adjusted in tested)]
+    return [*lines[1:], "\nInterval and p are over the test pictures: what another seed would change is not in them."] if lines else []
+
+
+def drawn_in(metric, row, runs):
+    """{seed: arguments of comparison.from_results} of the runs whose pictures of this row were kept, and drawn in the metric: counts of
+    pixels can be at any time."""
+    found = {}
+    for run, summary in kept(row, runs):
+        pictures = pictures_of(run).get(row) or {}
+        if "counts" in pictures or metric in pictures.get("draws", ()):
+            found[summary["run"]["seed"]] = run.name, summary["rows"][row], pictures
+    return found
+
+
+def name_of(metric):
+    """"mask AP" of "segm/AP"."""
+    return metric.replace("bbox/", "box ").replace("segm/", "mask ").replace("pixel/mIoU", "mIoU over classes")
 
 
 def pictures_of(run):

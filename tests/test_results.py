@@ -157,20 +157,22 @@ def test_the_first_row_is_tested_against_each_other_one(results, tmp_path, monke
 
 
 def test_a_detector_is_tested_by_its_draws_on_the_same_pictures_alone(results, tmp_path, monkeypatch):
-    """Not against pictures with damage covered, nor where a seed of a row came without its draws."""
+    """Not against pictures with damage covered, nor where a seed of a row came without its draws; in a metric that later seeds alone were
+    drawn in, of those."""
     tables = results["tables"]
     monkeypatch.setattr(tables, "HERE", tmp_path)
     hardware, names = {"gpu": None, "cpu": "some processor", "threads": 2}, {"damagenet": "DamageNet", "no-dilation": "no dilation"}
 
-    def keep(model, seed, ap, draws):
+    def keep(model, seed, ap, draws, **more):
         folder, row = tmp_path / results["runs"].seeded(f"cars-full-{model}", seed), names.get(model, "no FPN")
-        folder.mkdir()
+        folder.mkdir(exist_ok=True)
         numbers = {"pictures": 2, "part": "test", "task": "detection", "model": "damagenet", "seed": seed, "data": "cars", "occlusion": 0,
                    "trained_by": {"lr": 0.1}, "stats": {"segm/AP": ap}, "intervals": {"segm/AP": [ap - 0.1, ap + 0.1]}}
+        numbers["stats"] |= {metric: drawn[0] for metric, drawn in more.items()}
         rows = {row: numbers, f"{row}, a tenth occluded": {**numbers, "occlusion": 0.1}}
         run = {"seed": seed, "commits": ["0123456"], "hardware": hardware, "versions": {"torch": "2"}}
         (folder / "summary.json").write_text(json.dumps({"run": run, "rows": rows}))
-        pictures = {"files": ["a.jpg", "b.jpg"], "draws": {"segm/AP": draws}}
+        pictures = {"files": ["a.jpg", "b.jpg"], "draws": {"segm/AP": draws, **more}}
         (folder / "pictures.json").write_text(json.dumps(dict.fromkeys(rows, pictures) if draws else {}))
     for seed, draws in ((0, [0.4, 0.5]), (1, [0.6, 0.5])):
         keep("damagenet", seed, 0.5, draws)
@@ -182,6 +184,10 @@ def test_a_detector_is_tested_by_its_draws_on_the_same_pictures_alone(results, t
     tested = text.partition("| DamageNet minus |")[2].split("\n\n")[0].splitlines()[2:]
     assert tested == ["| no dilation | +0.200 | +0.200 to +0.200 | 0.6667 | 0.6667 |"]            # 2 / 3: in neither of two draws below 0
     assert "| no FPN | 0, 1 | - | - | 0.400 (0.400 to 0.400) |" in text
+    keep("damagenet", 1, 0.5, [0.6, 0.5], **{"pixel/mIoU": [0.3, 0.4]})
+    keep("no-dilation", 1, 0.3, [0.3, 0.3], **{"pixel/mIoU": [0.2, 0.2]})
+    tested = tables.table_text("cars-full").partition("| DamageNet minus (seed 1) | mIoU over classes |")[2].split("\n\n")[0]
+    assert tested.splitlines()[2:] == ["| no dilation | +0.100 | +0.102 to +0.198 | 0.6667 | 0.6667 |"]
 
 
 def test_how_far_training_came_stands_in_a_table(results, tmp_path, monkeypatch):
