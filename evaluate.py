@@ -32,14 +32,14 @@ from minidamage.evaluation.selection import choose_pictures
 from minidamage.metrics import tables
 from minidamage.metrics.detection import evaluate_coco_files
 
-OF_A_SET = {"data", "part", "out", *READING}
+# What is done: the flags that it takes, beside those of the machine, which change no number.
+OF_A_SET, OF_THE_MACHINE = {"data", "part", "out", *READING}, {"device", "workers"}
 USES = {"two COCO files": {"truth", "detections", "iou_type", "no_categories", "out"},
         "--ceiling without a model": {"ceiling", *OF_A_SET},
         "--compare": {"compare", "metric", "size", "at", "draws", "out"},
-        "--complexity": {"complexity", "device", "out"},
-        "--test-epochs": {"test_epochs", "device", "data", *READING},
-        "one model": {"checkpoint", "ceiling", "score", "draws", "set", "occlude", "worst", "mm_per_px", "save_maps", "device", "workers",
-                      *OF_A_SET}}                              # what is done: the flags that it takes
+        "--complexity": {"complexity", "out"},
+        "--test-epochs": {"test_epochs", "data", *READING},
+        "one model": {"checkpoint", "ceiling", "score", "draws", "set", "occlude", "worst", "mm_per_px", "save_maps", *OF_A_SET}}
 
 
 def main(argv=None):
@@ -70,7 +70,7 @@ def answer(args):
     """Does what was asked; returns the exit code. Of several processes all score a model, process 0 alone does the rest."""
     check_numbers(args)
     task = task_of(args)
-    for flag in sorted(args.typed - USES[task]):
+    for flag in sorted(args.typed - USES[task] - OF_THE_MACHINE):
         raise ValueError(f"--{flag.replace('_', '-')}: {task} {'has' if task != 'two COCO files' else 'have'} no use for it; leave it out")
     if task != "one model" and not distributed.is_main():
         return 0

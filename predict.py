@@ -45,7 +45,7 @@ NOTES = {"pixels": "of the photograph as seen, after its EXIF rotation; boxes ar
          "polygons": "each has an outer ring and holes; they run along pixel edges and enclose exactly the mask's pixels",
          "rle": "the same mask as COCO run lengths (columns first, compressed)",
          "area_share": "of the photograph, not of the car: it changes with the distance the photograph was taken from"}
-MAP_NOTES = {"score_thresholds": "of several classes none: each pixel has its likeliest",
+MAP_NOTES = {"score_thresholds": "the probability above which a pixel counts; of several classes null, and each pixel has its likeliest",
              "pixels": "of the photograph as seen, after its EXIF rotation; boxes are x1, y1, x2, y2, with (0, 0) the outer corner of the "
                        "first pixel; <name>.mask.png holds the label of every pixel",
              "pieces": "connected pixels of one class (8 neighbours), the largest first",
@@ -208,7 +208,7 @@ def check_flags(args, model):
 def find_photographs(paths, out):
     """The files to read, each once, in the order given (folders sorted). ValueError where there is nothing to read.
 
-    Results of earlier runs, in the output folder or another, are not taken for photographs; the output folder must not be one that
+    Results of earlier runs that lie in a folder are not taken for photographs; the output folder must not be one that
     photographs are read from, so that no result can take a photograph's place.
     """
     out = os.path.realpath(out)
@@ -217,11 +217,12 @@ def find_photographs(paths, out):
         if not os.path.exists(path):
             raise ValueError(f"{path}: expected a photograph or a folder, there is no such file")
         folder = path if os.path.isdir(path) else os.path.dirname(os.path.abspath(path))
+        if os.path.realpath(folder) == out:
+            raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example "
+                             f"--out {os.path.join(out, 'predictions')}")
         if not os.path.isdir(path):
-            check_apart(folder, out)
             found.append(path)
             continue
-        check_apart(folder, out)
         inside, others, closed = [], [], []
         for parent, folders, files in walk(path, onerror=closed.append):
             masks = folders_of_masks(folders)
@@ -231,8 +232,9 @@ def find_photographs(paths, out):
             folders[:] = sorted(name for name in folders if not name.startswith(".") and name not in masks)
             pictures = [os.path.join(parent, name) for name in sorted(files) if is_picture_name(name)]
             photographs = [path for path in pictures if not is_result(path)]
-            if photographs:
-                check_apart(parent, out)
+            if photographs and os.path.realpath(parent) == out:
+                raise ValueError(f"--out {out}: expected a folder without photographs, got {photographs[0]} in it; move it away (of a "
+                                 f"result, its .json is gone), or name another folder, for example --out {out}-2")
             inside += photographs
             others += [os.path.join(parent, name) for name in sorted(files)
                        if name.lower().endswith(OTHER_FORMATS) and not name.startswith(".")]
@@ -243,16 +245,10 @@ def find_photographs(paths, out):
     return list({os.path.realpath(path): path for path in reversed(found)}.values())[::-1]
 
 
-def check_apart(folder, out):
-    """ValueError where the photographs' folder is the one for the results."""
-    if os.path.realpath(folder) == out:
-        raise ValueError(f"--out {out}: expected another folder than the one the photographs are in; for example "
-                         f"--out {os.path.join(out, 'predictions')}")
-
-
 def is_result(path):
     """Whether the JSON beside a picture says that predict.py made it."""
-    return any(path.endswith(ending) and path in results_at(path.removesuffix(ending))[1] for ending in PICTURES)
+    name_of = os.path.basename
+    return any(path.endswith(ending) and name_of(path) in map(name_of, results_at(path.removesuffix(ending))[1]) for ending in PICTURES)
 
 
 def say_passed_over(others, closed):

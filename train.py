@@ -562,9 +562,9 @@ def introduce(run):
         print(f"WARNING: {number_of(steps, 'step')} in all, {len(run.train_set)} pictures in batches of {run.recipe.batch_size}: next to "
               "nothing is learned in so few; more --epochs, or a smaller --batch-size")
     if run.recipe.schedule == "step" and not any(0 < milestone < run.recipe.epochs for milestone in run.recipe.milestones):
+        better = f"; for example --set milestones={run.recipe.epochs * 2 // 3}" if run.recipe.epochs > 1 else ""
         print(f"WARNING: schedule=step, and no milestone lies within its {number_of(run.recipe.epochs, 'epoch')} (milestones: "
-              f"{', '.join(map(str, run.recipe.milestones)) or 'none'}): the rate never falls; for example "
-              f"--set milestones={max(1, run.recipe.epochs * 2 // 3)}")
+              f"{', '.join(map(str, run.recipe.milestones)) or 'none'}): the rate never falls{better}")
     whose = " of the demo set" if run.args.data == "demo" else ""
     print(f"config{whose}, where it differs from the paper's: {' '.join(changed) or 'nowhere'}")
     print(f"recipe{whose}: {' '.join(f'{name}={value}' for name, value in in_use(run.recipe).items())}")
@@ -588,7 +588,7 @@ def say_goodbye(run, seconds, tuned):
     print(f"\ndone in {clock(seconds)}, {memory(run.device)}; best {select_by} {state.best:.3f}{at} in epoch {state.best_epoch + 1}{then}: "
           f"{checkpoint}")
     if state.best == 0 and not tuned and "loss" not in select_by:
-        print(f"WARNING:  nothing was learned yet ({select_by} is 0): train longer, a new run with --epochs {4 * run.recipe.epochs} or so")
+        print(f"WARNING: nothing was learned yet ({select_by} is 0): train longer, a new run with --epochs {4 * run.recipe.epochs} or so")
     print(f"pictures: {', '.join(run.path(name) for name in ('first_batch.png', 'val_predictions.png', 'curves.png'))}")
     part = "" if run.identity["split"].get("test") else " --part val    # there is no test part: these pictures chose best.pt"
     print(f"next:     python evaluate.py --checkpoint {shlex.quote(checkpoint)}{part}\n"

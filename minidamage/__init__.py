@@ -7,6 +7,7 @@ To add a model: its file in models/, one line in MODELS, one row in tests/test_m
 """
 import dataclasses
 import difflib
+import numbers
 
 from minidamage import config as _config
 from minidamage.models import (context_cracknet, custom_segnets, custom_unets, damagenet, danet, deeplabv3, deeplabv3plus,
@@ -51,7 +52,7 @@ def build_model(name, num_classes, **config_fields):
     if name not in MODELS:
         near = difflib.get_close_matches(str(name), MODELS, n=1, cutoff=0.0)[0]
         raise ValueError(f"model: expected one of {', '.join(MODELS)}, got {name!r}; did you mean {near!r}?")
-    if not isinstance(num_classes, int) or num_classes < 2:
+    if not isinstance(num_classes, numbers.Integral) or num_classes < 2:
         raise ValueError(f"num_classes: expected classes + 1 (background counts), so at least 2, got {num_classes!r}")
     model_class, config_class, _, _ = MODELS[name]
     fields = [field.name for field in dataclasses.fields(config_class)]

@@ -34,7 +34,10 @@ def _reader_is_gone():
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse's, whose mistakes are one line that names the flag meant, without a page of usage above it."""
+    """argparse's, whose mistakes are one line that names the flag meant, without a page of usage above it; flags are typed in full."""
+
+    def __init__(self, **options):
+        super().__init__(**options, allow_abbrev=False)
 
     def parse_args(self, *arguments):
         """As argparse's; an unknown MINIDAMAGE_KERNELS is a mistake as an unknown flag is. From here on a file's name that is no UTF-8 is

@@ -102,7 +102,7 @@ def from_dict(cls, values):
     if unknown:
         raise ValueError(f"{cls.__name__} has no field {', '.join(unknown)}: the checkpoint was written by another version; "
                          f"known fields: {', '.join(sorted(names))}")
-    tuples = lambda v: tuple(tuples(x) for x in v) if isinstance(v, (list, tuple)) else v
+    tuples = lambda v: tuple(tuples(x) for x in v) if isinstance(v, (list, tuple)) or getattr(v, "ndim", 0) else v
     values = {k: tuples(v) for k, v in values.items()}
     for name, hint in typing.get_type_hints(cls).items():
         if name in values and not _is_of(values[name], hint):
@@ -117,6 +117,8 @@ def _is_of(value, hint):
         return any(_is_of(value, kind) for kind in args)
     if origin is tuple:
         return isinstance(value, tuple) and all(_is_of(each, args[0]) for each in value)
+    if hint is bool:
+        return not isinstance(value, (str, tuple)) and value in (0, 1)                    # of any kind: numpy's True is equal to 1
     if hint in (int, float):
         return isinstance(value, numbers.Integral if hint is int else numbers.Real) and not isinstance(value, bool)
     return isinstance(value, hint)

@@ -267,6 +267,20 @@ def test_an_unnamed_class_is_the_models_one_class(tmp_path):
     assert load(pairs(tmp_path / "deep_crack")).class_names == ("crack",)
 
 
+def test_a_mask_that_is_left_out_does_not_say_what_the_others_mean(tmp_path):
+    """Grey rims of a mask that was resized would make 128 among 0 and 255 damage, without a word."""
+    soft = np.rint(np.linspace(0, 255, 32 * 24)).astype(np.uint8).reshape(24, 32)
+    doubtful = MASK * 128
+    pairs(tmp_path, names=("a", "b", "c", "d"), values=[MASK * 255, MASK * 255, doubtful, MASK * 255])
+    with pytest.raises(ValueError) as refused:
+        load(tmp_path)
+    picture(tmp_path / "images/e.jpg")
+    mask(tmp_path / "masks/e.png", soft)
+    with pytest.raises(ValueError) as again:
+        load(tmp_path)
+    assert str(again.value) == str(refused.value)
+
+
 def test_numbered_pictures_of_a_small_set_are_not_crops_of_one(tmp_path):
     data = load(pairs(tmp_path, names=[f"crack-{i}" for i in range(6)]))
     assert not any(r.group for r in data.parts["all"]) and any("6 pictures could be crops of 1 photograph, which" in n for n in data.notes)

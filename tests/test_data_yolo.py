@@ -1,4 +1,7 @@
 """YOLO text labels: both forms, the layouts and data.yaml files of the tools, every bad line counted, and written labels read back."""
+import os
+import shutil
+
 import numpy as np
 import pytest
 
@@ -6,6 +9,7 @@ from data_sets import coco_set, picture, vehide_set
 from minidamage import masks
 from minidamage.data import label_map, load_dataset
 from minidamage.data import yolo
+from minidamage.data.split import three_parts
 
 RING = "0 0.25 0.25 0.75 0.25 0.5 0.75"
 BOX = "1 0.5 0.5 0.5 0.25"
@@ -100,6 +104,22 @@ def test_lists_tell_pictures_of_one_name_apart(tmp_path, line):
     assert data.problems == ["0.jpg: in none of the parts that data.yaml names; picture left out"]
 
 
+@pytest.mark.parametrize("place", ["copy", "link"])
+def test_lists_name_pictures_of_the_set_before_it_was_copied_or_linked(tmp_path, place):
+    first = yolo_set(tmp_path / "first", "images/train/{}.jpg", "labels/train/{}.txt", "abcd")
+    text(first / "test.txt", f"{first}/images/train/c.jpg\n{first}/images/train/d.jpg\n")
+    text(first / "data.yaml", "train: images/train\nval: images/train\ntest: test.txt\nnames: [dent, scratch]\n")
+    (shutil.copytree if place == "copy" else os.symlink)(first, tmp_path / place)
+    assert {part: len(records) for part, records in load(tmp_path / place).parts.items()} == {"train": 2, "test": 2}
+
+
+def test_pictures_of_a_declared_place_that_is_not_there_are_not_left_out(tmp_path):
+    for folder, names in (("foo", "abc"), ("val", "d")):
+        yolo_set(tmp_path, f"images/{folder}/{{}}.jpg", f"labels/{folder}/{{}}.txt", names)
+    text(tmp_path / "data.yaml", "train: /nowhere/images/foo\nval: images/val\nnames: [dent, scratch]\n")
+    assert {part: len(records) for part, records in load(tmp_path).parts.items()} == {"train": 3, "val": 1}
+
+
 def test_lists_made_elsewhere_go_by_the_pictures_names(tmp_path):
     yolo_set(tmp_path, names="abc")
     text(tmp_path / "train.txt", "C:\\data\\a.jpg\n/home/me/b.jpg\n")
@@ -113,7 +133,8 @@ def test_pictures_outside_of_the_declared_folders_do_not_pool_the_parts(tmp_path
         yolo_set(tmp_path, f"images/{folder}/{{}}.jpg", f"labels/{folder}/{{}}.txt", names)
     with pytest.raises(ValueError, match=r"expected every picture in train, val or test \(there are train 2, val 1\), got 1 picture in "
                                          "images/extra, which no name puts there"):
-        load(tmp_path)
+        three_parts(load(tmp_path))
+    assert sum(map(len, three_parts(load(tmp_path), (0.5, 0.0, 0.5)).values())) == 4                # --split pools them all
     text(tmp_path / "data.yaml", "train: images/train\nval: images/val\nnames: [dent, scratch]\n")
     data = load(tmp_path)
     assert {part: len(records) for part, records in data.parts.items()} == {"train": 2, "val": 1}

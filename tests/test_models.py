@@ -143,7 +143,7 @@ def test_mistakes_name_the_nearest():
 
 @pytest.mark.parametrize("fields, message", [
     (dict(min_size=(480, 512)), r"min_size: expected int, got \(480, 512\) \(tuple\)"), (dict(min_size=480.5), "min_size: expected int"),
-    (dict(fpn="false"), "fpn: expected bool, got 'false'"), (dict(fill_holes=1), "fill_holes: expected bool"),
+    (dict(fpn="false"), "fpn: expected bool, got 'false'"), (dict(fill_holes=2), "fill_holes: expected bool"),
     (dict(box_nms_thresh="0.5"), "box_nms_thresh: expected float"), (dict(anchor_sizes=32), r"anchor_sizes: expected tuple\[int"),
     (dict(anchor_sizes=(32, 64.5)), "anchor_sizes: expected"), (dict(body=None), "body: expected str"),
     (dict(num_classes="3"), "num_classes: expected classes . 1 .* got '3'"), (dict(minsize=3), "did you mean 'min_size'")])

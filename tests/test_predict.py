@@ -220,7 +220,7 @@ def test_results_of_another_run_are_no_photographs_and_photographs_in_the_output
         assert capsys.readouterr().out.count(" -> ") == 1                                    # the photograph, no picture of run one
     photograph().save(folder / "shoot" / "day" / "b.overlay.jpg")                            # a name does not make it a result
     assert run("shoot", "--out", "shoot/day") == 2
-    assert "expected another folder than the one the photographs are in" in capsys.readouterr().err
+    assert "expected a folder without photographs, got shoot/day/b.overlay.jpg in it; move it away" in capsys.readouterr().err
     assert run("shoot", "--out", "three") == 0 and (folder / "three" / "b.overlay.json").exists()
 
 
@@ -282,7 +282,7 @@ def test_mistakes_exit_with_2_and_one_line(folder, capsys, arguments, words):
 
 
 @pytest.mark.parametrize("arguments, words", [
-    (["car.png", "--scor", "--tyle", "5"], "--score: expected one argument"),
+    (["car.png", "--score", "--tyle", "5"], "--score: expected one argument"),
     (["car.png", "--checkpiont", "best.pt"], "unrecognized arguments: --checkpiont best.pt; did you mean --checkpoint?"),
     (["car.png", "--xyzzy"], "unrecognized arguments: --xyzzy (--help"), ([], "required: PHOTO_OR_FOLDER")])
 def test_a_mistyped_flag_is_one_line(capsys, arguments, words):

@@ -16,11 +16,11 @@ import numpy as np
 
 from minidamage.data import coco, crackforest, labelme, mask_folders, vehide, via, voc, yolo
 from minidamage.data.dataset import DetectionDataset, SegmentationDataset, collate, limit
-from minidamage.data.folders import PARTS, root_of, selection, walk
+from minidamage.data.folders import PARTS, selection, walk
 from minidamage.data.label_maps import label_map
 from minidamage.data.objects import count_self_crossing
 from minidamage.data.pictures import EXTENSIONS, is_picture_name, read_image
-from minidamage.data.record import Dataset, Record, class_counts, number_of, problem_kinds, summary
+from minidamage.data.record import Dataset, Record, class_counts, number_of, places_of, problem_kinds, summary
 
 MOST_FOLDERS, MOST_NEAR = 1000, 20             # that are looked through for an error message; and tried as a data set
 OF_ONE_PICTURE = (".xml", ".txt", ".mat", ".seg", *EXTENSIONS)        # files that annotate, or are, a picture: never a whole set
@@ -71,9 +71,9 @@ def load_dataset(path, images=None, attribute=None, class_names=None, quiet=Fals
         name = layout.__name__.rsplit(".", 1)[-1]
         raise ValueError(f"{path}: read as {name}, but its structure is not what that format has "
                          f"({type(error).__name__}: {error})") from error
-    _name_all(dataset)
     if beginnings:
         _keep(dataset, asked, beginnings)
+    _name_all(dataset)
     records = [r for part in dataset.parts.values() for r in part]
     if not records:
         why = f"; first of {len(dataset.problems)} problems: {dataset.problems[0]}" if dataset.problems else ""
@@ -126,18 +126,11 @@ def _what_is_there(path):
 
 
 def _name_all(dataset):
-    """Pictures that no name puts into a part are, beside a val or test part, what trains; ValueError where there is a train part too."""
+    """Pictures that no name puts into a part are, beside a val or test part, what trains. (Beside a train part: split.three_parts.)"""
     parts = {part: records for part, records in dataset.parts.items() if records}
-    if "all" not in parts or len(parts) == 1:
-        return
-    folders = sorted({os.path.relpath(os.path.dirname(record.file), root_of(dataset.path)) for record in parts["all"]})
-    where = f"{number_of(len(parts['all']), 'picture')} in {', '.join(folders[:3])}{', ...' if len(folders) > 3 else ''}"
-    if "train" in parts:
-        others = ", ".join(f"{part} {len(records)}" for part, records in parts.items() if part != "all")
-        raise ValueError(f"{dataset.path}: expected every picture in train, val or test (there are {others}), got {where}, which no name "
-                         "puts there; rename the folder, move it away, or give one folder")
-    dataset.parts = {part: parts["all" if part == "train" else part] for part in PARTS if part in parts or part == "train"}
-    dataset.notes.append(f"{where}, in no part by any name, taken as train")
+    if "all" in parts and len(parts) > 1 and "train" not in parts:
+        dataset.notes.append(f"{places_of(dataset, 'all')}, in no part by any name, taken as train")
+        dataset.parts = {part: parts["all" if part == "train" else part] for part in PARTS if part in parts or part == "train"}
 
 
 def _keep(dataset, asked, beginnings):

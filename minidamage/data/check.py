@@ -52,8 +52,8 @@ def _problems(dataset):
     if left_out:
         out.append(Finding("warning", f"{number_of(len(left_out), 'picture')} left out when reading", tuple(left_out)))
     if rest:
-        out.append(Finding("warning", f"{number_of(rest, 'other problem')} when reading: objects dropped or clipped, masks without a "
-                           "picture and the like (listed above)"))
+        out.append(Finding("warning", f"{number_of(rest, 'other problem')} when reading: objects dropped, clipped or doubtful, masks "
+                           "without a picture and the like (listed above)"))
     return out
 
 

@@ -63,7 +63,9 @@ def read(path, images=None, **_):
         background = sorted({tag for _, masks in everything for _, tag in masks if tag and UNDAMAGED.match(tag)})
         notes.append("classes are the tags of the masks' names" + "".join(f"; {tag!r} is background" for tag in background))
     stats = mask_values.scan([mask for _, masks in everything for mask, _ in masks], problems)
-    meaning = mask_values.decide(path, [s for s in stats.values() if s], names, one_each=bool(tags), notes=notes, problems=problems)
+    voters = [stats[mask] for picture, masks in everything for mask, _ in masks if stats[mask] and _is_of_the_size(picture, stats[mask])]
+    voters = voters or [s for s in stats.values() if s]               # of masks that are left out none says what the others mean
+    meaning = mask_values.decide(path, voters, names, one_each=bool(tags), notes=notes, problems=problems)
 
     parts, picture_ids = {}, itertools.count(1)
     for part in ("all", *PARTS):
@@ -220,6 +222,15 @@ def _paired(image_folder, mask_folder, pictures, found, problems):
 
 
 # ---- records
+
+def _is_of_the_size(picture, seen):
+    """Whether a mask has its picture's size, before or after the EXIF rotation."""
+    try:
+        size = picture_header(picture)[:2]
+    except ValueError:                                                # said where the record is made
+        return False
+    return seen.size in (size, size[::-1])
+
 
 def _records(pairs, stats, meaning, problems, picture_ids):
     """Records of the pairs whose masks can be read and fit their picture. picture_ids: a counter over all parts."""

@@ -143,8 +143,6 @@ def _clean(obj, width, height, name, problems):
         segmentation = _clean_polygons(segmentation, width, height, say) or None
         if segmentation is None and box is None:
             return dropped("no usable outline")
-        if segmentation is None:
-            say("no usable outline; its box is kept")
     if isinstance(segmentation, list):
         points = np.concatenate(segmentation)
         if box is not None and not (np.isfinite(box).all() and box[0] < box[2] and box[1] < box[3]):
@@ -164,6 +162,8 @@ def _clean(obj, width, height, name, problems):
         return dropped(f"box {np.round(box, 1).tolist()} lies outside the {width}x{height} picture")
     if min(inside[2] - inside[0], inside[3] - inside[1]) < MIN_SIDE:
         return dropped(f"box {np.round(inside, 3).tolist()} is thinner than {MIN_SIDE} px inside the picture")
+    if segmentation is None and obj.segmentation is not None:
+        say("no usable outline; taken as its box")
     if np.abs(inside - box).max() > 0.5:                 # half a pixel is how exporters round, not worth a line
         say(f"box leaves the picture by {np.abs(inside - box).max():.1f} px; clipped")
     area = (inside[2] - inside[0]) * (inside[3] - inside[1]) if area is None else area

@@ -5,11 +5,13 @@ outer corner of the first pixel (so a box that covers the whole picture is [0, 0
 """
 import collections
 import dataclasses
+import os
 import re
 
 import numpy as np
 
 from minidamage import masks as mask_codec
+from minidamage.data.folders import root_of
 from minidamage.data.label_maps import LabelMapFile
 
 
@@ -82,6 +84,12 @@ def class_counts(records, num_names):
 def number_of(count, one, several=None):
     """"1 mask", "2 masks"; with both forms "1 mask is", "2 masks are"."""
     return f"{count} {one if count == 1 else several or one + 's'}"
+
+
+def places_of(dataset, part):
+    """"3 pictures in images": how many a part has, and in which folders of the data set."""
+    folders = sorted({os.path.relpath(os.path.dirname(record.file), root_of(dataset.path)) for record in dataset.parts[part]})
+    return f"{number_of(len(dataset.parts[part]), 'picture')} in {', '.join(folders[:3])}{', ...' if len(folders) > 3 else ''}"
 
 
 def problem_kinds(problems):

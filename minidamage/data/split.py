@@ -9,6 +9,7 @@ import numpy as np
 
 from minidamage.data.duplicates import group_of_each
 from minidamage.data.folders import root_of
+from minidamage.data.record import places_of
 
 NAMES = ("train", "val", "test")
 FRACTIONS = (0.70, 0.15, 0.15)                 # DamageNet: 3,640 / 780 / 780 of 5,200
@@ -21,13 +22,18 @@ def three_parts(dataset, fractions=None, seed=0):
     fractions: None follows the parts that the set has: all three are kept; train + val halves val by group into val and
     test; train + test takes a seeded tenth of train, by group, as val; a set without parts whose papers report on a share of it
     (Dataset.test_share) is split so first; anything else is split 70/15/15. Three numbers
-    (`--split 70/15/15`) pool everything and split by group. Raises ValueError where a part would be empty, and for val + test, which
-    are not there to be trained on.
+    (`--split 70/15/15`) pool everything and split by group. Raises ValueError where a part would be empty, for val + test, which are
+    not there to be trained on, and for pictures that no name puts into a part beside a train part.
     """
     have = {name: records for name, records in dataset.parts.items() if records}
     if fractions is None and set(have) == {"val", "test"}:
         raise ValueError(f"{dataset.path}: expected pictures in the train part, got none (val {len(have['val'])}, test {len(have['test'])})"
                          "; is its folder complete? To train on some of these, split them anew: --split 70/15/15")
+    if fractions is None and {"all", "train"} <= have.keys():
+        others = ", ".join(f"{name} {len(records)}" for name, records in have.items() if name != "all")
+        raise ValueError(f"{dataset.path}: expected every picture in train, val or test (there are {others}), got "
+                         f"{places_of(dataset, 'all')}, which no name puts there; rename the folder, move it away, give one folder, or "
+                         "split all anew: --split 70/15/15")
     if fractions is None and set(have) == set(NAMES):
         return {name: list(have[name]) for name in NAMES}
     if fractions is None and set(have) == {"train", "val"}:

@@ -142,31 +142,32 @@ def _files_of_parts(root, images, part_for, problems):
 
 def _part_finder(root, declared, images):
     """picture -> part: as data.yaml declares (folders, or lists of pictures), else as the folders' names say, else "all", or "" where
-    data.yaml declares others. Lists that were made elsewhere go by the pictures' names, as far as these differ."""
-    folders, listed, by_name = [], {}, {}
-    bases = (os.path.join(root, str(declared.get("path") or "")), root)
+    data.yaml declares others, all of which are there. Lists that were made elsewhere go by the pictures' names, as far as these differ."""
+    folders, listed, by_name, absent = [], {}, {}, []
+    bases, real_root = (os.path.join(root, str(declared.get("path") or "")), root), os.path.realpath(root)
     for part, keys in (("train", ("train",)), ("val", ("val", "valid")), ("test", ("test",))):
         for place in [p for key in keys for p in _as_list(declared.get(key))]:
             near = [os.path.join(base, place) for base in bases]
             near += [os.path.join(root, re.sub(r"^(\.\./)+", "", place))]                       # Roboflow writes ../train/images
             found = next((p for p in near if os.path.exists(p)), None)
+            absent += [] if found else [place]
             if found and os.path.isdir(found):
                 folders.append((os.path.abspath(found), part))
             elif found:
                 for line in (line.replace("\\", "/") for line in read_lines(found)):
-                    here = (os.path.abspath(os.path.join(base, line)) for base in (*bases, os.path.dirname(found)))
-                    picture = next(filter(os.path.isfile, here), None)
+                    here = (os.path.realpath(os.path.join(base, line)) for base in (*bases, os.path.dirname(found)))
+                    picture = next((path for path in here if path.startswith(real_root + os.sep) and os.path.isfile(path)), None)
                     lines = listed if picture else by_name.setdefault(os.path.basename(line), {})
                     lines.setdefault(picture or line, part)
 
     def part_for(picture):
         folder = os.path.dirname(os.path.abspath(picture))
         inside = [(len(f), part) for f, part in folders if folder == f or folder.startswith(f + os.sep)]
-        elsewhere = by_name.get(os.path.basename(picture), {})
-        if os.path.abspath(picture) in listed or len(elsewhere) == 1:
-            return listed.get(os.path.abspath(picture)) or next(iter(elsewhere.values()))
+        elsewhere, real = by_name.get(os.path.basename(picture), {}), os.path.realpath(picture)
+        if real in listed or len(elsewhere) == 1:
+            return listed.get(real) or next(iter(elsewhere.values()))
         steps = os.path.relpath(folder, os.path.abspath(root)).split(os.sep)
-        unnamed = "" if (folders or listed or by_name) and not images else "all"
+        unnamed = "" if (folders or listed or by_name) and not (images or absent) else "all"
         return max(inside, key=lambda entry: entry[0])[1] if inside else next((p for p in map(part_of, reversed(steps)) if p), unnamed)
     return part_for
 

@@ -3,6 +3,7 @@ pictures' own pixels out. The rules of size and rounding are torchvision's Gener
 
 Read first: roi_heads.py. Read next: models/mask_rcnn.py.
 """
+import collections.abc
 import dataclasses
 import math
 
@@ -73,9 +74,11 @@ class GeneralizedRCNNTransform(nn.Module):
 
 
 def refill_statistics(model, _):
-    """After load_state_dict: the pictures' mean and deviation anew from the config, beside the weights. They are no part of a state_dict,
-    so a model that was made on the meta device has none (to_empty, load_state_dict(assign=True))."""
-    owner, weight = getattr(model, "transform", model), next(model.parameters())
+    """After load_state_dict, of a model that was made on the meta device: the pictures' mean and deviation from the config, beside the
+    weights. They are no part of a state_dict, and neither to_empty nor load_state_dict(assign=True) knows them."""
+    if not model.is_made_on_meta:
+        return
+    owner, weight, model.is_made_on_meta = getattr(model, "transform", model), next(model.parameters()), False
     for name in ("image_mean", "image_std"):
         setattr(owner, name, torch.tensor(getattr(model.config, name), dtype=weight.dtype, device=weight.device).view(3, 1, 1))
 
@@ -132,7 +135,7 @@ def check_targets(images, targets, num_classes, masks=True):
                          f"{None if targets is None else len(targets)}; a picture without objects has boxes of shape [0, 4]")
     checked = []
     for i, (image, target) in enumerate(zip(images, targets)):
-        if not isinstance(target, dict):
+        if not isinstance(target, collections.abc.Mapping):
             raise ValueError(f"targets[{i}]: expected a dict of boxes, labels{' and masks' * masks}, got {type(target).__name__}")
         where = f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})"
         form = "rles" if "rles" in target and "masks" not in target else "masks"
@@ -141,7 +144,8 @@ def check_targets(images, targets, num_classes, masks=True):
         if absent:
             raise ValueError(f"{where}: expected the keys {', '.join(needed)}, got {', '.join(target)}; missing: {', '.join(absent)}")
         for key in ("boxes", "labels", "masks", "iscrowd"):
-            if key in (*needed, "iscrowd") and not isinstance(target.get(key, target["boxes"]), torch.Tensor):
+            if key in needed and not isinstance(target[key], torch.Tensor) or key == "iscrowd" and not isinstance(
+                    target.get(key), (torch.Tensor, type(None))):
                 raise ValueError(f"{where}: expected {key} as a tensor, got {type(target[key]).__name__}; convert it with torch.as_tensor")
         boxes, labels = target["boxes"], target["labels"]
         G = len(boxes)

@@ -11,6 +11,7 @@ Channels: one damage class has one logit a pixel (sigmoid), K > 1 classes have K
 
 Read first: resnet.py. Read next: segmentation_losses.py, models/unet.py.
 """
+import collections.abc
 import dataclasses
 import math
 import types
@@ -64,6 +65,7 @@ class Segmenter(nn.Module):
         # buffers move with the model; not persistent: the published state_dicts have no such entries
         self.register_buffer("image_mean", torch.tensor(config.image_mean).view(3, 1, 1), persistent=False)
         self.register_buffer("image_std", torch.tensor(config.image_std).view(3, 1, 1), persistent=False)
+        self.is_made_on_meta = self.image_mean.is_meta
         self.register_load_state_dict_post_hook(refill_statistics)
 
     def check_config(self, config):
@@ -182,7 +184,7 @@ class Segmenter(nn.Module):
             raise ValueError(f"targets: expected one dict with label_map for each of the {count} pictures, got "
                              f"{None if targets is None else len(targets)}")
         for i, target in enumerate(targets):
-            if not isinstance(target, dict):
+            if not isinstance(target, collections.abc.Mapping):
                 raise ValueError(f"targets[{i}]: expected a dict with label_map, got {type(target).__name__}; wrap a label map as "
                                  '{"label_map": label_map}')
             check_label_map(f"targets[{i}] (picture {target.get('file', target.get('image_id', i))})", target, size, self.num_classes)

@@ -113,6 +113,9 @@ class CocoEvaluator:
             raise ValueError(f"{name}, picture {image_id!r}: expected {len(boxes)} RLEs, got {'none' if rles is None else len(rles)}; "
                              'a set or a model without masks is scored with iou_types=("bbox",)')
         if rles is not None and not all(isinstance(rle, dict) for rle in rles):
+            if "segm" not in self.iou_types:                          # boxes alone are scored, whatever the masks are
+                rles = None
+        if rles is not None and not all(isinstance(rle, dict) for rle in rles):
             raise ValueError(f"{name}, picture {image_id!r}: expected masks as RLE dicts, got {type(rles[0]).__name__}; a detector gives "
                              'them with model.detect(images, "rle"), minidamage.masks.encode makes them')
         x0, y0, x1, y1 = boxes.T

@@ -70,7 +70,7 @@ def mean_over_classes(counts, name="mIoU"):
 
 def ignored(mask, shape):
     """bool [H, W] of a mask of pixels that count nowhere, of any kind (array or tensor); ValueError where it has another size."""
-    mask = np.asarray(mask).astype(bool)
+    mask = np.asarray(mask.detach().cpu() if hasattr(mask, "detach") else mask).astype(bool)
     if mask.shape != tuple(shape):
         raise ValueError(f"ignore: expected a mask of the maps' size {list(shape)}, got {list(mask.shape)}")
     return mask
@@ -117,6 +117,7 @@ class PixelEvaluator:
         pixel belongs to both.
         """
         truth_labels, labels = np.asarray(truth_labels, np.int64), np.asarray(labels, np.int64)
+        truth_rles, rles, ignore, height, width = list(truth_rles), list(rles), list(ignore), int(height), int(width)
         for name, values, rles_of in (("truth", truth_labels, truth_rles), ("detections", labels, rles)):
             if len(values) != len(rles_of) or not ((values >= 1) & (values <= len(self.class_names))).all():
                 raise ValueError(f"add_instances expects a label 1..{len(self.class_names)} and an RLE for each object, got of the {name} "
@@ -125,7 +126,7 @@ class PixelEvaluator:
         if sizes:
             raise ValueError(f"add_instances expects RLEs of the picture's size {[height, width]}, got {sorted(map(list, sizes))[:3]}")
         counts = np.zeros((len(self.class_names) + 1, 4), np.int64)
-        ignore = masks.merge(list(ignore)) if len(ignore) else None
+        ignore = masks.merge(ignore) if ignore else None
         for k in range(len(self.class_names) + 1):
             truth = [r for r, label in zip(truth_rles, truth_labels) if k in (0, label)]
             found = [r for r, label in zip(rles, labels) if k in (0, label)]

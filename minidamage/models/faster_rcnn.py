@@ -123,6 +123,7 @@ class FasterRCNN(nn.Module):
         self.rpn = self.build_rpn(config)
         self.roi_heads = self.build_roi_heads(config, self.backbone.strides, num_classes)
         self.to(memory_format=torch.channels_last)
+        self.is_made_on_meta = self.transform.image_mean.is_meta
         self.register_load_state_dict_post_hook(refill_statistics)
 
     def check_config(self, config):

@@ -47,7 +47,8 @@ def draw_stages(image, stages, class_names, kept=None, context=True, cell=480):
             _draw_map(small, stages["features"]),
         f"D  aligned and refined boxes: {len(kept)}": draw_detections(image, boxes, labels, scores, None, class_names, enlarge=True)}
     if "masks_raw" in stages:
-        pictures["E  raw mask, probability"] = _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)
+        raw = _draw_probability(small, stages["masks_raw"][kept], stages["boxes"][kept] * scale)
+        pictures["E  raw mask, probability"] = raw if len(kept) else with_label(raw, "nothing found")
         _add_masks(pictures, image, labels, boxes, scores, stages, kept, class_names)
     return grid(list(pictures.values()), list(pictures), columns=4, cell=cell)
 
