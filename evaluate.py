@@ -34,7 +34,7 @@ from minidamage.metrics.detection import evaluate_coco_files
 
 # What is done: the flags that it takes, beside those of the machine, which change no number.
 OF_A_SET, OF_THE_MACHINE = {"data", "part", "out", *READING}, {"device", "workers"}
-USES = {"two COCO files": {"truth", "detections", "iou_type", "no_categories", "out"},
+USES = {"--truth with --detections": {"truth", "detections", "iou_type", "no_categories", "out"},
         "--ceiling without a model": {"ceiling", *OF_A_SET},
         "--compare": {"compare", "metric", "size", "at", "draws", "out"},
         "--complexity": {"complexity", "out"},
@@ -71,10 +71,10 @@ def answer(args):
     check_numbers(args)
     task = task_of(args)
     for flag in sorted(args.typed - USES[task] - OF_THE_MACHINE):
-        raise ValueError(f"--{flag.replace('_', '-')}: {task} {'has' if task != 'two COCO files' else 'have'} no use for it; leave it out")
+        raise ValueError(f"--{flag.replace('_', '-')}: {task} has no use for it; leave it out")
     if task != "one model" and not distributed.is_main():
         return 0
-    if task == "two COCO files":
+    if task == "--truth with --detections":
         return score_files(args)
     if task == "--ceiling without a model":
         if not args.data:
@@ -92,7 +92,7 @@ def answer(args):
 def task_of(args):
     """The key of USES that is asked for."""
     if args.truth or args.detections:
-        return "two COCO files"
+        return "--truth with --detections"
     if args.ceiling is not None and not args.checkpoint:
         return "--ceiling without a model"
     if args.complexity is not None:

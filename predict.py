@@ -247,8 +247,7 @@ def find_photographs(paths, out):
 
 def is_result(path):
     """Whether the JSON beside a picture says that predict.py made it."""
-    name_of = os.path.basename
-    return any(path.endswith(ending) and name_of(path) in map(name_of, results_at(path.removesuffix(ending))[1]) for ending in PICTURES)
+    return any(path.endswith(ending) and path in results_at(path.removesuffix(ending))[1] for ending in PICTURES)
 
 
 def say_passed_over(others, closed):
@@ -374,8 +373,9 @@ def results_at(stem):
         with open(stem + ".json", encoding="utf-8") as stream:
             content = json.load(stream)
         if content["format"] == FORMAT:
-            files = content.get("files") or [os.path.basename(stem) + ending for ending in (".json", *PICTURES)]    # an older version's
-            return content["photograph"], {os.path.join(os.path.dirname(stem), os.path.basename(name)) for name in files}
+            name, known = os.path.basename(stem), (".json", *PICTURES)
+            listed = content.get("files", [name + ending for ending in known])                # an older version does not say
+            return content["photograph"], {stem + ending for ending in known if name + ending in listed}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     return None, set()
@@ -386,18 +386,17 @@ def write_together(stem, seen):
     an earlier run's results as they were. The JSON comes first: it says which the others are (`results_at`). What an earlier run made of
     the photograph and this one does not, goes."""
     name, (_, earlier) = os.path.basename(stem), results_at(stem)
-    files = [name + ending for ending in (".json", *seen.pictures)]
+    endings = (".json", *seen.pictures)
     with tempfile.TemporaryDirectory(prefix=".writing-", dir=os.path.dirname(stem)) as folder:
         head = {key: seen.content[key] for key in ("format", "version", "photograph")}
-        write_json(os.path.join(folder, name + ".json"), {**head, "files": files, **seen.content})
+        write_json(os.path.join(folder, name + ".json"), {**head, "files": [name + ending for ending in endings], **seen.content})
         for ending, write in seen.pictures.items():
             write(os.path.join(folder, name + ending))
-        places = {os.path.join(folder, file): os.path.join(os.path.dirname(stem), file) for file in files}
-        for path in earlier - set(places.values()):
+        for path in earlier - {stem + ending for ending in endings}:
             with contextlib.suppress(FileNotFoundError):
                 os.remove(path)
-        for written, place in places.items():
-            os.replace(written, place)
+        for ending in endings:
+            os.replace(os.path.join(folder, name + ending), stem + ending)
 
 
 def write_json(path, content):

@@ -270,7 +270,7 @@ def test_boxes_alone_where_nothing_has_an_outline(red_run):
     ([], {"split": {"test": ["images/9.png"]}}, "1 pictures of the saved split"),
     (["--checkpoint", "runs/none.pt"], {}, "runs/none.pt"),
     (["--iou-type", "bbox"], {}, "--iou-type: one model has no use for it; leave it out"),
-    (["--truth", TRUTH, "--detections", FOUND, "--checkpoint", "best.pt"], {}, "--checkpoint: two COCO files have no use for it"),
+    (["--truth", TRUTH, "--detections", FOUND, "--checkpoint", "best.pt"], {}, "--checkpoint: --truth with --detections has no use for it"),
     (["--test-epochs", "runs/red-001", "--part", "test"], {}, "--part: --test-epochs has no use for it"),
     (["--compare", "a", "b", "--voc-difficult", "count"], {}, "--voc-difficult: --compare has no use for it"),
 ])

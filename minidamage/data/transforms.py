@@ -230,11 +230,11 @@ def apply(image, record, draw, with_masks=True):
     matrix = matrix_of(draw, width, height)
     image = recolour(move(jitter(image, draw), draw, matrix), draw)
 
-    scale = np.diag([width / record.width, height / record.height, 1.0])
-    objects = matrix @ jitter_matrix(draw, width, height) @ scale
+    jittered = jitter_matrix(draw, width, height) @ np.diag([width / record.width, height / record.height, 1.0])
+    objects = matrix @ jittered
     boxes, cut = record.boxes.astype(np.float64), draw.jitter > 1.0 and _resampled(draw)      # at the jitter's border, before it moves
     if cut:
-        boxes = warp_boxes(boxes, jitter_matrix(draw, width, height) @ scale, width, height)
+        boxes = warp_boxes(boxes, jittered, width, height)
         gone = (boxes[:, 2:] <= boxes[:, :2]).any(1)
         boxes = np.where(gone[:, None], 0.0, warp_boxes(boxes, matrix, width, height))
     else:

@@ -143,9 +143,8 @@ def check_targets(images, targets, num_classes, masks=True):
         absent = [key for key in needed if key not in target]
         if absent:
             raise ValueError(f"{where}: expected the keys {', '.join(needed)}, got {', '.join(target)}; missing: {', '.join(absent)}")
-        for key in ("boxes", "labels", "masks", "iscrowd"):
-            if key in needed and not isinstance(target[key], torch.Tensor) or key == "iscrowd" and not isinstance(
-                    target.get(key), (torch.Tensor, type(None))):
+        for key in (*(key for key in needed if key != "rles"), *["iscrowd"] * (target.get("iscrowd") is not None)):
+            if not isinstance(target[key], torch.Tensor):
                 raise ValueError(f"{where}: expected {key} as a tensor, got {type(target[key]).__name__}; convert it with torch.as_tensor")
         boxes, labels = target["boxes"], target["labels"]
         G = len(boxes)

@@ -112,14 +112,12 @@ class CocoEvaluator:
         if "segm" in self.iou_types and (rles is None or len(rles) != len(boxes) or any(r is None for r in rles)):
             raise ValueError(f"{name}, picture {image_id!r}: expected {len(boxes)} RLEs, got {'none' if rles is None else len(rles)}; "
                              'a set or a model without masks is scored with iou_types=("bbox",)')
-        if rles is not None and not all(isinstance(rle, dict) for rle in rles):
-            if "segm" not in self.iou_types:                          # boxes alone are scored, whatever the masks are
-                rles = None
-        if rles is not None and not all(isinstance(rle, dict) for rle in rles):
+        are_rles = rles is not None and all(isinstance(rle, dict) for rle in rles)
+        if "segm" in self.iou_types and not are_rles:
             raise ValueError(f"{name}, picture {image_id!r}: expected masks as RLE dicts, got {type(rles[0]).__name__}; a detector gives "
                              'them with model.detect(images, "rle"), minidamage.masks.encode makes them')
         x0, y0, x1, y1 = boxes.T
-        return {"xywh": np.stack([x0, y0, x1 - x0, y1 - y0], axis=1), "labels": labels, "rles": rles}
+        return {"xywh": np.stack([x0, y0, x1 - x0, y1 - y0], axis=1), "labels": labels, "rles": rles if are_rles else None}
 
     def tables(self, iou_type):
         """(truths, detections, image_ids): the tables of metrics/coco.py."""
